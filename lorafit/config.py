@@ -1,0 +1,229 @@
+"""Settings: one dataclass, read from YAML and `key=value`, written back as YAML.
+
+A setting is declared once, as a field below (or as a keyword argument of a method's class, passed in as `extra`); types,
+checks, help and the YAML keys are derived from that. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lorafit.errors import ConfigError
+
+
+def setting(default: Any, help: str, **bounds: float) -> Any:
+    """A dataclass field with its help text and, if given, `low`/`high` bounds (inclusive)."""
+    metadata = {"help": help, **bounds}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """Everything that decides a training run. `None` means: chosen from the data or the machine, and shown."""
+
+    data: str = setting("", "file with examples: .jsonl .json .csv .parquet .txt")
+    model: str = setting("smollm2", "Hugging Face folder or hub id; 'smollm2' is the embedded SmolLM2-135M-Instruct")
+    out: str | None = setting(None, "run folder; default runs/<data>-<number>")
+    held_out: str | None = setting(None, "file with held-out rows, instead of a split of the data")
+    held_out_share: float = setting(
+        0.05, "share of the rows held out (at least 8 rows, at most 500); 0 for none", low=0, high=0.5
+    )
+
+    learn: Literal["assistant", "completion", "all", "last"] = setting(
+        "assistant", "which tokens are learned: every assistant turn, everything after the prompt, all, the last turn"
+    )
+    map: dict[str, str] = setting({}, "column names, e.g. user=question,assistant=answer")
+    system: str | None = setting(None, "system prompt for conversations that have none")
+    max_tokens: int | None = setting(None, "longest row in tokens; default: the model's context, at most 4096", low=8)
+    long: Literal["error", "truncate", "skip"] = setting("error", "what to do with a row over max_tokens")
+    skip_bad_rows: bool = setting(False, "leave out rows that can't be used (counted) instead of stopping")
+
+    method: str = setting("lora", "how the weights are adapted; see `lorafit methods`")
+    targets: list[str] = setting([], "sites to adapt: names, globs, attention, all-linear; default: the method's own")
+    rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")
+    alpha_pattern: dict[str, float] = setting({}, "another alpha for sites that match a name or glob")
+    quant: Literal["none"] = setting("none", "precision that the frozen base is stored in")
+
+    epochs: float = setting(3.0, "passes over the training rows", low=0)
+    steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)
+    lr: float | None = setting(None, "peak learning rate; default: by the model's width", low=0)
+    schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "how the learning rate falls after warm-up")
+    warmup: float = setting(0.03, "share of the steps in which the learning rate rises", low=0, high=1)
+    clip: float = setting(1.0, "largest gradient norm; 0 for none", low=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay", low=0)
+    batch_tokens: int | None = setting(None, "tokens of an optimiser step; default: by the size of the data", low=1)
+    accumulate: int = setting(1, "micro-batches a step is split into; changes memory, not the result", low=1)
+    seed: int = setting(0, "order of rows, split, initial weights, dropout", low=0)
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "the base and the activations; adapters and optimiser stay fp32"
+    )
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    eval_every: int | None = setting(None, "steps between evaluations; default: eight a run", low=1)
+    patience: int = setting(3, "stop after this many evaluations without improvement; 0 for never", low=0)
+    checkpoint_every: int = setting(100, "steps between checkpoints (evaluations make one too)", low=1)
+    samples: int = setting(2, "held-out prompts answered at each evaluation", low=0)
+    log: Literal["none", "tensorboard"] = setting("none", "another place for the metrics")
+
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": ""}
+    )  # of the method; top-level keys in YAML
+
+
+Extra = Mapping[str, tuple[Any, Any]]  # option name -> (type, default); a method's own settings
+
+
+def defaults(cls: type = Config) -> dict[str, dataclasses.Field[Any]]:
+    """The settings a user can write, by name."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.name != "options"}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint that ends an error message: the most similar known name, or all of them when none is similar."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))
+
+
+def build(values: Mapping[str, Any], extra: Extra | None = None) -> Config:
+    """A checked Config from plain values (YAML or text). Raises ConfigError naming the key."""
+    extra = extra or {}
+    known = defaults()
+    hints = typing.get_type_hints(Config)
+    config = Config()
+    for key, value in values.items():
+        if key in known:
+            checked = coerce(key, hints[key], value)
+            _bounds(key, checked, known[key].metadata)
+            setattr(config, key, checked)
+        elif key in extra:
+            config.options[key] = coerce(key, extra[key][0], value)
+        else:
+            raise ConfigError(f"unknown setting '{key}'; {nearest(key, [*known, *extra])}")
+    for key, (_, default) in extra.items():
+        config.options.setdefault(key, default)
+    return config
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The settings as one flat mapping, the method's options beside the rest: what config.yaml holds."""
+    values = {name: getattr(config, name) for name in defaults()}
+    return {**values, **config.options}
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """`["lr=1e-4", "r=8"]` as a mapping. Raises ConfigError for a word without '='."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{word}' is not a setting; write key=value, for example lr=1e-4")
+        found[key.strip().replace("-", "_")] = value
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError naming the file and the line."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must hold settings as 'key: value' lines")
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    """The settings as YAML, every one written out."""
+    return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
+
+
+def _bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    low, high = metadata.get("low"), metadata.get("high")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if low is not None and value < low:
+            raise ConfigError(f"{key}={value}: must be at least {low}")
+        if high is not None and value > high:
+            raise ConfigError(f"{key}={value}: must be at most {high}")
+
+
+def coerce(key: str, kind: Any, value: Any) -> Any:
+    """`value` (text from the command line, or what YAML made of it) as `kind`. Raises ConfigError naming the key."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "auto")):
+            return None
+        return coerce(key, next(a for a in args if a is not type(None)), value)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is list:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"{key}={value}: must be a list, for example {key}=a,b")
+        return [coerce(key, args[0], item.strip() if isinstance(item, str) else item) for item in items]
+    if origin is dict:
+        return _mapping(key, args[1], value)
+    try:
+        return _scalar(kind, value)
+    except (TypeError, ValueError):
+        name = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+        raise ConfigError(f"{key}={value}: must be {name}") from None
+
+
+def _mapping(key: str, kind: Any, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        items = [item.partition("=")[::2] for item in value.split(",") if item]
+        if any(not name or not text for name, text in items):
+            raise ConfigError(f"{key}={value}: must look like {key}=name=value,name=value")
+        value = dict(items)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={value}: must be a mapping")
+    return {str(name).strip(): coerce(f"{key}.{name}", kind, item) for name, item in value.items()}
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[_lower(value)]
+    if kind is int:
+        number = float(value)
+        if isinstance(value, bool) or number != int(number):
+            raise ValueError(value)
+        return int(number)
+    if kind is float:
+        if isinstance(value, bool):
+            raise ValueError(value)
+        number = float(value)
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError(value)
+        return number
+    if kind is str:
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise TypeError(value)
+        return str(value)
+    raise AssertionError(f"no coercion for {kind}")
+
+
+def _lower(value: Any) -> str:
+    text = str(value).lower()
+    if text not in ("true", "yes", "1", "false", "no", "0"):
+        raise ValueError(value)
+    return text

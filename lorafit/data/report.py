@@ -1,0 +1,140 @@
+"""What was found in a data file, for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafit.data.chat import Chat, any_of
+from lorafit.data.example import Example, Fault, Message, RowFault
+from lorafit.data.tokens import Tokens
+
+
+@dataclass
+class Report:
+    """The state of a data file. Lines count from 1; lengths and totals are in tokens.
+
+    `rows`: all rows of the file, the unusable ones too. `faults`: errors; `notes`: worth telling. `duplicates`: (line,
+    first line with the same row). `leaks`: (held-out line, training line) of equal rows, which were left out of the
+    held-out rows; `same_prompt`: the same for rows with an equal prompt and another answer, which were kept.
+    `lengths`: (low, high, rows) with low <= tokens < high, before truncation. `share`: of the tokens, those learned.
+    `over_length`: rows over max_tokens; of these `skipped` were left out and `truncated` cut, `truncated_end` of them
+    inside an answer. `text_example`: the first training row as (text, learned) pieces. `system`: the system message
+    that every row has.
+    """
+
+    path: str
+    rows: int = 0
+    by_format: dict[str, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[Fault] = field(default_factory=list)
+    duplicates: list[tuple[int, int]] = field(default_factory=list)
+    leaks: list[tuple[int, int]] = field(default_factory=list)
+    same_prompt: list[tuple[int, int]] = field(default_factory=list)
+    lengths: list[tuple[int, int, int]] = field(default_factory=list)
+    tokens: int = 0
+    target_tokens: int = 0
+    share: float = 0.0
+    over_length: int = 0
+    truncated: int = 0
+    truncated_end: int = 0
+    skipped: int = 0
+    held_out_rows: int = 0
+    train_rows: int = 0
+    text_example: list[tuple[str, bool]] = field(default_factory=list)
+    system: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report in JSON types."""
+        data = dataclasses.asdict(self)
+        for name in ("duplicates", "leaks", "same_prompt", "lengths", "text_example"):
+            data[name] = [list(item) for item in data[name]]
+        return data
+
+
+def histogram(lengths: Iterable[int]) -> list[tuple[int, int, int]]:
+    """(low, high, rows) for powers of two from 32, without the empty buckets at both ends."""
+    counts: dict[int, int] = {}
+    for length in lengths:
+        power = max(5, length.bit_length())
+        counts[power] = counts.get(power, 0) + 1
+    if not counts:
+        return []
+    powers = range(min(counts), max(counts) + 1)
+    return [(0 if power == 5 else 2 ** (power - 1), 2**power, counts.get(power, 0)) for power in powers]
+
+
+def pieces(row: Tokens, chat: Chat) -> list[tuple[str, bool]]:
+    """The row's text as the model sees it, split where the mask changes."""
+    ids, learn = row.ids.tolist(), row.learn.tolist()
+    starts = [i for i in range(len(ids)) if i == 0 or learn[i] != learn[i - 1]]
+    ends = [*starts[1:], len(ids)]
+    return [(chat.text(ids[a:b]), learn[a]) for a, b in zip(starts, ends, strict=True)]
+
+
+def shared_system(examples: Iterable[Example]) -> str | None:
+    """The system message that all rows have, or None."""
+    found = {next((m.content for m in example.messages if m.role == "system"), None) for example in examples}
+    return found.pop() if len(found) == 1 else None
+
+
+def template_notes(examples: list[Example], chat: Chat) -> list[Fault]:
+    """What the chat template does with these rows that their author may not expect."""
+    control = any_of(chat.controls)
+    checks = [
+        (_has_reasoning, not (chat.uses("reasoning_content") or chat.uses("thinking")), "the chat template leaves out "
+         "reasoning_content"),
+        (_has_early_reasoning, drops_reasoning(chat), "the chat template leaves out the reasoning of all but the last "
+         "answer; --learn last learns only whole answers"),
+        (_has_calls, not chat.uses("tool_calls"), "the chat template has no tool calls; they are written into the "
+         "answer as <tool_call>{…}</tool_call>"),
+        (lambda example: bool(example.tools), not chat.uses("tools"), "the chat template doesn't show the tools; "
+         "describe them in a system message"),
+        (lambda example: bool(example.messages), not chat.fits, "the template begins an answer otherwise than its "
+         "generation prompt; the prompt at inference will differ from training"),
+        (lambda example: _has_control(example, control), True, "the content holds the text of a special token, which is "
+         "read as that token"),
+    ]  # fmt: skip
+    notes = []
+    for applies, wanted, reason in checks:
+        lines = [example.line for example in examples if applies(example)] if wanted else []
+        if lines:
+            count = f" ({len(lines)} rows, the first is here)" if len(lines) > 1 else ""
+            notes.append(Fault(lines[0], reason + count, note=True))
+    return notes
+
+
+def drops_reasoning(chat: Chat) -> bool:
+    """Whether the template shows the reasoning of the last answer but not of an earlier one."""
+    if not (chat.uses("reasoning_content") or chat.uses("thinking") or "</think>" in chat.template):
+        return False
+    early, late = "lorafitprobeearly", "lorafitprobelate"
+    turns = []
+    for thought in (early, late):
+        turns += [Message("user", "a"), Message("assistant", "b", reasoning=thought)]
+    try:
+        text = chat.render(turns)
+    except RowFault:
+        return False
+    return early not in text and late in text
+
+
+def _has_reasoning(example: Example) -> bool:
+    return any(message.reasoning for message in example.messages)
+
+
+def _has_early_reasoning(example: Example) -> bool:
+    answers = [message for message in example.messages if message.role == "assistant"]
+    return any(message.reasoning or "</think>" in message.content for message in answers[:-1])
+
+
+def _has_calls(example: Example) -> bool:
+    return any(message.tool_calls for message in example.messages)
+
+
+def _has_control(example: Example, control: re.Pattern[str]) -> bool:
+    texts = [example.text or "", *(message.content for message in example.messages)]
+    return any(control.search(text) for text in texts)

@@ -1,0 +1,227 @@
+"""The host: a frozen base, named adapters over it, and the route that says which tokens meet which.
+
+The base's modules are never replaced or edited; each adapted site has a forward hook that adds the deltas of the current
+route. With no route open, or an empty stack, the base is itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafit import adapter as files
+from lorafit.adapter import Adapter
+from lorafit.errors import AdapterError
+from lorafit.methods import METHODS, find, settings
+from lorafit.model import experts
+from lorafit.model.base import Base
+from lorafit.model.sites import Site, find_sites, select
+from lorafit.route import Route, Stack, StackLike
+
+__all__ = ["METHODS", "Host"]
+
+
+class Host:
+    """`adapters` by name, `sites` by path. A route must stay open until `backward()` ends: recomputed forwards read it."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.sites = find_sites(base.model)
+        self.adapters: dict[str, Adapter] = {}
+        self._route: Route | None = None
+        self._hooks: dict[str, list[Any]] = {}
+
+    # --- adapters ------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        method: str = "lora",
+        targets: Sequence[str] = (),
+        *,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Adapter:
+        """A fresh adapter on the sites that `targets` mean (the method's own by default). A fresh one changes nothing."""
+        kind = find(method)
+        own = {key: default for key, (_, default) in settings(kind).items()}
+        unknown = [key for key in options if key not in own]
+        if unknown:
+            raise AdapterError(f"method '{method}' has no setting '{unknown[0]}'; it has {', '.join(own) or 'none'}")
+        made = files.create(
+            select(self.sites, targets or kind.targets),
+            method,
+            own | options,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            seed=seed,
+        )
+        return self.attach(name, made)
+
+    def attach(self, name: str, adapter: Adapter) -> Adapter:
+        """Make an adapter routable under `name`."""
+        if name in self.adapters:
+            raise AdapterError(f"there is already an adapter '{name}'")
+        adapter.to(self.base.device).eval()
+        self.adapters[name] = adapter
+        for path, _ in adapter.items():
+            self._hook(self.sites[path])
+        return adapter
+
+    def load(self, path: str | Path, name: str) -> Adapter:
+        """Read an adapter's folder (PEFT format) and attach it; strict, see adapter.load."""
+        return self.attach(name, files.load(Path(path), self.sites, self.base.fingerprint))
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write an adapter's files into an existing folder."""
+        modules = [path for path, _ in self.base.model.named_modules()]
+        made = self.adapters[name]
+        made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
+        files.save(made, folder, self.sites, str(self.base.path), modules)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; the base is as if it had never been there."""
+        gone = self.adapters.pop(name)
+        for path, _ in gone.items():
+            if not any(path in other for other in self.adapters.values()):
+                self._unhook(self.sites[path])
+
+    # --- route ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def route(self, route: Route | StackLike) -> Iterator[None]:
+        """Send tokens through adapters while the context is open. A name or a stack means every token."""
+        made = route if isinstance(route, Route) else Route.all(route)
+        unknown = made.names - set(self.adapters)
+        if unknown:
+            raise AdapterError(f"no adapter '{min(unknown)}'; there are: {', '.join(self.adapters) or 'none'}")
+        before, self._route = self._route, made
+        try:
+            yield
+        finally:
+            self._route = before
+
+    # --- forward -------------------------------------------------------------------------------------------------------
+
+    def hidden(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Last hidden states (tokens, width) of documents end to end in ids (tokens,), under the open route."""
+        return self._documents(self.base.hidden, ids, lengths)
+
+    def logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Logits (tokens, vocabulary) by the model's own forward, under the open route."""
+        return self._documents(self.base.logits, ids, lengths)
+
+    def _documents(self, run: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self.base.packs:
+            whole: Tensor = run(ids, lengths)
+            return whole
+        parts, at, route = [], 0, self._route or Route.all(())
+        for length in lengths:
+            with self.route(route.within(at, length)):
+                parts.append(run(ids[at : at + length], [length]))
+            at += length
+        return torch.cat(parts)
+
+    def head(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Logits (n, vocabulary) of the hidden states (n, width) at these token positions (n,), ascending."""
+        with self.route((self._route or Route.all(())).take(positions)):
+            logits: Tensor = self.base.head(hidden)
+        return logits
+
+    @property
+    def head_is_frozen(self) -> bool:
+        """No adapter of the open route touches the output head."""
+        names = self._route.names if self._route else set()
+        heads = [s.path for s in self.sites.values() if s.head or s.tied]
+        return not any(path in self.adapters[name] for name in names for path in heads)
+
+    # --- merge ---------------------------------------------------------------------------------------------------------
+
+    def merged_weight(self, site: Site, spec: StackLike) -> Tensor:
+        """The site's weight with a stack's deltas added, (*lead, out, in), fp32: added in fp32, cast by the caller."""
+        w = site.weight()
+        whole = w.float().clone()
+        for name in Route.all(spec).runs[0][1]:
+            if site.path in self.adapters[name]:
+                whole += self.adapters[name][site.path].delta_weight(w).detach().to(whole.device)
+        return whole
+
+    # --- hooks: the only place where an adapter meets a module -----------------------------------------------------------
+
+    def _hook(self, site: Site) -> None:
+        if site.path in self._hooks:
+            return
+        if site.kind == "experts":
+            experts.attach(site.module, partial(self._after_experts, site.path.rsplit(".", 1)[0]))
+            self._hooks[site.path] = []
+            return
+        hooks = [site.module.register_forward_hook(partial(self._after, site))]
+        hooks += [head.register_forward_hook(partial(self._after_tied, site)) for _, head in site.tied]
+        self._hooks[site.path] = hooks
+
+    def _unhook(self, site: Site) -> None:
+        for hook in self._hooks.pop(site.path):
+            hook.remove()
+        if site.kind == "experts" and not any(self.sites[path].module is site.module for path in self._hooks):
+            experts.detach(site.module)
+
+    def _layers(self, path: str, names: Stack) -> list[Any]:
+        return [self.adapters[name][path] for name in names if path in self.adapters[name]]
+
+    def _after(self, site: Site, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        x = args[0].reshape(-1) if site.lookup else args[0].reshape(-1, args[0].shape[-1])
+        mm = partial(_look_up, y.dtype) if site.lookup else _dense
+        return self._add(site.path, x, y, lambda layer, x, y: layer(x, y, mm, site.weight))
+
+    def _after_tied(self, site: Site, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        return self._add(site.path, x, y, lambda layer, x, y: x @ layer.delta_weight(site.weight()).to(x.dtype))
+
+    def _add(self, path: str, x: Tensor, y: Tensor, delta: Any) -> Tensor | None:
+        """y with the deltas of the open route added, or None where there are none."""
+        route = self._route
+        if route is None or not any(self._layers(path, names) for _, names in route.runs):
+            return None
+        rows = y.reshape(-1, y.shape[-1])
+        if route.tokens not in (None, len(rows)):
+            raise AssertionError(f"the route covers {route.tokens} tokens, {path} got {len(rows)}")
+        if route.uniform is not None:
+            return sum((delta(layer, x, rows) for layer in self._layers(path, route.uniform)), rows).view_as(y)
+        out = []
+        for xs, ys, (_, names) in zip(x.split(route.lengths()), rows.split(route.lengths()), route.runs, strict=True):
+            out.append(sum((delta(layer, xs, ys) for layer in self._layers(path, names)), ys))
+        return torch.cat(out).view_as(y)
+
+    def _after_experts(self, module: str, parameter: str, x: Tensor, y: Tensor, rows: experts.Rows) -> Tensor:
+        route, path = self._route, f"{module}.{parameter}"
+        if route is None or not any(self._layers(path, names) for _, names in route.runs):
+            return y
+        everything = torch.arange(len(x), device=x.device)
+        uniform = route.uniform
+        out = y
+        for names, index in [(uniform, everything)] if uniform is not None else route.groups(rows.token):
+            if not len(index):
+                continue
+            mm = partial(experts.grouped, counts=rows.take(index).counts())
+            for layer in self._layers(path, names):
+                delta = layer(x[index], y[index], mm, self.sites[path].weight)
+                out = out.index_add(0, index, delta.to(out.dtype))
+        return out
+
+
+def _dense(x: Tensor, m: Tensor) -> Tensor:
+    return F.linear(x, m.to(x.dtype))
+
+
+def _look_up(dtype: torch.dtype, x: Tensor, m: Tensor) -> Tensor:
+    """A product with one-hot rows while x holds ids, an ordinary one after that."""
+    return F.linear(x, m.to(x.dtype)) if x.is_floating_point() else F.embedding(x, m.t()).to(dtype)

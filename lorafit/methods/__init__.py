@@ -1,0 +1,26 @@
+"""The registry: a method is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lorafit.config import nearest
+from lorafit.errors import ConfigError
+from lorafit.methods.base import Matrix, Method, settings
+from lorafit.methods.full import Full
+from lorafit.methods.lora import LoRA
+
+METHODS: Mapping[str, type[Method]] = {
+    "lora": LoRA,
+    "full": Full,
+}
+
+
+def find(name: str) -> type[Method]:
+    """The method of that name. ConfigError with the nearest name otherwise."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown method '{name}'; {nearest(name, list(METHODS))}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Callable", "Matrix", "Method", "find", "settings"]

@@ -1,0 +1,71 @@
+"""What a method is: parameters made from a weight, and the delta that they add to it.
+
+A method never sees a layer type, a quantiser or another adapter. The one trick that makes this possible is `mm(x, M)`,
+"multiply by a matrix shaped like this site": `x @ M.T` for linear layers, a table look-up when x holds ids, a grouped
+product when rows are sorted by expert.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+MM = Callable[[Tensor, Tensor], Tensor]
+
+
+class Matrix(Protocol):
+    """What a method may know of its site: the (*lead, out, in) weight, and whether inputs are ids."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(*lead, out, in)."""
+
+    @property
+    def lookup(self) -> bool:
+        """Inputs are ids."""
+
+    def weight(self) -> Tensor:
+        """The weight, (*lead, out, in)."""
+
+
+class Method(nn.Module):
+    """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic.
+
+    Keyword arguments of a subclass's `__init__` after `generator` are the method's settings, with their defaults.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "experts"})
+    targets: ClassVar[tuple[str, ...]] = ("all-linear",)  # adapted when the user names none
+    about: ClassVar[str] = ""
+
+    # Random choices of a forward (dropout) are drawn from this seed, which the training loop sets anew for each
+    # micro-batch: the same in a recomputed forward, after a resume, and with other adapters in the batch or without.
+    seed: int = 0
+
+    def delta_weight(self, w: Tensor) -> Tensor:
+        """What the method adds to w (*lead, out, in), in fp32, same shape."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
+        """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,))."""
+        return mm(x, self.delta_weight(weight()))
+
+    def lr_scale(self) -> dict[str, float]:
+        """Learning-rate factors by parameter name; 1 for those that aren't named."""
+        return {}
+
+
+def settings(method: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:
+    """A method's own settings: name -> (type, default), read from its signature."""
+    found = {}
+    target = method.__init__ if inspect.isclass(method) else method
+    hints = typing.get_type_hints(target)
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "generator":
+            found[name] = (hints[name], parameter.default)
+    return found

@@ -1,0 +1,26 @@
+"""Full fine-tuning, as an adapter: one dense ΔW a weight, so that the base stays shared and unedited here too.
+
+ΔW is fp32 and is multiplied apart from W: small updates that a bf16 weight would swallow are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.methods.base import Matrix, Method
+
+
+class Full(Method):
+    """delta (*lead, out, in), trained."""
+
+    about = "every number of the chosen weights, for comparison; norm gains and biases stay as they are"
+    targets = ("all",)
+
+    def __init__(self, site: Matrix, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(site.shape))
+
+    def delta_weight(self, w: Tensor) -> Tensor:
+        """The delta itself."""
+        return self.delta

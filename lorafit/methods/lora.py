@@ -1,0 +1,58 @@
+"""LoRA (arXiv 2106.09685): ΔW = s·B·A with s = alpha/r; rsLoRA (arXiv 2312.03732): s = alpha/√r.
+
+A is uniform in ±1/√in and B zero, as PEFT starts them; where inputs are ids, A is zero and B normal, because a row of A is
+then met only by its own id. Both are fp32 whatever the base is; they are cast to the activations' type for the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.errors import ConfigError
+from lorafit.methods.base import MM, Matrix, Method
+
+
+class LoRA(Method):
+    """a (*lead, r, in) and b (*lead, out, r), both trained."""
+
+    about = "low-rank update B·A, the default (arXiv 2106.09685; rslora=true: 2312.03732)"
+
+    def __init__(
+        self,
+        site: Matrix,
+        generator: torch.Generator | None = None,
+        *,
+        r: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+    ) -> None:
+        super().__init__()
+        if r < 1:
+            raise ConfigError(f"r={r}: must be at least 1")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout={dropout}: must be at least 0 and below 1")
+        *lead, out, width = site.shape
+        self.scale = alpha / (r**0.5 if rslora else r)
+        self.dropout = dropout
+        a, b = torch.zeros(*lead, r, width), torch.zeros(*lead, out, r)
+        if site.lookup:
+            b.normal_(generator=generator)
+        else:
+            a.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+    def delta_weight(self, w: Tensor) -> Tensor:
+        """s·B·A, (*lead, out, in)."""
+        return (self.b @ self.a) * self.scale
+
+    def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
+        """Two thin products; dropout falls on x alone, as in the paper."""
+        if self.dropout and self.training and x.is_floating_point():
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
+            x = x * kept / (1 - self.dropout)
+        return mm(mm(x, self.a), self.b) * self.scale

@@ -1,0 +1,90 @@
+"""Attention for packed rows: several documents lie one after another in one row and never see each other.
+
+Registered with transformers under the name `lorafit`; a forward that passes `doc_lengths` gets one causal attention per
+document, any other forward (generation with a cache, padded batches) gets transformers' own `sdpa`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "lorafit"
+
+# A 4-D mask is used by transformers as it is, so this one keeps it from building a (row length)² mask nobody reads.
+UNREAD_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    doc_lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (batch, heads, n, dim), key and value (batch, kv heads, m, dim).
+
+    Returns (batch, n, heads, dim). `doc_lengths` cuts a row of n = m tokens into documents. `softcap` and `s_aux` (sinks)
+    are computed explicitly, because torch's fused attention has neither.
+    """
+    one = _explicit if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None else _fused
+    if doc_lengths is None:
+        return one(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
+    window = kwargs.get("sliding_window")
+    lengths = list(doc_lengths)
+    parts = [
+        one(module, q, k, v, _band(q.shape[2], window, q.device), dropout, scaling, **kwargs)
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The causal mask of a sliding window, or None where the plain causal one is enough."""
+    if window is None or length <= window:
+        return None
+    i = torch.arange(length, device=device)
+    distance = i[:, None] - i[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _fused(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scaling: float | None, **kw: Any
+) -> Tensor:
+    out: Tensor = sdpa_attention_forward(module, q, k, v, mask, dropout=p, scaling=scaling, **kw)[0]
+    return out
+
+
+def _explicit(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, scaling: float | None, **kw: Any
+) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    cap, sinks = kw.get("softcap"), kw.get("s_aux")
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    n, m = scores.shape[-2:]
+    if mask is None and n > 1:
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:  # a learned score per head that takes probability away and gives no value
+        scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = F.dropout(scores.softmax(-1)[..., :m], p=p).to(v.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

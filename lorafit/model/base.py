@@ -1,0 +1,116 @@
+"""The frozen base: a transformers model, where it came from, and the two products that lorafit asks of it.
+
+`hidden` runs packed documents through the body, `head` turns chosen positions into logits. Both are checked against the
+model's plain forward on a tiny input when the base is loaded: an architecture that mixes packed documents or treats its
+logits further (a cap, a scale) is run document by document and through its own forward instead, never silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.errors import ModelError
+from lorafit.model.attention import UNREAD_MASK
+
+
+@dataclass
+class Base:
+    """A loaded base. `packs`: documents may share a row. `plain_head`: logits are the head's product with the hidden state."""
+
+    model: Any
+    tokenizer: Any
+    path: Path
+    name: str
+    fingerprint: str
+    packs: bool = False
+    plain_head: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and the activations."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def head(self) -> Any:
+        """The output head's module."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def context(self) -> int:
+        """The longest document the model was made for, in tokens."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+    def parameters(self) -> int:
+        """How many numbers the base holds (a shared weight counted once)."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def checkpointing(self, on: bool) -> None:
+        """Recompute each layer's activations in the backward pass. The base's own dropout stays off."""
+        if not on:
+            self.model.activation_checkpointing_disable()
+            return
+        if not self.packs or not self.model.supports_gradient_checkpointing:
+            raise ModelError(f"{self.name}: activation checkpointing isn't available for this architecture")
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # transformers asks for it; set on these modules alone, not on what they hold
+
+    def hidden(self, ids: Tensor, lengths: Sequence[int], packed: bool | None = None) -> Tensor:
+        """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,)."""
+        return self._run(self.model.base_model, ids, lengths, packed, "last_hidden_state")
+
+    def logits(self, ids: Tensor, lengths: Sequence[int], packed: bool | None = None) -> Tensor:
+        """Logits (tokens, vocabulary) by the model's own forward."""
+        return self._run(self.model, ids, lengths, packed, "logits")
+
+    def _run(self, part: Any, ids: Tensor, lengths: Sequence[int], packed: bool | None, field: str) -> Tensor:
+        lengths = list(lengths)
+        if packed if packed is not None else self.packs:
+            positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
+            out = part(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                attention_mask=UNREAD_MASK.to(ids.device),
+                doc_lengths=lengths,
+                use_cache=False,
+            )
+            whole: Tensor = getattr(out, field)[0]
+            return whole
+        # One document a call: plain, exact for every architecture, and what the packed row is tested against. The
+        # route (which adapter a token meets) is told which documents these are by the caller, see host.py.
+        return torch.cat([getattr(part(input_ids=doc[None], use_cache=False), field)[0] for doc in ids.split(lengths)])
+
+
+@torch.no_grad()
+def probe(base: Base) -> None:
+    """Set `packs` and `plain_head` from a tiny forward. Costs two forwards of 14 tokens."""
+    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    lengths = [9, 5]
+    ids = (torch.arange(sum(lengths), device=base.device) * 7919 + 11) % vocabulary
+    want = base.logits(ids, lengths, packed=False).float()
+    tolerance = (0.05 if base.dtype != torch.float32 else 1e-4) * max(1.0, want.abs().max().item())
+    kinds = set(getattr(base.model.config.get_text_config(), "layer_types", None) or ())
+    try:
+        packed = base.logits(ids, lengths, packed=True).float()
+        base.packs = kinds <= {"full_attention", "sliding_attention"} and bool((packed - want).abs().max() < tolerance)
+    except (TypeError, ValueError, RuntimeError):
+        base.packs = False
+    head = base.head
+    if head is not None and getattr(base.model, "base_model", None) is not None:
+        got = head(base.hidden(ids, lengths, packed=False)).float()
+        base.plain_head = got.shape == want.shape and bool((got - want).abs().max() < tolerance * 0.1)

@@ -1,0 +1,153 @@
+"""From a name to a frozen base: a Hugging Face folder, a hub id, or the embedded default."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit.errors import ModelError
+from lorafit.model import attention, embedded, experts
+from lorafit.model.base import Base, probe
+from lorafit.model.fingerprint import fingerprint
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+def locate(name: str, working: Callable[[str], object] = lambda text: None) -> Path:
+    """The folder that a model's name means. ModelError with what to do when there is none."""
+    if name == embedded.NAME:
+        return embedded.folder(working)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checked(path.resolve())
+    if path.is_file():
+        raise ModelError(f"{name} is a file; --model takes a Hugging Face folder (config.json and .safetensors files)")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _checked(_from_hub(name, working))
+    raise ModelError(f"no model at '{name}'; give a Hugging Face folder, a hub id like org/name, or '{embedded.NAME}'")
+
+
+def _from_hub(name: str, working: Callable[[str], object]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except Exception:  # not in the local cache: the only way on is the network
+        working(f"downloading {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"there is no folder '{name}' here, and the hub can't give it: {first}") from None
+
+
+def _checked(path: Path) -> Path:
+    config = path / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{path} has no config.json; it isn't a Hugging Face model folder")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{config} is not valid JSON: {error}") from None
+    if values.get("auto_map"):
+        raise ModelError(f"{path} needs code of its own (auto_map in config.json); lorafit runs no code from models")
+    if values.get("quantization_config"):
+        raise ModelError(f"{path} is already quantised; give the 16-bit model")
+    if not any(path.glob("*.safetensors")):
+        other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        has = f" (it has {', '.join(other[:3])})" if other else ""
+        raise ModelError(f"{path} has no .safetensors file{has}; convert it first, lorafit reads no pickles")
+    return path
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda, then mps, then cpu. ModelError if the named one isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device={name} can't be used here: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the processor computes in it, else fp32."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder. ModelError if there is none or it gives no character offsets."""
+    from transformers import AutoTokenizer
+
+    quiet()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{path} has no usable tokenizer: {first}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{path}: its tokenizer can't tell which characters a token covers (no tokenizer.json)")
+    return tokenizer
+
+
+def load(
+    name: str = embedded.NAME,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    working: Callable[[str], object] = lambda text: None,
+) -> Base:
+    """A frozen base in evaluation mode: its own dropout is never active, in training either."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet()
+    path = locate(name, working)
+    place = pick_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=pick_dtype(precision, place), local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{path} can't be loaded as a causal language model: {first}") from None
+    return prepare(model.to(place), load_tokenizer(path), path, name)
+
+
+def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
+    """A Base around a transformers model that is already in memory: frozen, probed, its files fingerprinted."""
+    model.eval().requires_grad_(False)
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except (ValueError, KeyError, AttributeError):
+        pass  # an architecture without pluggable attention: the probe finds that it doesn't pack
+    if any(hasattr(module, "has_gate") and hasattr(module, "num_experts") for module in model.modules()):
+        model.set_experts_implementation(experts.NAME)
+    has_files = path.is_dir() and any(path.glob("*.safetensors"))
+    base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
+    probe(base)
+    return base
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and notices off the terminal; what matters is said by lorafit."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="transformers")

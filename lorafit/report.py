@@ -1,0 +1,496 @@
+"""A run as one HTML page that opens offline: did it learn, the curves, what it says now, the data, the settings.
+
+Everything in the page comes from the files of the run folder. They hold rows of somebody's data and answers of a model,
+so all of it is escaped, and the page forbids itself scripts and outside resources.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.config import read_yaml
+from lorafit.errors import RunError
+from lorafit.log import count, duration, size
+
+Point = tuple[float, float]
+MOST_POINTS = 600  # of a curve; more can't be told apart on a screen
+MOST_ROWS = 20  # of a list of faults or duplicates
+
+
+def write(run: Path) -> Path:
+    """Writes `report.html` into a run folder and returns its path. Only config.yaml must be there."""
+    if not (run / "config.yaml").is_file():
+        raise RunError(f"{run} is not a run folder: it has no config.yaml")
+    settings = read_yaml(run / "config.yaml")
+    steps = _by_step(_json_lines(run / "metrics.jsonl"))
+    evaluations = _by_step(_json_lines(run / "evaluations.jsonl"))
+    data, summary = _json(run / "data.json"), _json(run / "summary.json")
+    best = _best(evaluations, summary)
+    body = "".join(
+        f"<section><h2>{title}</h2>{content}</section>"
+        for title, content in (
+            ("Verdict", _verdict(steps, evaluations, summary, best)),
+            ("Curves", _curves(steps, evaluations, best)),
+            ("Samples", _samples(evaluations, best)),
+            ("Data", _data(data)),
+            ("Summary", _summary(summary)),
+            ("Settings", _pairs((key, _plain(value)) for key, value in settings.items())),
+        )
+        if content
+    )
+    return _replace(run / "report.html", _page(_escape(run.resolve().name), body))
+
+
+# --- the files
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    # The last line is torn when the run was killed while writing it; what can't be read is left out.
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    return [value for line in lines if isinstance(value := _parse(line), dict)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    # A resumed run repeats the steps after its checkpoint: the later row counts.
+    found = {step: row for row in rows if (step := _number(row, "step")) is not None}
+    return [found[step] for step in sorted(found)]
+
+
+def _number(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    # Neither NaN nor infinite, nor a whole number too large for a float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        return value
+    return None
+
+
+def _list(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> list[Any]:
+    # The well-formed items of a list; pairs and triples come with their length.
+    items = row.get(key)
+    return (
+        [i for i in items if isinstance(i, kind) and (not length or len(i) == length)]
+        if isinstance(items, list)
+        else []
+    )
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[Point]:
+    return [(row["step"], value) for row in rows if (value := _number(row, key)) is not None]
+
+
+def _best(evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any] | None:
+    measured = [row for row in evaluations if _number(row, "held_out_loss") is not None]
+    chosen = [row for row in measured if row["step"] == summary.get("best_step")]
+    chosen = chosen or [row for row in measured if row.get("best") is True][-1:]
+    return chosen[0] if chosen else min(measured, key=lambda row: float(row["held_out_loss"]), default=None)
+
+
+def _replace(path: Path, text: str) -> Path:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a row can hold half a surrogate pair
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# --- the sections
+
+
+def _verdict(
+    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any], best: dict[str, Any] | None
+) -> str:
+    held_out = _points(evaluations, "held_out_loss")
+    before, after = _number(summary, "held_out_loss_before"), _number(summary, "held_out_loss_after")
+    if before is None and held_out:
+        before = held_out[0][1]
+    if after is None and best is not None and len(held_out) > 1:
+        after = float(best["held_out_loss"])
+    notes = [] if summary else ["The run has no summary yet: it is still going on, or it was cut off."]
+    if before is None or after is None:
+        losses = [value for _, value in _points(steps, "loss")]
+        if len(losses) > 1:
+            tenth = max(1, len(losses) // 10)
+            first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+            notes.append(f"The training loss went from {first:.3f} to {last:.3f}.")
+        word, tone = "Can't tell: the loss on held-out rows wasn't measured before and after.", "so-so"
+        return f'<p class="verdict {tone}">{word}</p>' + "".join(f"<p>{note}</p>" for note in notes)
+    change = after / before - 1 if before else 0.0
+    if change < -0.02:
+        word, tone = "It learned.", "good"
+        times = math.exp(min(before - after, 50))
+        notes.insert(
+            0, f"A token of a held-out answer became {times:.{1 if times < 100 else 0}f} times as likely on average."
+        )
+    elif change <= 0.02:
+        word, tone = "It hardly learned: the held-out loss stayed where it was.", "so-so"
+        notes.append("A higher learning rate, more epochs or more rows may help.")
+    else:
+        word, tone = "It didn't learn: the held-out loss rose.", "bad"
+        notes.append("A lower learning rate or fewer epochs may help; so may rows more like the held-out ones.")
+    if best is not None and best["step"] != held_out[0][0] and held_out[-1][1] > 1.02 * float(best["held_out_loss"]):
+        notes.append(
+            f"The held-out loss was lowest at step {_plain(best['step'])} and rose to {held_out[-1][1]:.3f} by the "
+            "end: from there on the training rows were being memorised."
+        )
+    figures = f"Held-out loss <b>{before:.3f}</b> → <b>{after:.3f}</b> ({change:+.0%})"
+    return f'<p class="verdict {tone}">{word}</p><p>{figures}</p>' + "".join(f"<p>{note}</p>" for note in notes)
+
+
+def _curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
+    loss, rate, held_out = _points(steps, "loss"), _points(steps, "lr"), _points(evaluations, "held_out_loss")
+    if not loss and not held_out:
+        return ""
+    mark = [(best["step"], float(best["held_out_loss"]))] if best else []
+    series = [
+        Series("training loss", "raw", _thin(loss)),
+        Series("training loss, smoothed", "smooth", _thin(_smooth(loss)), hover=True),
+        Series("held-out loss", "held", held_out, line=len(held_out) > 1, dots=True),
+        Series("best", "best", mark, line=False, dots=True),
+    ]
+    xs = [step for step, _ in loss + rate + held_out]
+    span = min(xs), max(xs)  # one for both charts, so that steps are above each other
+    drawn = _chart(series, "loss", 300, span)
+    if len(rate) > 1:
+        drawn += _chart([Series("learning rate", "rate", _thin(rate), hover=True)], "learning rate", 150, span)
+    return drawn
+
+
+def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
+    answered = [row for row in evaluations if _list(row, "samples", dict)]
+    if not answered:
+        return ""
+    main = best if best in answered else answered[-1]
+    first = answered[0]
+    old = {_plain(s.get("prompt")): s.get("answer") for s in first["samples"] if isinstance(s, dict)}
+    heads = ["Prompt", "Expected", "Answer at step " + _plain(main["step"])]
+    if first is not main:
+        heads.insert(2, "Before training" if first["step"] == 0 else f"Step {_plain(first['step'])}")
+    rows = []
+    for sample in _list(main, "samples", dict):
+        cells = [sample.get("prompt"), sample.get("expected"), sample.get("answer")]
+        if first is not main:
+            cells.insert(2, old.get(_plain(sample.get("prompt"))))
+        rows.append(list(map(_plain, cells)))
+    others = "".join(
+        f"<h3>Step {_escape(_plain(row['step']))}</h3>"
+        + _table(
+            ["Prompt", "Answer"],
+            [[_plain(s.get("prompt")), _plain(s.get("answer"))] for s in _list(row, "samples", dict)],
+        )
+        for row in answered
+        if row is not main
+    )
+    return _table(heads, rows) + (f"<details><summary>Other evaluations</summary>{others}</details>" if others else "")
+
+
+def _data(data: dict[str, Any]) -> str:
+    if not data:
+        return ""
+    formats = data.get("by_format")
+    facts = [("File", _plain(data["path"]))] if "path" in data else []
+    for key, label in _DATA_FACTS.items():
+        if (value := _number(data, key)) is not None:
+            facts.append((label, f"{value:.1%}" if key == "share" else count(int(value))))
+    if isinstance(formats, dict):
+        facts.append(("Formats", ", ".join(f"{name} {_plain(number)}" for name, number in formats.items())))
+    parts = [_pairs(facts)]
+    if lengths := [(a, b, c) for a, b, c in _list(data, "lengths", list, 3) if all(map(_is_amount, (a, b, c)))]:
+        parts.append(_histogram(lengths))
+    if example := _list(data, "text_example", list, 2):
+        marked = "".join(f"<mark>{_escape(text)}</mark>" if on else _escape(text) for text, on in example)
+        parts.append(
+            f'<h3>One row as the model sees it; <mark>marked</mark> is learned</h3><pre dir="auto">{marked}</pre>'
+        )
+    for key, title in (("faults", "Rows that can't be used"), ("notes", "Rows to look at")):
+        if items := _list(data, key, dict):
+            rows = [[_plain(item.get("line")), _plain(item.get("reason"))] for item in items]
+            parts.append(f"<h3>{title} ({count(len(rows))})</h3>" + _table(["Line", "Reason"], rows, "lines"))
+    if twins := _list(data, "duplicates", list, 2):
+        rows = [[_plain(line), _plain(first)] for line, first in twins]
+        parts.append(f"<h3>Duplicates ({count(len(rows))})</h3>" + _table(["Line", "Same as line"], rows, "lines"))
+    return "".join(parts)
+
+
+_DATA_FACTS = {
+    "rows": "Rows",
+    "train_rows": "Training rows",
+    "held_out_rows": "Held-out rows",
+    "tokens": "Tokens",
+    "target_tokens": "Learned tokens",
+    "share": "Share learned",
+    "truncated": "Rows truncated",
+    "skipped": "Rows skipped",
+}
+
+
+def _summary(summary: dict[str, Any]) -> str:
+    facts = []
+    for key, (label, show) in _SUMMARY_FACTS.items():
+        if (value := _number(summary, key)) is not None:
+            facts.append((label, show(value)))
+        elif isinstance(summary.get(key), str):
+            facts.append((label, summary[key]))
+    learned, total = _number(summary, "trainable_parameters"), _number(summary, "total_parameters")
+    if learned is not None and total:
+        facts.append(("Share trained", f"{learned / total:.2%}"))
+    return _pairs(facts) if facts else ""
+
+
+def _whole_count(value: float) -> str:
+    return count(int(value))
+
+
+_SUMMARY_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "base": ("Base model", str),
+    "method": ("Method", str),
+    "stopped": ("Stopped", str),
+    "seconds": ("Time", duration),
+    "tokens_per_second": ("Tokens per second", _whole_count),
+    "peak_rss_bytes": ("Peak memory", size),
+    "adapter_bytes": ("Adapter size", size),
+    "best_step": ("Best step", _whole_count),
+    "held_out_loss_before": ("Held-out loss before", "{:.3f}".format),
+    "held_out_loss_after": ("Held-out loss after", "{:.3f}".format),
+    "trainable_parameters": ("Trained parameters", _whole_count),
+    "total_parameters": ("All parameters", _whole_count),
+}
+
+
+# --- drawing
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: `style` is its class in the style sheet, `hover` gives its points titles without drawing them."""
+
+    name: str
+    style: str
+    points: Sequence[Point]
+    line: bool = True
+    dots: bool = False
+    hover: bool = False
+
+
+WIDE, LEFT, RIGHT, TOP, BOTTOM = 760, 60, 14, 10, 40  # of a chart, in its own units
+
+
+def _chart(series: Sequence[Series], label: str, high: int, span: Point) -> str:
+    series = [one for one in series if one.points]
+    ys = [value for one in series for _, value in one.points]
+    left, right = span[0], max(span[1], span[0] + 1)
+    x_ticks, y_ticks = ticks(left, right, 8, whole=True), ticks(min(ys), max(ys), high // 50)
+    floor, top = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+
+    def x(value: float) -> str:
+        return f"{LEFT + (value - left) / (right - left) * (WIDE - LEFT - RIGHT):.1f}"
+
+    def y(value: float) -> str:
+        return f"{high - BOTTOM - (value - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
+
+    parts = _axes([(x(v), _tick(v)) for v in x_ticks if left <= v <= right], [(y(v), _tick(v)) for v in y_ticks], high)
+    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">step</text>')
+    for one in series:
+        places = [(x(a), y(b)) for a, b in one.points]
+        if one.line and len(places) > 1:
+            path = "L".join(f"{a} {b}" for a, b in places)
+            parts.append(f'<path class="{one.style}" d="M{path}"/>')
+        if one.dots or one.hover:
+            style, radius = (one.style, 5 if one.style == "best" else 3.5) if one.dots else ("ghost", 6)
+            parts += [
+                f'<circle class="{style}" cx="{a}" cy="{b}" r="{radius}">'
+                f"<title>{one.name} {_figure(value)} at step {step:.0f}</title></circle>"
+                for (a, b), (step, value) in zip(places, one.points, strict=True)
+            ]
+    keys = "".join(f'<span class="{one.style}">{one.name}</span>' for one in series)
+    return f"<figure><figcaption>{keys}</figcaption>{_svg(parts, high, label)}</figure>"
+
+
+def _histogram(lengths: Sequence[tuple[float, float, float]]) -> str:
+    high = 190
+    most = max(1, *(number for _, _, number in lengths))
+    y_ticks = ticks(0, most, 4, whole=True)
+    slot = (WIDE - LEFT - RIGHT) / len(lengths)
+
+    def y(value: float) -> float:
+        return high - BOTTOM - value / max(most, y_ticks[-1]) * (high - TOP - BOTTOM)
+
+    every = math.ceil(len(lengths) / 12)
+    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", f"{low:.0f}–{up:.0f}") for i, (low, up, _) in enumerate(lengths)]
+    parts = _axes(marks[::every], [(f"{y(v):.1f}", _tick(v)) for v in y_ticks], high)
+    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">tokens</text>')
+    for i, (low, up, number) in enumerate(lengths):
+        title = f"{low:.0f} to {up:.0f} tokens: {number:.0f} rows"
+        parts.append(
+            f'<rect class="bar" x="{LEFT + i * slot + 1:.1f}" y="{y(number):.1f}" width="{max(1.0, slot - 2):.1f}" '
+            f'height="{high - BOTTOM - y(number):.1f}"><title>{title}</title></rect>'
+        )
+    return f"<figure><figcaption>Rows by length in tokens</figcaption>{_svg(parts, high, 'rows by length')}</figure>"
+
+
+def _axes(xs: Sequence[tuple[str, str]], ys: Sequence[tuple[str, str]], high: int) -> list[str]:
+    parts = [f'<path class="grid" d="M{LEFT} {at}H{WIDE - RIGHT}"/>' for at, _ in ys]
+    parts += [f'<text x="{LEFT - 8}" y="{at}" dy=".35em" text-anchor="end">{text}</text>' for at, text in ys]
+    parts += [f'<text x="{at}" y="{high - BOTTOM + 18}" text-anchor="middle">{text}</text>' for at, text in xs]
+    return parts
+
+
+def _svg(parts: Sequence[str], high: int, label: str) -> str:
+    return f'<svg viewBox="0 0 {WIDE} {high}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) that cover low..high, about `most` of them."""
+    if high <= low:
+        high = low + (abs(low) * 0.1 or 1.0)
+    rough = (high - low) / max(1, most)
+    power = 10.0 ** math.floor(math.log10(rough))
+    gap = next((times * power for times in (1, 2, 5) if times * power >= rough * 0.999), 10 * power)
+    gap = max(gap, 1.0) if whole else gap
+    first, last = math.floor(low / gap + 1e-9), math.ceil(high / gap - 1e-9)
+    return [float(f"{i * gap:.12g}") for i in range(first, last + 1)]
+
+
+def _tick(value: float) -> str:
+    if value and (abs(value) < 0.001 or abs(value) >= 1e7):
+        number, power = f"{value:e}".split("e")
+        return f"{float(number):g}e{int(power)}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:g}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:.3f}"
+
+
+def _smooth(points: Sequence[Point]) -> list[Point]:
+    # The mean of a window around each point, cut evenly at the ends: it doesn't lag behind the curve.
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    last, half = len(points) - 1, len(points) // 40
+    smoothed = []
+    for i, (step, _) in enumerate(points):
+        reach = min(half, i, last - i)
+        smoothed.append((step, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return smoothed
+
+
+def _thin(points: Sequence[Point]) -> list[Point]:
+    every = math.ceil(len(points) / MOST_POINTS)
+    return [*points[: -1 : max(1, every)], *points[-1:]]
+
+
+# --- HTML
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items()) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _escape(value: Any) -> str:
+    # HTML has no way to write most control characters, escaped or not.
+    text = "".join(
+        c if c in "\n\t" or c.isprintable() or not c.isascii() else "\N{REPLACEMENT CHARACTER}" for c in str(value)
+    )
+    return html.escape(text)
+
+
+def _pairs(facts: Iterable[tuple[str, str]]) -> str:
+    items = "".join(f'<div><dt>{_escape(key)}</dt><dd dir="auto">{_escape(value)}</dd></div>' for key, value in facts)
+    return f"<dl>{items}</dl>"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "even") -> str:
+    head = "".join(f"<th>{_escape(cell)}</th>" for cell in heads)
+    body = "".join(
+        "<tr>" + "".join(f'<td dir="auto">{_escape(cell)}</td>' for cell in row) + "</tr>" for row in rows[:MOST_ROWS]
+    )
+    more = f"<p>and {count(len(rows) - MOST_ROWS)} more</p>" if len(rows) > MOST_ROWS else ""
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}'
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #667079; --rule: #e3e5e8;
+  --blue: #2166c0; --orange: #c8590a; --green: #15803d; --red: #b42318; --mark: #cfe6d4; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea; --soft: #98a2ab;
+  --rule: #31373d; --blue: #6aa9f4; --orange: #f29a52; --green: #57c785; --red: #f47c6c; --mark: #24512f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 62rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 1rem; } h2 { font-size: 1.1rem; margin: 0 0 .6rem; }
+h3 { font-size: .95rem; margin: 1.2rem 0 .4rem; }
+section { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 1rem 1.2rem;
+  margin: 0 0 1rem; overflow-x: auto; }
+p { margin: .3rem 0; }
+.verdict { font-size: 1.25rem; font-weight: 600; } .good { color: var(--green); } .bad { color: var(--red); }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .3rem 1.5rem; margin: 0; }
+dl div { border-bottom: 1px solid var(--rule); padding: .2rem 0; display: flex; gap: 1rem;
+  justify-content: space-between; }
+dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; } .lines th:first-child { width: 7rem; }
+th { text-align: left; color: var(--soft); font-weight: 600; }
+th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+td, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--page); padding: .7rem .9rem; border-radius: 6px; margin: 0; font-size: 13px; }
+mark { background: var(--mark); color: inherit; border-radius: 2px; }
+summary { cursor: pointer; margin-top: .7rem; color: var(--soft); }
+figure { margin: 0 0 .8rem; } dl + figure { margin-top: 1.2rem; }
+figcaption { color: var(--soft); font-size: 13px; margin-bottom: .2rem; }
+figcaption span { margin-right: 1.2rem; } figcaption span::before { content: "●"; margin-right: .35rem; }
+span.raw::before { color: var(--blue); opacity: .35; } span.smooth::before, span.rate::before { color: var(--blue); }
+span.held::before { color: var(--orange); } span.best::before { color: var(--green); }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+path { fill: none; stroke-width: 2; stroke-linejoin: round; } path.grid { stroke: var(--rule); stroke-width: 1; }
+path.raw { stroke: var(--blue); stroke-width: 1; opacity: .45; } path.smooth, path.rate { stroke: var(--blue); }
+path.held { stroke: var(--orange); stroke-width: 1.2; stroke-dasharray: 4 3; } circle.held { fill: var(--orange); }
+circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
+circle.ghost { fill: transparent; } circle.ghost:hover { fill: var(--blue); } .bar { fill: var(--blue); opacity: .8; }
+"""
+
+
+def _page(name: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{name} – lorafit</title><style>{_STYLE}</style></head>
+<body><h1>Training run {name}</h1>{body}</body></html>
+"""

@@ -1,0 +1,158 @@
+"""PEFT's files and ours are the same: the same weights give the same logits, both ways, fp32, 1e-5."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from tiny import base, ids, model, randomize
+
+from lorafit.errors import AdapterError
+from lorafit.host import Host
+
+CASES = {
+    "llama": ("llama", ["all-linear"], {}, {}),
+    "llama rslora patterns": (
+        "llama",
+        ["all-linear"],
+        {"rslora": True, "r": 4, "rank_pattern": {"q_proj": 6, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"mlp.*": 7.0}},
+        {},
+    ),
+    "qwen2": ("qwen2", ["q_proj", "v_proj"], {}, {}),
+    "qwen3": ("qwen3", ["attention"], {}, {}),
+    "gpt2": ("gpt2", ["all-linear"], {}, {}),
+    "gpt2 one c_proj": ("gpt2", ["mlp.c_proj"], {}, {}),
+    "embedding": ("llama", ["embed_tokens", "q_proj"], {}, {}),
+    "tied embedding": ("llama", ["embed_tokens", "q_proj"], {}, {"tie_word_embeddings": True}),
+    "head": ("llama", ["lm_head"], {}, {}),
+    "one layer": ("llama", ["layers.1.self_attn.q_proj"], {}, {}),
+    "mixtral": ("mixtral", ["attention"], {}, {}),
+    "mixtral experts": ("mixtral", ["all-linear"], {}, {}),
+    "mixtral down only": ("mixtral", ["down_proj"], {}, {}),
+}
+
+
+def fix_globs(options):
+    return {k: ({("*.mlp.*" if p == "mlp.*" else p): v for p, v in o.items()} if isinstance(o, dict) else o) for k, o in options.items()}
+
+
+def logits_here(host, x):
+    with torch.no_grad(), host.route("a"):
+        return host.logits(x, [len(x)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_ours_in_peft(case, tmp_path):
+    shape, targets, options, changes = CASES[case]
+    host = Host(base(shape, **changes))
+    randomize(host.add("a", "lora", targets, **{"r": 3, **fix_globs(options)}))
+    host.save("a", tmp_path)
+    x = ids(13)
+    theirs = peft.PeftModel.from_pretrained(model(shape, **changes), tmp_path).eval()
+    with torch.no_grad():
+        want = theirs(input_ids=x[None]).logits[0]
+        plain = host.logits(x, [13])
+    here = logits_here(host, x)
+    assert (here - plain).abs().max() > 0.1
+    assert (here - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "patterns" not in c])
+@pytest.mark.filterwarnings("ignore")
+def test_theirs_here(case, tmp_path):
+    shape, targets, _, changes = CASES[case]
+    host = Host(base(shape, **changes))
+    ours = host.add("names", "lora", targets)
+    paths = [p for p, _ in ours.items()]
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=[p for p in paths if host.sites[p].kind != "experts"] or [],
+        target_parameters=[p for p in paths if host.sites[p].kind == "experts"] or None,
+        ensure_weight_tying="tied" in case,
+    )
+    theirs = peft.get_peft_model(model(shape, **changes), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.2, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    host.load(tmp_path, "a")
+    x = ids(13)
+    with torch.no_grad():
+        want = theirs(input_ids=x[None]).logits[0]
+    assert (logits_here(host, x) - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+def saved(tmp_path):
+    host = Host(base("llama"))
+    randomize(host.add("a", "lora", r=3))
+    host.save("a", tmp_path)
+    return host
+
+
+def edit(folder, change):
+    import safetensors.torch as st
+
+    tensors = st.load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    st.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_all_bad_keys_in_one_error(tmp_path):
+    host = saved(tmp_path)
+    keys = [f"base_model.model.model.layers.0.self_attn.{n}_proj.lora_A.weight" for n in "qkv"]
+
+    def change(t):
+        t[keys[0].replace("q_proj", "q_porj")] = t.pop(keys[0])
+        t[keys[1]] = t[keys[1]][:, :-1].contiguous()
+        del t[keys[2]]
+        t["classifier.weight"] = torch.zeros(2)
+
+    edit(tmp_path, change)
+    with pytest.raises(AdapterError) as error:
+        host.load(tmp_path, "b")
+    text = str(error.value)
+    for part in ("q_porj", "k_proj: a is (3, 15), expected (3, 16)", "v_proj: has lora_B.weight", "classifier.weight"):
+        assert part in text
+    assert "b" not in host.adapters
+
+
+def test_a_missing_site_is_an_error(tmp_path):
+    host = saved(tmp_path)
+    edit(tmp_path, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k])
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.up_proj: named in adapter_config"):
+        host.load(tmp_path, "b")
+
+
+def test_another_base_is_an_error(tmp_path):
+    host = Host(base("llama"))
+    host.base.fingerprint = "1" * 32
+    host.add("a", "lora")
+    host.save("a", tmp_path)
+    host.base.fingerprint = "2" * 32
+    with pytest.raises(AdapterError, match="another base"):
+        host.load(tmp_path, "b")
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"peft_type": "LOHA"}]
+)
+def test_what_we_would_compute_differently_is_refused(tmp_path, change):
+    host = saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=next(iter(change)) if "peft_type" not in change else "LOHA"):
+        host.load(tmp_path, "b")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embedding_adapter_that_forgets_the_tied_head_is_refused(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    peft.get_peft_model(model("llama", **tied), peft.LoraConfig(target_modules=["embed_tokens"])).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="ensure_weight_tying"):
+        Host(base("llama", **tied)).load(tmp_path, "b")
