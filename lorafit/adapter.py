@@ -227,7 +227,9 @@ def _by_site(
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
             if copied in sites and torch.equal(sites[copied].stored.cpu().to(tensor.dtype), tensor):
                 continue  # PEFT adds the base's own embedding or head when they are adapted
-            bad.append(f"{key}: not a key of a LoRA adapter" if copied not in sites else f"{key}: differs from this base")
+            bad.append(
+                f"{key}: not a key of a LoRA adapter" if copied not in sites else f"{key}: differs from this base"
+            )
             continue
         path, depth, name = match[1], match[2].count(".base_layer"), match[3]
         nested.setdefault(path, []).append(depth)

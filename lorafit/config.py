@@ -53,6 +53,7 @@ class Config:
     targets: list[str] = setting([], "sites to adapt: names, globs, attention, all-linear; default: the method's own")
     rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")
     alpha_pattern: dict[str, float] = setting({}, "another alpha for sites that match a name or glob")
+    start: str | None = setting(None, "run or adapter folder to start new training from (--from)")
     quant: Literal["none"] = setting("none", "precision that the frozen base is stored in")
 
     epochs: float = setting(3.0, "passes over the training rows", low=0)

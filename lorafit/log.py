@@ -216,6 +216,10 @@ class Working:
         """Shows how much is done, and of how much if that is known."""
         self._amount = f"  {count(done)}" + (f" of {count(total)} ({done / total:.0%})" if total else "")
 
+    def rename(self, text: str) -> None:
+        """Shows what is being done now."""
+        self._text = text
+
     def _watch(self) -> None:
         if self._terminal.live:
             if not self._done.wait(SPINNER_AFTER) and self._terminal.draw(self._line):

@@ -17,7 +17,12 @@ CASES = {
     "llama rslora patterns": (
         "llama",
         ["all-linear"],
-        {"rslora": True, "r": 4, "rank_pattern": {"q_proj": 6, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"mlp.*": 7.0}},
+        {
+            "rslora": True,
+            "r": 4,
+            "rank_pattern": {"q_proj": 6, "layers.1.mlp.down_proj": 2},
+            "alpha_pattern": {"mlp.*": 7.0},
+        },
         {},
     ),
     "qwen2": ("qwen2", ["q_proj", "v_proj"], {}, {}),
@@ -35,7 +40,10 @@ CASES = {
 
 
 def fix_globs(options):
-    return {k: ({("*.mlp.*" if p == "mlp.*" else p): v for p, v in o.items()} if isinstance(o, dict) else o) for k, o in options.items()}
+    return {
+        k: ({("*.mlp.*" if p == "mlp.*" else p): v for p, v in o.items()} if isinstance(o, dict) else o)
+        for k, o in options.items()
+    }
 
 
 def logits_here(host, x):
@@ -140,7 +148,8 @@ def test_another_base_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"peft_type": "LOHA"}]
+    "change",
+    [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"peft_type": "LOHA"}],
 )
 def test_what_we_would_compute_differently_is_refused(tmp_path, change):
     host = saved(tmp_path)
@@ -153,6 +162,8 @@ def test_what_we_would_compute_differently_is_refused(tmp_path, change):
 @pytest.mark.filterwarnings("ignore")
 def test_an_embedding_adapter_that_forgets_the_tied_head_is_refused(tmp_path):
     tied = {"tie_word_embeddings": True}
-    peft.get_peft_model(model("llama", **tied), peft.LoraConfig(target_modules=["embed_tokens"])).save_pretrained(tmp_path)
+    peft.get_peft_model(model("llama", **tied), peft.LoraConfig(target_modules=["embed_tokens"])).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(AdapterError, match="ensure_weight_tying"):
         Host(base("llama", **tied)).load(tmp_path, "b")

@@ -34,7 +34,7 @@ def parse(row: Mapping[str, Any], line: int, mapping: Mapping[str, str] | None =
     full = [name for name in lists if is_turns(known[name])]
     if len(full) > 1:
         raise RowFault(f"two lists of turns ({', '.join(full)}); say which with --map messages={full[0]}")
-    if lists and (full or not _pair(known)):
+    if lists and (full or not any(_pair(known))):
         return _from_turns(known, full[0] if full else lists[0], line)
     users, answers = _pair(known)
     if users and answers:
@@ -63,11 +63,12 @@ def check(messages: Sequence[Message]) -> None:
 
 
 def _pair(known: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The columns that may hold the question, and those that may hold the answer."""
     users = [name for name in USER if name in known]
     answers = [name for name in ANSWER if name in known]
     if "instruction" in users and "input" in users:
         users.remove("input")  # Alpaca's second half of the question
-    return ([], []) if not users and not answers else (users, answers)
+    return users, answers
 
 
 def _refuse_preference(known: Mapping[str, Any]) -> None:
@@ -173,6 +174,8 @@ def _unknown(row: Mapping[str, Any], users: list[str], answers: list[str]) -> st
         return f"no column with the answer; the row has {columns(row)}; name it with {_hint(users, ['COLUMN'])}"
     if answers and not users:
         return f"no column with the question; the row has {columns(row)}; name it with {_hint(['COLUMN'], answers)}"
+    if {"role", "content"} <= set(row) or {"from", "value"} <= set(row):
+        return "the row is one turn; a row is a whole conversation, with its turns in a list called 'messages'"
     names = [str(name) for name in row]
     first, last = (names[0], names[1]) if len(names) > 1 else ("question", "answer")
     return f"no known format; the row has {columns(row)}; name the columns with {_hint([first], [last])}"

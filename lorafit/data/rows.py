@@ -91,7 +91,7 @@ def _json_lines(path: Path) -> Rows:
             yield number, Fault(number, _NOT_UTF8)
             continue
         try:
-            yield number, json.loads(text)
+            yield number, json.loads(text.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             yield number, Fault(number, _NOT_JSON.format(error.msg, error.colno))
         except RecursionError:
@@ -150,7 +150,9 @@ def _single(text: str, start: int, value: Any) -> Rows:
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    """Whether a value is a list of objects that aren't the turns of one conversation."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and not ("role" in first or "from" in first or "human" in first)
 
 
 def _value_at(text: str, start: int, key: str) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lorafit.data.chat import Chat
 from lorafit.data.example import Example, RowFault
-from lorafit.data.spans import Rendered, Span, render_row
+from lorafit.data.spans import Rendered, render_row
 
 Learn = Literal["assistant", "completion", "all", "last"]
 Long = Literal["error", "truncate", "skip"]
@@ -88,44 +88,57 @@ def _pieces(row: Rendered, chat: Chat) -> list[str]:
     return [row.text[a:b] for a, b in zip([0, *starts], [*starts, len(row.text)], strict=True)]
 
 
-def _tokenise(texts: Sequence[str], chat: Chat) -> Iterator[tuple[list[int], list[Span]]]:
-    if not texts:
-        return
-    batch: Any = chat.tokenizer(
-        list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    yield from zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+def _tokenise(texts: Sequence[str], chat: Chat) -> Iterator[Any]:
+    """One `tokenizers.Encoding` a text. The wrapper of transformers is left out: it takes as long as the work itself."""
+    tokenizer = chat.tokenizer.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    yield from tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
 
 def _assemble(
-    row: Rendered, parts: Sequence[str], encoded: Sequence[tuple[list[int], list[Span]]], chat: Chat, plain: bool
+    row: Rendered, parts: Sequence[str], encoded: Sequence[Any], chat: Chat, plain: bool
 ) -> tuple[list[int], np.ndarray]:
     ids: list[int] = []
     masks = []
     base = 0
-    for part, (piece_ids, offsets) in zip(parts, encoded, strict=True):
-        ids += piece_ids
-        masks.append(_mask(np.asarray(offsets, dtype=np.int64).reshape(-1, 2) + base, row))
+    for part, encoding in zip(parts, encoded, strict=True):
+        piece = encoding.ids
+        ids += piece
+        mask = np.zeros(len(piece), dtype=bool)
+        for value, spans in ((True, row.spans), (False, row.holes)):
+            for start, end in spans:
+                first, past = _touched(encoding, start - base, end - base, len(part))
+                mask[first:past] = value
+        masks.append(mask)
         base += len(part)
-    mask = np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
+    learn = np.concatenate(masks)
     if plain:
         ids = [*chat.around[0], *ids, *chat.around[1]]
-        mask = np.ones(len(ids), dtype=bool)
+        learn = np.ones(len(ids), dtype=bool)
     eos = chat.tokenizer.eos_token_id
     if row.eos and eos is not None and ids[-1:] != [eos]:
-        ids, mask = [*ids, eos], np.append(mask, True)
-    return ids, mask
+        ids, learn = [*ids, eos], np.append(learn, True)
+    return ids, learn
 
 
-def _mask(offsets: np.ndarray, row: Rendered) -> np.ndarray:
-    """Which tokens, by their (first, past-the-last) characters, touch a span; a token in a hole is never learned."""
-    first, past = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-    mask = np.zeros(len(offsets), dtype=bool)
-    for start, end in row.spans:
-        mask |= (first < end) & (past > start)
-    for start, end in row.holes:
-        mask &= ~((first < end) & (past > start))
-    return mask
+def _touched(encoding: Any, start: int, end: int, length: int) -> tuple[int, int]:
+    """The tokens, as (first, past the last), that touch characters start..end of a text of `length` characters."""
+    start, end = max(start, 0), min(end, length)
+    if start >= end:
+        return 0, 0
+    count = len(encoding)
+    first = 0 if start == 0 else encoding.char_to_token(start)
+    past = count - 1 if end == length else encoding.char_to_token(end - 1)
+    if first is not None and past is not None:
+        while past + 1 < count and encoding.token_to_chars(past + 1)[0] < end:  # the other bytes of the last character
+            past += 1
+        while first > 0 and encoding.token_to_chars(first - 1)[1] > start:
+            first -= 1
+        return first, past + 1
+    # A character that belongs to no token (a normaliser dropped it): look at all of them.
+    touched = [n for n, (a, b) in enumerate(encoding.offsets) if a < end and max(b, a + 1) > start]
+    return (touched[0], touched[-1] + 1) if touched else (0, 0)
 
 
 def _fit(ids: list[int], mask: np.ndarray, example: Example, max_tokens: int, long: Long) -> Tokens | RowFault:

@@ -42,6 +42,7 @@ class Method(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "experts"})
     targets: ClassVar[tuple[str, ...]] = ("all-linear",)  # adapted when the user names none
     about: ClassVar[str] = ""
+    lr_factor: ClassVar[float] = 1.0  # of the default learning rate
 
     # Random choices of a forward (dropout) are drawn from this seed, which the training loop sets anew for each
     # micro-batch: the same in a recomputed forward, after a resume, and with other adapters in the batch or without.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from lorafit.errors import ModelError
 from lorafit.model import attention, embedded, experts
@@ -104,6 +106,42 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def stop_ids(path: Path) -> list[int]:
+    """The token ids that the model's generation settings stop at."""
+    for name in ("generation_config.json", "config.json"):
+        eos = _json(path / name).get("eos_token_id")
+        if eos is not None:
+            return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
+    return []
+
+
+def context_of(path: Path) -> int:
+    """The longest document the model was made for, in tokens, from its config alone."""
+    config = _json(path / "config.json")
+    config = config.get("text_config") or config
+    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The type most of the model's weights are stored in."""
+    sizes: dict[str, int] = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_slice(name)
+                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + int(torch.Size(part.get_shape()).numel())
+    most = max(sizes, key=lambda name: sizes[name], default="F32")
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def load(
     name: str = embedded.NAME,
     *,
@@ -131,10 +169,8 @@ def load(
 def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
     """A Base around a transformers model that is already in memory: frozen, probed, its files fingerprinted."""
     model.eval().requires_grad_(False)
-    try:
+    with contextlib.suppress(ValueError, KeyError, AttributeError):  # no pluggable attention: the probe finds out
         model.set_attn_implementation(attention.NAME)
-    except (ValueError, KeyError, AttributeError):
-        pass  # an architecture without pluggable attention: the probe finds that it doesn't pack
     if any(hasattr(module, "has_gate") and hasattr(module, "num_experts") for module in model.modules()):
         model.set_experts_implementation(experts.NAME)
     has_files = path.is_dir() and any(path.glob("*.safetensors"))

@@ -31,7 +31,7 @@ def losses(host: Host, micro: Micro) -> Tensor:
     parts = []
     for h, p, y in zip(hidden.split(CHUNK), positions.split(CHUNK), labels.split(CHUNK), strict=True):
         if frozen and torch.is_grad_enabled():
-            parts.append(FrozenHeadLoss.apply(h, head.weight, getattr(head, "bias", None), y))
+            parts.append(FrozenHeadLoss.apply(h, head.weight, getattr(head, "bias", None), y))  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
             parts.append(checkpoint(lambda h, p, y: _nll(host.head(h, p), y), h, p, y, use_reentrant=False))
         else:

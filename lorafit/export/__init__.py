@@ -1,0 +1,1 @@
+"""From an adapter to what other programs read."""

@@ -1,0 +1,161 @@
+"""Merging: the base with an adapter added in, as a standard Hugging Face folder, proved before it counts.
+
+Each weight is added in fp32 and cast once. The loaded base is overwritten site by site, so nothing larger than one weight
+exists twice; the folder is then read back from disk and its logits compared with the unmerged model's.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit import files
+from lorafit.data import Chat
+from lorafit.errors import LorafitError, RunError
+from lorafit.host import Host
+from lorafit.model.load import load
+from lorafit.route import StackLike
+
+SHARD = "2GB"
+
+# Largest logit difference as a share of the logits' standard deviation. A missing or doubled delta is far above it.
+_ALLOWED = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Merged beside unmerged on the same prompts, both computed in fp32.
+
+    `largest` and `mean` are of |logit difference|; `spread` is the standard deviation of the logits, `kl` the mean
+    divergence of the next-token distributions in nats, `agree` the share of positions with the same best token.
+    `tolerance` is what `largest` was held against.
+    """
+
+    dtype: str
+    largest: float
+    mean: float
+    spread: float
+    kl: float
+    agree: float
+    positions: int
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """The difference is within the tolerance."""
+        return self.largest <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON types."""
+        return asdict(self)
+
+
+def merge(
+    host: Host,
+    spec: StackLike,
+    out: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+    chat: Chat | None = None,
+    working: Callable[[str], object] = lambda text: None,
+) -> Proof:
+    """Write base + adapters to `out` in `dtype`. The host (in fp32) is used up: its base holds the merged weights after.
+
+    RunError if `out` isn't empty; LorafitError, and no folder, if the merged model's logits are off by more than the
+    tolerance, by default a share of the logits' spread that rounding to `dtype` stays well under (_ALLOWED).
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already and isn't empty; name another folder")
+    assert host.base.dtype is torch.float32
+    want = _logits(host, spec, prompts)
+    working("adding the adapter to the base")
+    for path, site in host.sites.items():
+        if any(path in host.adapters[name] for name in _names(spec)):
+            merged = host.merged_weight(site, spec)
+            if not torch.isfinite(merged).all():
+                raise LorafitError(f"{path}: the merged weight isn't finite; the adapter is damaged")
+            site.write(merged)
+    for name in list(host.adapters):
+        host.remove(name)
+    working(f"writing {out}")
+    place = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        _write(host, place, dtype, chat)
+        host.base.model = None  # the folder is judged by what it loads as, with one model in memory at a time
+        gc.collect()
+        working("reading it back and comparing")
+        got = _logits(Host(load(str(place), precision="fp32", device="cpu")), None, prompts)
+        proof = _compare(want, got, dtype, tolerance)
+        if not proof.holds:
+            raise LorafitError(
+                f"the merged model isn't the same: largest logit difference {proof.largest:.4g}, allowed"
+                f" {proof.tolerance:.4g} (spread {proof.spread:.3g}); nothing was written; try --dtype fp32"
+            )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            out.rmdir()
+        place.rename(out)
+    except OSError as error:
+        raise files.refused(out, error) from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return proof
+
+
+def _names(spec: StackLike) -> tuple[str, ...]:
+    return (spec,) if isinstance(spec, str) else tuple(spec or ())
+
+
+def _write(host: Host, place: Path, dtype: torch.dtype, chat: Chat | None) -> None:
+    """The model folder: sharded safetensors, config, generation settings, the tokenizer and the template trained with."""
+    model: Any = host.base.model
+    with torch.no_grad():
+        for p in model.parameters():  # one weight at a time, cast once
+            p.data = p.data.to(dtype)
+    model.config.dtype = dtype
+    if chat is not None and model.generation_config is not None:
+        model.generation_config.eos_token_id = list(chat.stop)
+    model.save_pretrained(place, max_shard_size=SHARD)
+    tokenizer = host.base.tokenizer
+    if tokenizer is not None:
+        if chat is not None:
+            tokenizer.chat_template = chat.template
+        tokenizer.save_pretrained(place)
+
+
+@torch.no_grad()
+def _logits(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    found = []
+    for ids in prompts:
+        with host.route(spec):
+            found.append(host.logits(torch.tensor(list(ids), device=host.base.device), [len(ids)]).float().cpu())
+    return found
+
+
+def _compare(want: list[Tensor], got: list[Tensor], dtype: torch.dtype, tolerance: float | None) -> Proof:
+    a, b = torch.cat(want), torch.cat(got)
+    difference = (a - b).abs()
+    spread = float(a.std())
+    if tolerance is None:
+        tolerance = spread * _ALLOWED[dtype]
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    return Proof(
+        dtype=str(dtype).removeprefix("torch."),
+        largest=float(difference.max()),
+        mean=float(difference.mean()),
+        spread=spread,
+        kl=float((log_a.exp() * (log_a - log_b)).sum(-1).mean()),
+        agree=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+        positions=len(a),
+        tolerance=tolerance,
+    )

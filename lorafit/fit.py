@@ -1,0 +1,512 @@
+"""From a configuration to a run: the only place that wires the whole arrow, from data file to finished adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorafit
+from lorafit import config as settings
+from lorafit import files, report
+from lorafit.batches import Plan, default_tokens
+from lorafit.config import Config
+from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
+from lorafit.errors import ConfigError, MissingExtra, RunError, UserError
+from lorafit.evaluate import evaluate, prompt_of
+from lorafit.generate import answer
+from lorafit.host import Host
+from lorafit.log import Terminal, count, size
+from lorafit.methods import find
+from lorafit.methods import settings as method_settings
+from lorafit.model.load import load
+from lorafit.run import Checkpoint, Run, next_folder
+from lorafit.session import adapter_folder, base_chat, base_of
+from lorafit.train import optim
+from lorafit.train.loop import Figures, Job, train
+from lorafit.train.watch import Watch
+
+NAME = "adapter"  # of the one adapter that a run trains
+SAMPLE_TOKENS = 48
+
+# Settings that a resumed run may change: they decide where things are or what is shown, not what is learned. The rows
+# and the base are compared by their contents.
+_FREE = {"data", "held_out", "out", "model", "start", "samples", "log", "checkpoint_every", "skip_bad_rows", "map"}
+
+
+class Interrupted(UserError):
+    """Ctrl-C or SIGTERM: everything is saved."""
+
+    exit_code = 130
+
+
+class Failed(RunError):
+    """Training stopped because it went wrong (NaN, divergence)."""
+
+
+def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
+    """A config from a data file or YAML file and the settings given beside it (which win)."""
+    values: dict[str, Any] = {}
+    if source is not None:
+        if Path(source).suffix in (".yaml", ".yml"):
+            values = settings.read_yaml(Path(source))
+        else:
+            values["data"] = source
+    return build({**values, **given})
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """A checked config; the method's own settings are among the known keys."""
+    method = values.get("method", Config().method)
+    return settings.build(values, method_settings(find(str(method))))
+
+
+def fit(config: Config, terminal: Terminal | None = None) -> Run:
+    """Train a new adapter as `config` says. Returns the finished run.
+
+    Raises DataError, ModelError, ConfigError before anything is written; Failed when training went wrong and Interrupted
+    on Ctrl-C, both with what was reached saved in the run.
+    """
+    terminal = terminal or Terminal()
+    if not config.data:
+        raise ConfigError("no data; give a file: lorafit train DATA")
+    folder = Path(config.out) if config.out else next_folder(config.data)
+    if folder.exists():
+        Run.create(folder)  # says at once what is in the way, before minutes of work
+    made = _Fit(config, terminal)
+    run = Run.create(folder)
+    config.out = str(folder)
+    files.write_text(folder / "config.yaml", settings.to_yaml(config))
+    files.write_json(folder / "data.json", made.data.report.to_json())
+    return made.run(run, None)
+
+
+def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, terminal: Terminal | None = None) -> Run:
+    """Go on with a run from its newest whole checkpoint. RunError shows the differences if it isn't the same training."""
+    terminal = terminal or Terminal()
+    run = Run.open(Path(folder))
+    saved = settings.read_yaml(run.folder / "config.yaml")
+    before, after = build(saved), build({**saved, **given, "out": str(run.folder)})
+    changes = [
+        f"{key}: {was} -> {now}"
+        for key, was in settings.flat(before).items()
+        if key not in _FREE and was != (now := settings.flat(after).get(key))
+    ]
+    if changes and not force:
+        raise RunError(_refusal(run, changes))
+    newest = run.newest(terminal.say)
+    if newest is None:
+        terminal.say(f"{run.folder} has no checkpoint yet; starting from its first step")
+    elif newest.state.get("finished") and not changes:
+        raise RunError(f"{run.folder} is finished ({newest.state['finished']}); --from {run.folder} trains on from it")
+    made = _Fit(after, terminal)
+    changes = [
+        f"{what}: {newest.state['identity'].get(what, '?')[:12]} -> {now[:12]}"
+        for what, now in made.identity.items()
+        if newest is not None and newest.state["identity"].get(what) != now
+    ]
+    if changes and not force:
+        raise RunError(_refusal(run, changes))
+    files.write_text(run.folder / "config.yaml", settings.to_yaml(after))
+    files.write_json(run.folder / "data.json", made.data.report.to_json())
+    return made.run(run, newest)
+
+
+def _refusal(run: Run, changes: list[str]) -> str:
+    return (
+        f"{run.folder} was trained with other settings ({'; '.join(changes)}); leave them as they were,"
+        f" --force to go on all the same, or --from {run.folder} to start new training from its adapter"
+    )
+
+
+class _Fit:
+    """What a run needs in memory, made once: base, chat, rows, host, job."""
+
+    def __init__(self, config: Config, terminal: Terminal) -> None:
+        self.config, self.terminal = config, terminal
+        _check_extras(config)
+        source = adapter_folder(config.start) if config.start else None
+        if source is not None and config.model == Config().model:
+            config.model = base_of(source)
+        with terminal.working("loading the base") as spinner:
+            base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
+        config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
+        config.device = str(base.device)
+        if config.checkpointing:
+            base.checkpointing(True)
+        if not base.packs:
+            terminal.say(f"{config.model}: documents can't share a row in this architecture; each goes through alone")
+        self.chat = base_chat(base, config.system)
+        if self.chat.default_template:
+            terminal.say(f"{config.model} has no chat template; using lorafit's plain one (shown in the report)")
+        config.max_tokens = config.max_tokens or min(base.context, 4096)
+        config.data = str(Path(config.data).expanduser().absolute())
+        config.held_out = str(Path(config.held_out).expanduser().absolute()) if config.held_out else None
+        self.data = load_data(config, self.chat, terminal)
+        self.chat.system = config.system or self.data.report.system
+        self.host = Host(base)
+        self._add_adapter(source)
+        self.job = self._job()
+        self.identity = {
+            "data": fingerprint(self.data),
+            "base": base.fingerprint,
+            "chat template": hashlib.sha256(self.chat.template.encode()).hexdigest(),
+        }
+        self.interrupted = False
+
+    def _add_adapter(self, source: Path | None) -> None:
+        config = self.config
+        if source is not None:
+            adapter = self.host.load(source, NAME)
+            config.method, config.options = adapter.method, dict(adapter.options)
+            return
+        self.host.add(
+            NAME,
+            config.method,
+            config.targets,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+            seed=config.seed,
+            **config.options,
+        )
+
+    def _job(self) -> Job:
+        config = self.config
+        config.batch_tokens = config.batch_tokens or default_tokens(self.data.train)
+        if config.lr is None:
+            config.lr = default_lr(self.host) * find(config.method).lr_factor
+        plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
+        steps = config.steps or plan.steps(config.epochs)
+        config.eval_every = config.eval_every or max(1, math.ceil(steps / 8))
+        job = Job(NAME, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
+        job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay)
+        return job
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self, run: Run, newest: Checkpoint | None) -> Run:
+        """Train from `newest` (or the start) to the end, and write what a finished run holds."""
+        self.watch = Watch(self.config.patience)
+        self.seconds = self.busy = 0.0
+        self.tokens = 0
+        self.peak = 0
+        self.say_what(run)
+        if newest is not None:
+            self._restore(run, newest)
+        self.began = time.monotonic() - self.seconds
+        writer = _tensorboard(self.config, run)
+        with _signals(self), self.terminal.progress() as progress:
+            if newest is None:
+                run.rewind(-1)
+                self._first(run)
+            reason = self._steps(run, progress, writer)
+        return self._finish(run, reason)
+
+    def _restore(self, run: Run, newest: Checkpoint) -> None:
+        adapter = self.host.adapters[NAME]
+        adapter.load_state_dict(newest.adapter())
+        assert self.job.optimizer is not None
+        optim.restore(adapter, self.job.optimizer, newest.optimizer())
+        self.job.done = newest.step
+        self.watch = Watch.from_json(newest.state["watch"])
+        self.watch.patience = self.config.patience
+        self.seconds, self.busy = newest.state["seconds"], newest.state["busy"]
+        self.tokens, self.peak = newest.state["tokens"], newest.state["peak_rss_bytes"]
+        run.rewind(newest.step)
+        self.terminal.say(f"resuming after step {newest.step} of {self.job.steps}")
+
+    def _first(self, run: Run) -> None:
+        """Where training starts from: held-out loss and answers before the first step."""
+        if self.data.held_out:
+            self._evaluate(run, 0)
+        if self.config.start or self.data.held_out:
+            self._checkpoint(run)
+
+    def _steps(self, run: Run, progress: Any, writer: Any) -> str:
+        config, job = self.config, self.job
+        assert config.eval_every is not None
+        last = time.monotonic()
+        for step in train(self.host, [job]):
+            now = time.monotonic()
+            figures = step.jobs[NAME]
+            if figures.failed:
+                return figures.failed
+            self.busy, self.tokens = self.busy + now - last, self.tokens + step.tokens
+            self._record(run, step.number, step.tokens, figures, now - last, writer)
+            progress.update(
+                step.number,
+                job.steps,
+                loss=self.watch.mean,
+                tokens_per_second=self.tokens / self.busy,
+                memory_bytes=memory(),
+            )
+            reason = self.watch.loss(figures.loss)
+            due = step.number % config.eval_every == 0 or step.number == job.steps
+            if due and self.data.held_out and not reason:
+                loss, stop = self._evaluate(run, step.number, writer)
+                progress.update(step.number, job.steps, held_out_loss=loss)
+                if stop:
+                    self._checkpoint(run, stop)
+                    return stop if step.number < job.steps else ""
+            if due or step.number % config.checkpoint_every == 0 or self.interrupted or reason:
+                self._checkpoint(run, "all steps done" if step.number == job.steps else "")
+            if reason:
+                return reason
+            if self.interrupted and step.number < job.steps:
+                raise Interrupted(
+                    f"stopped after step {step.number} of {job.steps}, all saved; go on with:"
+                    f" lorafit train --resume --out {run.folder}"
+                )
+            last = time.monotonic()
+        return ""
+
+    def _record(self, run: Run, number: int, tokens: int, figures: Figures, seconds: float, writer: Any) -> None:
+        values = {
+            "step": number,
+            "loss": figures.loss,
+            "lr": figures.lr,
+            "target_tokens": figures.target_tokens,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 2),
+            "grad_norm": figures.grad_norm,
+            "seconds": round(seconds, 4),
+        }
+        run.record("metrics", values)
+        if writer is not None:
+            for key in ("loss", "lr", "tokens_per_second", "grad_norm"):
+                writer.add_scalar(f"train/{key}", values[key], number)
+
+    def _evaluate(self, run: Run, step: int, writer: Any = None) -> tuple[float, str]:
+        """Held-out loss and sample answers; whether to stop, and why."""
+        loss = evaluate(self.host, self.data.held_out, NAME).loss
+        if step == 0:
+            self.watch.before = loss
+        best, stop = self.watch.evaluation(step, loss)
+        samples = self._samples()
+        run.record("evaluations", {"step": step, "held_out_loss": loss, "best": best, "samples": samples})
+        if writer is not None:
+            writer.add_scalar("held_out/loss", loss, step)
+        self.terminal.say(f"step {step}: held-out loss {loss:.4f}{' (best so far)' if best and step else ''}")
+        for sample in samples:
+            self.terminal.say(f"    {_line(sample['prompt'], 40)} -> {_line(sample['answer'], 70)}")
+        return loss, stop
+
+    def _samples(self) -> list[dict[str, str]]:
+        rows = [(row, found) for row in self.data.held_out if (found := prompt_of(row))][: self.config.samples]
+        return [
+            {
+                "prompt": messages[-1].content,
+                "expected": expected,
+                "answer": answer(
+                    self.host, self.chat, self.chat.prompt_ids(messages, row.example.tools), NAME, max_new=SAMPLE_TOKENS
+                ),
+            }
+            for row, (messages, expected) in rows
+        ]
+
+    def _checkpoint(self, run: Run, finished: str = "") -> None:
+        assert self.job.optimizer is not None
+        adapter = self.host.adapters[NAME]
+        self.seconds = time.monotonic() - self.began
+        self.peak = max(self.peak, peak_memory())
+        state = {
+            "identity": self.identity,
+            "watch": self.watch.to_json(),
+            "seconds": self.seconds,
+            "busy": self.busy,
+            "tokens": self.tokens,
+            "peak_rss_bytes": self.peak,
+            "finished": finished,
+        }
+        weights = {name: p.detach().cpu() for name, p in adapter.state_dict().items()}
+        best = self.watch.best_step if self.data.held_out else None
+        run.checkpoint(self.job.done, weights, optim.state(adapter, self.job.optimizer), state, best)
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def _finish(self, run: Run, reason: str) -> Run:
+        went_wrong = bool(self.job.failed) or "ran away" in reason
+        best = self.watch.best_step if self.data.held_out else self.job.done
+        adapter = self.host.adapters[NAME]
+        if best != self.job.done:
+            adapter.load_state_dict(run.at(best).adapter())
+        if not went_wrong or best > 0:
+            self._save_adapter(run, best)
+        files.write_json(run.folder / "summary.json", self.summary(run, best, reason))
+        report.write(run.folder)
+        if went_wrong:
+            kept = f"; the adapter of step {best}, the best so far, is in {run.adapter}" if best > 0 else ""
+            assert self.config.lr is not None
+            raise Failed(
+                f"training stopped: {reason}{kept}; try lr={self.config.lr / 5:.1e}, a longer warm-up (warmup=0.1),"
+                " precision=fp32, or look at the rows with `lorafit check`"
+            )
+        return run
+
+    def _save_adapter(self, run: Run, step: int) -> None:
+        self.host.adapters[NAME].notes |= {
+            "lorafit": lorafit.__version__,
+            "chat": self.chat.to_json(),
+            "learn": self.config.learn,
+            "step": step,
+        }
+        files.write_folder(run.adapter, lambda place: self.host.save(NAME, place))
+
+    def summary(self, run: Run, best: int, reason: str) -> dict[str, Any]:
+        """What summary.json holds."""
+        watch, base = self.watch, self.host.base
+        number = self.host.adapters[NAME].numbers()
+        weights = run.adapter / "adapter_model.safetensors"
+        return {
+            "base": self.config.model,
+            "base_path": str(base.path),
+            "base_fingerprint": base.fingerprint,
+            "method": self.config.method,
+            "held_out_loss_before": _finite(watch.before),
+            "held_out_loss_after": _finite(watch.best_loss),
+            "best_step": best,
+            "steps": self.job.done,
+            "stopped": reason or "all steps done",
+            "seconds": round(time.monotonic() - self.began, 2),
+            "tokens": self.tokens,
+            "tokens_per_second": round(self.tokens / self.busy, 2) if self.busy else None,
+            "peak_rss_bytes": max(self.peak, peak_memory()),
+            "trainable_parameters": number,
+            "total_parameters": base.parameters(),
+            "adapter_bytes": weights.stat().st_size if weights.exists() else 0,
+            "base_bytes": sum(p.stat().st_size for p in base.path.glob("*.safetensors")),
+            "train_rows": len(self.data.train),
+            "held_out_rows": len(self.data.held_out),
+        }
+
+    def say_what(self, run: Run) -> None:
+        """What is about to happen, before it does."""
+        config, job, base = self.config, self.job, self.host.base
+        adapter = self.host.adapters[NAME]
+        share = adapter.numbers() / base.parameters()
+        options = " ".join(f"{k}={v}" for k, v in config.options.items())
+        rows = self.data.report
+        say = self.terminal.say
+        say(f"base      {config.model}: {count(base.parameters())} parameters, {config.precision} on {base.device}")
+        say(
+            f"data      {count(len(self.data.train))} rows to train on, {len(self.data.held_out)} held out,"
+            f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"
+        )
+        if rows.faults:
+            say(f"          {len(rows.faults)} bad rows left out; `lorafit check` lists them")
+        if rows.truncated or rows.skipped:
+            say(
+                f"          over {config.max_tokens} tokens: {rows.truncated} rows cut"
+                f" ({rows.truncated_end} inside an answer), {rows.skipped} left out"
+            )
+        if not self.data.held_out:
+            say("          nothing is held out: no evaluation, no early stop, the last step's adapter is kept")
+        say(
+            f"adapter   {config.method} {options} on {len(list(adapter.items()))} sites: {count(adapter.numbers())}"
+            f" trainable ({share:.2%}), {size(adapter.numbers() * 4)} on disk"
+        )
+        say(
+            f"training  {job.steps} steps of about {config.batch_tokens} tokens, lr {config.lr:.2g} {config.schedule},"
+            f" evaluation every {config.eval_every}; run folder {run.folder}"
+        )
+
+
+def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:
+    """The rows of a config's data file(s), tokenised and split."""
+    with terminal.working(f"reading {Path(config.data).name}") as spinner:
+        return prepare(
+            config.data,
+            chat,
+            held_out=config.held_out,
+            held_out_share=config.held_out_share,
+            mapping=config.map or None,
+            learn=config.learn,
+            max_tokens=config.max_tokens or 4096,
+            long=config.long,
+            seed=config.seed,
+            skip_bad_rows=config.skip_bad_rows,
+            strict=strict,
+            progress=lambda done: spinner.update(done, None),
+        )
+
+
+def held_out_rows(run: Path, chat: Chat) -> list[Tokens]:
+    """The held-out rows of a finished run, read again from its data. A LorafitError where they aren't there any more."""
+    config = build(settings.read_yaml(Run.open(run).folder / "config.yaml"))
+    return load_data(config, chat, Terminal(quiet=True)).held_out
+
+
+def default_lr(host: Host) -> float:
+    """2e-4 at a width of 4096, more for narrower models: the best rate falls with the root of the width (2602.06204)."""
+    width = host.base.model.config.get_text_config().hidden_size
+    return float(f"{2e-4 * (4096 / width) ** 0.5:.2g}")
+
+
+def memory() -> int:
+    """Resident memory of this process in bytes (its peak where the system doesn't tell the present)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _signals(fit: _Fit) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends training after the step in hand; a second one ends it at once."""
+
+    def note(number: int, frame: Any) -> None:
+        if fit.interrupted:
+            raise KeyboardInterrupt
+        fit.interrupted = True
+        fit.terminal.say("stopping after this step; once more to stop at once")
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread, where no signal arrives anyway
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_extras(config: Config) -> None:
+    if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtra("log=tensorboard needs tensorboard; pip install 'lorafit[tensorboard]'")
+
+
+def _tensorboard(config: Config, run: Run) -> Any:
+    if config.log != "tensorboard":
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.folder / "tensorboard"))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _line(text: str, columns: int) -> str:
+    from lorafit.log import cut
+
+    return cut(" ".join(text.split()), columns)

@@ -1,0 +1,116 @@
+"""Opening what was trained: a run, or any adapter in PEFT's format, on its base, with the chat it was trained with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorafit.data import Chat
+from lorafit.errors import AdapterError, RunError
+from lorafit.host import Host
+from lorafit.model.base import Base
+from lorafit.model.load import load
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Session:
+    """A host with its adapters loaded, and the chat of each (the base's own under None)."""
+
+    host: Host
+    chats: dict[str | None, Chat]
+    folders: dict[str, Path]
+
+    def chat(self, name: str | None) -> Chat:
+        """The chat that an adapter was trained with."""
+        return self.chats.get(name, self.chats[None])
+
+
+def base_chat(base: Base, system: str | None = None) -> Chat:
+    """The chat of the base: its tokenizer's template, and every token its generation settings stop at."""
+    eos = getattr(base.model.generation_config, "eos_token_id", None)
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return Chat.of(base.tokenizer, system=system, generation_eos=ids)
+
+
+def mismatches(trained: Chat, base: Chat) -> list[str]:
+    """How the chat of an adapter differs from its base's, apart from the system prompt and date, which are its own."""
+    return trained.differs(replace(base, system=trained.system, date=trained.date))
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a run's or an adapter's path means."""
+    place = Path(path)
+    for folder in (place, place / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    if (place / "config.yaml").is_file():
+        raise RunError(f"{place} has no adapter yet; finish it with: lorafit train --resume --out {place}")
+    near = ", ".join(str(p.parent) for p in sorted(place.parent.glob("*/config.yaml"))[:5])
+    hint = f"; there are: {near}" if near else "; make one with: lorafit train DATA"
+    raise RunError(f"{place} is neither a run nor an adapter{hint}")
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    """What lorafit.json holds, or {} for an adapter made elsewhere."""
+    try:
+        values = json.loads((folder / "lorafit.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / 'lorafit.json'} can't be read: {error}") from None
+    return values if isinstance(values, dict) else {}
+
+
+def base_of(folder: Path) -> str:
+    """The base that an adapter names: the model as the user gave it, or else PEFT's base_model_name_or_path."""
+    notes = notes_of(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / 'adapter_config.json'} can't be read: {error}") from None
+    name = notes.get("base") or config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(f"{folder} doesn't say which base it is for; name it with --model")
+    return str(name)
+
+
+def open_session(
+    paths: Sequence[str],
+    *,
+    model: str | None = None,
+    precision: str = "auto",
+    device: str = "auto",
+    say: Say = lambda text: None,
+    working: Say = lambda text: None,
+) -> Session:
+    """Load a base and these adapters over it (none: the base alone). `say` is told of every mismatch.
+
+    Adapters are named by their run's folder. RunError/AdapterError if two of them are for different bases.
+    """
+    folders = {_name(path): adapter_folder(path) for path in paths}
+    bases = {base_of(folder) for folder in folders.values()}
+    if model is None and len(bases) > 1:
+        raise AdapterError(f"these adapters are for different bases: {', '.join(sorted(bases))}")
+    host = Host(
+        load(model or (bases.pop() if bases else "smollm2"), precision=precision, device=device, working=working)
+    )
+    chats: dict[str | None, Chat] = {None: base_chat(host.base)}
+    for name, folder in folders.items():
+        adapter = host.load(folder, name)
+        if "fingerprint" not in adapter.notes:
+            say(f"{folder} doesn't say which weights it was made for; only names and shapes were checked")
+        saved = adapter.notes.get("chat")
+        chats[name] = Chat.from_json(saved, host.base.tokenizer) if saved else chats[None]
+        for difference in mismatches(chats[name], chats[None]):
+            say(f"{name}: {difference}; using what it was trained with")
+    return Session(host, chats, folders)
+
+
+def _name(path: str) -> str:
+    place = Path(path).resolve()
+    return place.parent.name if place.name == "adapter" else place.name

@@ -1,0 +1,54 @@
+"""Watching a job's losses: which step is best, when to stop early, when it has run away."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Watch:
+    """Held-out losses seen so far. `patience`: evaluations without improvement that are borne (0: any number)."""
+
+    patience: int = 3
+    before: float = math.nan  # held-out loss before training
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    first: float = math.nan  # running means of the training loss: over the first steps, and now
+    mean: float = math.nan
+    seen: int = 0
+
+    def loss(self, loss: float) -> str:
+        """Take in a step's training loss; a reason to stop, or ''."""
+        self.seen += 1
+        weight = 1 / min(self.seen, 10)
+        self.mean = loss if self.seen == 1 else self.mean + (loss - self.mean) * weight
+        if self.seen <= 5:
+            self.first = self.mean
+        if self.seen > 10 and self.mean > 1.5 * self.first + 1:
+            return f"the training loss ran away, from {self.first:.3g} to {self.mean:.3g}"
+        return ""
+
+    def evaluation(self, step: int, loss: float) -> tuple[bool, str]:
+        """Take in a held-out loss; whether it is the best so far, and a reason to stop or ''."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.worse = loss, step, 0
+            return True, ""
+        self.worse += 1
+        if not math.isfinite(loss):
+            return False, f"the held-out loss is {loss}"
+        if self.patience and self.worse >= self.patience:
+            return False, f"no better held-out loss in {self.worse} evaluations"
+        return False, ""
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON types (NaN and infinity as null)."""
+        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Watch:
+        """The reverse of `to_json`."""
+        empty = Watch()
+        return Watch(**{k: getattr(empty, k) if v is None else v for k, v in values.items()})

@@ -1,0 +1,40 @@
+"""What several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from lorafit.log import Terminal
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --precision, --device."""
+    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the base")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output and nothing else there")
+
+
+def print_json(values: Any) -> None:
+    """The one object of --json; NaN becomes null, which JSON has a word for."""
+    print(json.dumps(_finite(values), ensure_ascii=False, indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def terminal() -> Terminal:
+    """Where progress goes: standard error, so that standard output stays for results."""
+    return Terminal(stream=sys.stderr)

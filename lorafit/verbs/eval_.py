@@ -1,0 +1,95 @@
+"""`lorafit eval`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from lorafit.verbs.common import add_json, add_model, print_json, terminal
+
+ABOUT = "score adapters on a data file, beside their base"
+EXAMPLE = """\
+  lorafit eval runs/mine test.jsonl
+  lorafit eval runs/mine runs/other test.jsonl --answers --json
+  lorafit eval base test.jsonl --model DIR"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs or adapter folders, or 'base'")
+    parser.add_argument("data", metavar="DATA")
+    add_model(parser)
+    parser.add_argument(
+        "--learn", choices=["assistant", "completion", "all", "last"], help="which tokens count; default: as trained"
+    )
+    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
+    parser.add_argument("--answers", action="store_true", help="also generate answers: exact match and token F1")
+    parser.add_argument("--max-new", type=int, default=128, metavar="N", help="longest generated answer, in tokens")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="rows over this are left out and counted; default: the context"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score the base and each adapter, with the chat it was trained with."""
+    from lorafit import evaluate
+    from lorafit.config import coerce
+    from lorafit.data import prepare
+    from lorafit.log import count, table
+    from lorafit.session import open_session
+
+    out = terminal()
+    paths = [path for path in args.runs if path != "base"]
+    with out.working("loading") as spinner:
+        session = open_session(
+            paths, model=args.model, precision=args.precision, device=args.device, say=out.say, working=spinner.rename
+        )
+    host = session.host
+    result: dict[str, Any] = {"data": args.data, "base": host.base.name, "scores": {}}
+    for name in [None, *host.adapters]:
+        notes = host.adapters[name].notes if name else next((a.notes for a in host.adapters.values()), {})
+        chat = session.chat(name) if name else session.chat(next(iter(host.adapters), None))
+        with out.working(f"reading {args.data}") as spinner:
+            data = prepare(
+                args.data,
+                chat,
+                held_out_share=0,
+                mapping=coerce("map", dict[str, str], args.map) if args.map else None,
+                learn=args.learn or notes.get("learn", "assistant"),
+                max_tokens=args.max_tokens or host.base.context,
+                long="skip",
+                skip_bad_rows=args.skip_bad_rows,
+                progress=lambda done, spinner=spinner: spinner.update(done, None),
+            )
+        rows = data.train[: args.limit]
+        label = name or "base"
+        with out.working(f"scoring {label}") as spinner:
+            scores = evaluate.evaluate(host, rows, name, progress=spinner.update)
+            if args.answers:
+                spinner.rename(f"answering as {label}")
+                exact, f1, n = evaluate.score_answers(
+                    host, chat, rows, name, max_new=args.max_new, progress=spinner.update
+                )
+                scores = dataclasses.replace(scores, exact_match=exact, token_f1=f1, answers=n)
+        result["scores"][label] = scores.to_json()
+        result |= {
+            "left_out": len(data.report.faults) + data.report.skipped,
+            "learn": args.learn or notes.get("learn", "assistant"),
+        }
+    if args.json:
+        print_json(result)
+        return
+    rows = [
+        [name, f"{s['loss']:.4f}", f"{s['perplexity']:.2f}", count(s["rows"]), count(s["target_tokens"])]
+        + ([f"{s['exact_match']:.1%}", f"{s['token_f1']:.1%}"] if args.answers else [])
+        for name, s in result["scores"].items()
+    ]
+    print(table(["model", "loss", "perplexity", "rows", "tokens"] + (["exact", "F1"] if args.answers else []), rows))
+    if result["left_out"]:
+        print(f"{result['left_out']} rows left out (bad, or longer than the context)")

@@ -1,0 +1,99 @@
+"""`lorafit runs`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lorafit.verbs.common import add_json, print_json
+
+ABOUT = "list runs, best first; or compare the settings and results of two"
+EXAMPLE = """\
+  lorafit runs
+  lorafit runs runs/a-1 runs/a-2"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments."""
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="two runs to compare; or folders that hold runs")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """List or compare."""
+    from lorafit import config as settings
+    from lorafit.log import count, duration, size, table
+
+    places = [Path(p) for p in args.runs]
+    single = [p for p in places if (p / "config.yaml").is_file()]
+    if len(single) == 2 and len(places) == 2:
+        _compare(single, args.json)
+        return
+    folders = single + [c.parent for p in (places or [Path("runs")]) for c in sorted(p.glob("*/config.yaml"))]
+    if not folders:
+        from lorafit.errors import RunError
+
+        raise RunError(f"no runs in {', '.join(map(str, places)) or 'runs/'}; make one with: lorafit train DATA")
+    found = []
+    for folder in folders:
+        config, summary = settings.read_yaml(folder / "config.yaml"), _json(folder / "summary.json")
+        found.append(
+            {
+                "run": str(folder),
+                "data": Path(str(config.get("data", "?"))).name,
+                "base": config.get("model"),
+                "method": config.get("method"),
+                **summary,
+            }
+        )
+    found.sort(key=lambda r: (r["data"], r.get("held_out_loss_after") or float("inf")))
+    if args.json:
+        print_json(found)
+        return
+    rows = [
+        [
+            r["run"], r["data"], str(r["base"]), str(r["method"]),
+            _loss(r.get("held_out_loss_before")), _loss(r.get("held_out_loss_after")),
+            count(r["trainable_parameters"]) if "trainable_parameters" in r else "",
+            size(r["adapter_bytes"]) if "adapter_bytes" in r else "",
+            duration(r["seconds"]) if "seconds" in r else "",
+            r.get("stopped", "not finished"),
+        ]
+        for r in found
+    ]  # fmt: skip
+    print(
+        table(
+            ["run", "data", "base", "method", "before", "after", "trainable", "size", "took", "stopped"],
+            rows,
+            "llllrrrrrl",
+        )
+    )
+
+
+def _compare(folders: list[Path], as_json: bool) -> None:
+    from lorafit import config as settings
+    from lorafit.log import table
+
+    both = []
+    for folder in folders:
+        both.append({**settings.read_yaml(folder / "config.yaml"), **_json(folder / "summary.json")})
+    keys = [k for k in dict.fromkeys([*both[0], *both[1]]) if both[0].get(k) != both[1].get(k) and k != "out"]
+    if as_json:
+        print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
+        return
+    rows = [[k, *("" if b.get(k) is None else str(b.get(k)) for b in both)] for k in keys]
+    print(table(["", *map(str, folders)], rows, "lll"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,129 @@
+"""`lorafit train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from lorafit.log import count, duration, size
+from lorafit.verbs.common import add_json, print_json, terminal
+
+ABOUT = "fit an adapter: data file or YAML configuration in, run folder out"
+EXAMPLE = """\
+  lorafit train data.jsonl
+  lorafit train data.jsonl --model DIR --out runs/mine epochs=5 r=32 lr=1e-4
+  lorafit train --resume --out runs/mine       go on after a stop or a kill
+  lorafit train more.jsonl --from runs/mine    new training, from the old adapter"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments. Every setting of config.yaml can also be given as key=value."""
+    parser.add_argument(
+        "source", nargs="?", metavar="DATA|CONFIG.yaml", help="rows (.jsonl .json .csv .parquet .txt) or settings"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting; --help-settings lists them")
+    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument("--out", metavar="RUN", help="run folder; default runs/<data>-<number>")
+    parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
+    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--force", action="store_true", help="resume even if settings, data or base have changed")
+    parser.add_argument("--from", dest="start", metavar="RUN", help="start new training from an old adapter")
+    parser.add_argument("--help-settings", action="store_true", help="list every setting with its default")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, then say what came of it."""
+    from lorafit import config as settings
+    from lorafit.errors import ConfigError
+
+    if args.help_settings:
+        print(settings_table())
+        return
+    words = list(args.settings)
+    source = args.source
+    if source is not None and "=" in source and not _is_file(source):
+        words.insert(0, source)
+        source = None
+    given: dict[str, Any] = settings.pairs(words)
+    for key in ("model", "out", "held_out", "map", "start"):
+        if (value := getattr(args, key)) is not None:
+            given[key] = value
+    if args.skip_bad_rows:
+        given["skip_bad_rows"] = True
+    if args.resume and not given.get("out"):
+        raise ConfigError("--resume needs the run folder: lorafit train --resume --out RUN")
+    if args.force and not args.resume:
+        raise ConfigError("--force only goes with --resume")
+    if source is None and not args.resume:
+        raise ConfigError("no data; give a file: lorafit train DATA, or --resume --out RUN")
+
+    from lorafit import fit
+
+    out = terminal()
+    if args.resume:
+        given |= {"data": source} if source is not None else {}
+        made = fit.resume(given["out"], given, args.force, out)
+    else:
+        made = fit.fit(fit.read_config(source, given), out)
+    summary = json.loads((made.folder / "summary.json").read_text(encoding="utf-8"))
+    if args.json:
+        print_json({"run": str(made.folder), **summary})
+    else:
+        print(described(str(made.folder), summary))
+
+
+def _is_file(path: str) -> bool:
+    from pathlib import Path
+
+    return Path(path).is_file()
+
+
+def described(run: str, summary: dict[str, Any]) -> str:
+    """A finished run in lines for people, with what to do next."""
+    before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
+    lines = []
+    if before is not None and after is not None:
+        change = (after - before) / before
+        verdict = "it learned" if change < -0.02 else "it hardly learned" if change < 0.02 else "it got worse"
+        lines.append(
+            f"held-out loss  {before:.4f} -> {after:.4f} ({change:+.1%}), best at step {summary['best_step']}: {verdict}"
+        )
+    share = summary["trainable_parameters"] / summary["total_parameters"]
+    speed = f"{summary['tokens_per_second']:.0f} tokens/s, " if summary["tokens_per_second"] else ""
+    lines += [
+        f"stopped        {summary['stopped']}, after {summary['steps']} steps",
+        f"took           {duration(summary['seconds'])}, {speed}peak memory {size(summary['peak_rss_bytes'])}",
+        f"adapter        {count(summary['trainable_parameters'])} numbers ({share:.2%} of the base), "
+        f"{size(summary['adapter_bytes'])} on disk; the base {size(summary['base_bytes'])}",
+        f"run            {run} (report.html shows the curves)",
+        "",
+        "next:",
+        f"  lorafit chat {run} --compare",
+        f"  lorafit eval {run} DATA",
+        f"  lorafit merge {run} OUT",
+    ]
+    return "\n".join(lines)
+
+
+def settings_table() -> str:
+    """Every setting with its default, the methods' own among them."""
+    import dataclasses
+
+    from lorafit.config import defaults
+    from lorafit.log import table
+    from lorafit.methods import METHODS
+    from lorafit.methods import settings as own
+
+    rows = []
+    for name, f in defaults().items():
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        rows.append([name, "auto" if default in (None, [], {}) else str(default), f.metadata["help"]])
+    for method, kind in METHODS.items():
+        rows += [[name, str(default), f"of method={method}"] for name, (_, default) in own(kind).items()]
+    return table(["setting", "default", "meaning"], rows, "lll")
