@@ -54,6 +54,31 @@ TOOLS = (
 )
 # The prompt opens a thought that an answer in a conversation doesn't have.
 OPENS_THINK = CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'")
+# Earlier answers have no thinking, the prompt and the last answer do.
+PROMPTS_THINK = EMPTY_THINK.replace(
+    "'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif"
+)
+# Content as a list of parts, as templates of vision models want it.
+PARTS = CHATML.replace("m.content +", "(m.content | map(attribute='text') | join) +")
+# Several special tokens in an answer: thinking is a message of its own, and the last answer ends otherwise.
+CHANNELS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.reasoning_content and loop.last %}"
+    "{{ m.reasoning_content + '<|im_end|><|im_start|>assistant\\n' }}{% endif %}"
+    "{{ m.content + ('</s>' if loop.last and m.role == 'assistant' else '<|im_end|>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Shows content and tool calls, but not the tool calls of an empty answer.
+LOSES_CALLS = CHATML.replace(
+    "m.content +", "m.content + (m.tool_calls | string if m.tool_calls and m.content else '') +"
+)
+# A tool's answer is shown inside the turn that called it.
+EMBEDS_RESULTS = (
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson + (messages[loop.index].content if not loop.last else '') }}{% endif %}"
+    "{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 GENERATION = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- generation -%}"
     "{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}{% endfor %}"
@@ -83,6 +108,19 @@ def tokenizer(template: Any = None, *, adds_bos: bool = False, eos: str | None =
     if adds_bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     outer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=eos)
+    outer.chat_template = template
+    return outer
+
+
+def sentencepiece(template: str) -> Any:
+    """A tokenizer that writes a space as ▁ and puts one in front of every text."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(["one two three four user", "the cat sat on the mat", "\n"] * 4, trainer)
+    outer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     outer.chat_template = template
     return outer
 

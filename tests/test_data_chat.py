@@ -49,6 +49,9 @@ CASES = [
     ),
     ("empty think", h.EMPTY_THINK, TALK, ["the cat<|im_end|>", "<think>\n\n</think>\n\nsat on the mat<|im_end|>"]),
     ("opens think", h.OPENS_THINK, TALK, ["the cat<|im_end|>", "sat on the mat<|im_end|>"]),
+    ("prompts think", h.PROMPTS_THINK, TALK, ["the cat<|im_end|>", "sat on the mat<|im_end|>"]),
+    ("parts", h.PARTS, TALK, ["the cat<|im_end|>", "sat on the mat<|im_end|>"]),
+    ("channels", h.CHANNELS, THOUGHT, ["the cat<|im_end|>", "late<|im_end|><|im_start|>assistant\nthe mat</s>"]),
     ("strict", h.STRICT, TALK, ["the cat<|im_end|>", "sat on the mat<|im_end|>"]),
     ("trims", h.TRIMS, h.turns("one ", " the cat \n", "two", "\nthe mat "), ["the cat<|im_end|>", "the mat<|im_end|>"]),
     ("keeps spaces", h.CHATML, h.turns("one ", " the cat \n"), [" the cat \n<|im_end|>"]),
@@ -68,7 +71,7 @@ def test_learns_the_answers_and_their_ends(template: Any, messages: tuple[Messag
     assert row.ids.dtype == np.int32 and row.learn.dtype == bool and row.ids.shape == row.learn.shape
 
 
-FITTING = [c for c in CASES if c[0] != "opens think"]
+FITTING = [c for c in CASES if c[0] not in ("opens think", "prompts think")]
 
 
 @pytest.mark.parametrize(("template", "messages"), [c[1:3] for c in FITTING], ids=[c[0] for c in FITTING])
@@ -140,6 +143,45 @@ def test_a_turn_that_the_template_drops_is_a_fault() -> None:
     )
     with pytest.raises(RowFault, match=r"turn 2 \(assistant\) can't be found"):
         encode(Example(TALK), h.chat(template))
+
+
+def test_a_template_that_leaves_out_an_answer_is_a_fault() -> None:
+    with pytest.raises(RowFault, match=r"turn 2 \(assistant\) isn't shown by the chat template.* its tool call"):
+        encode(Example(CALLS), h.chat(h.LOSES_CALLS))
+    silent = h.CHATML.replace("m.content +", "(m.content if m.role == 'user' else '') +")
+    with pytest.raises(RowFault, match="leaves out its content"):
+        encode(Example(TALK), h.chat(silent))
+
+
+def test_a_tool_result_is_never_learned() -> None:
+    messages = (CALLS[0], Message("assistant", "", tool_calls=(CALL,), reasoning="hm"), *CALLS[2:])
+    with pytest.raises(RowFault, match=r"turn 2 \(assistant\) can't be found"):
+        encode(Example(messages), h.chat(h.EMBEDS_RESULTS))
+    chat = h.chat(h.EMBEDS_RESULTS)
+    assert learned(encode(Example(messages), chat, learn="last"), chat) == ["the mat<|im_end|>"]
+
+
+def test_every_byte_of_the_last_character_is_learned() -> None:
+    for splits in (True, False):
+        chat = h.chat(h.NO_END)
+        chat.splits = splits
+        row = encode(Example(h.turns("one", "🙂", "two", "🙂")), chat)
+        assert learned(row, chat) == ["🙂", "🙂</s>"]
+
+
+def test_whether_the_prompt_fits() -> None:
+    found = {name: (h.chat(t).fits, h.chat(t).fits_early) for name, t, *_ in CASES}
+    assert found.pop("opens think") == (False, False) and found.pop("prompts think") == (True, False)
+    assert set(found.values()) == {(True, True)}
+
+
+def test_tokenizers_that_put_a_space_in_front() -> None:
+    chat = Chat.of(h.sentencepiece(h.CHATML))
+    row = encode(Example(TALK), chat)
+    assert not chat.splits and row.ids.tolist() == chat.ids(chat.render(TALK))
+    assert [text.strip() for text in learned(row, chat)] == ["the cat<|im_end|>", "sat on the mat<|im_end|>"]
+    first = int(np.flatnonzero(row.learn)[0])
+    assert chat.prompt_ids(TALK[:1]) == row.ids[:first].tolist()
 
 
 def test_a_refusing_template_is_a_fault_in_its_own_words() -> None:
@@ -228,7 +270,8 @@ def test_over_long_rows() -> None:
             encode(Example(TALK), chat, max_tokens=n - 1, long=long)  # type: ignore[arg-type]
         assert caught.value.length == n
     end = int(np.flatnonzero(whole.learn)[-1])
-    for size, cut in ((end + 1, "end"), (end, "answer")):
+    start = int(np.flatnonzero(~whole.learn[:end])[-1]) + 1  # of the second answer
+    for size, cut in ((end + 1, "end"), (end, "answer"), (start + 1, "answer"), (start, "end")):
         row = encode(Example(TALK), chat, max_tokens=size, long="truncate")
         assert (row.cut, row.full, len(row.ids)) == (cut, n, size)
         assert row.ids.tolist() == whole.ids[:size].tolist()

@@ -166,6 +166,7 @@ def test_what_the_template_does_is_noted(tmp_path: Path) -> None:
     assert "3 the chat template has no tool calls" in plain and "3 the chat template doesn't show the tools" in plain
     assert "begins an answer otherwise" not in plain
     assert "1 the template begins an answer otherwise" in notes(h.OPENS_THINK)
+    assert "2 the chat template begins earlier answers otherwise" in notes(h.PROMPTS_THINK)
     assert "2 the chat template leaves out the reasoning of all but" in notes(h.STRIPS_THINK)
     assert "tool calls" not in notes(h.TOOLS)
 

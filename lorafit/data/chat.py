@@ -6,6 +6,7 @@ are the ids that stood before the answer in training.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
@@ -38,7 +39,8 @@ class Chat:
     `stop`: ids of the tokens that end an answer. `system`: put in front of conversations that have no system message.
     `date`: ISO date that a template sees as today, fixed so that a run renders the same on every day.
     `ends`: the special tokens that the template puts after an answer, as text. `fits`: whether the generation prompt
-    is how the template begins an answer. `splits`: whether texts can be tokenised piece by piece. `around`: the ids
+    is how the template begins the last answer; `fits_early`: an earlier one. `parts`: whether the template wants the
+    content as a list of parts. `splits`: whether texts can be tokenised piece by piece. `around`: the ids
     that the tokenizer itself puts before and after plain text. `added`: matches any added token; `controls`:
     the special ones.
     """
@@ -51,6 +53,8 @@ class Chat:
     date: str = ""
     ends: tuple[str, ...] = field(init=False, default=())
     fits: bool = field(init=False, default=True)
+    fits_early: bool = field(init=False, default=True)
+    parts: bool = field(init=False, default=False)
     splits: bool = field(init=False, default=True)
     around: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, default=((), ()))
     added: re.Pattern[str] = field(init=False, repr=False, default=re.compile("(?!)"))
@@ -177,6 +181,8 @@ class Chat:
             row["tool_calls"] = list(message.tool_calls)
         elif message.tool_calls:  # the template would leave the call out and teach an empty answer
             row["content"] = "\n".join(filter(None, [message.content, *map(_call_text, message.tool_calls)]))
+        if self.parts:
+            row["content"] = [{"type": "text", "text": row["content"]}]
         optional = {"name": message.name, "tool_call_id": message.tool_call_id}
         return row | {key: value for key, value in optional.items() if value is not None}
 
@@ -184,13 +190,18 @@ class Chat:
         """Renders a conversation of known words to see what follows an answer and whether the prompt fits."""
         question, answer, again, last = _PROBE
         turns = [Message("user", question), Message("assistant", answer), Message("user", again)]
-        try:
-            text = self.render([*turns, Message("assistant", last)])
+        text = ""
+        for self.parts in (False, True):
+            with contextlib.suppress(RowFault):
+                text = self.render([*turns, Message("assistant", last)])
+                if all(text.count(word) == 1 for word in _PROBE):
+                    break
+        else:
+            self.parts = False  # an unusual template: each row shows whether it works
+            return
+        with contextlib.suppress(RowFault):
             self.fits = text.startswith(self.render(turns, generation=True))
-        except RowFault:
-            return
-        if not all(text.count(word) == 1 for word in _PROBE):
-            return
+            self.fits_early = text.startswith(self.render(turns[:1], generation=True))
         final = self.added.match(text[text.index(last) + len(last) :].lstrip())
         between = text[text.index(answer) + len(answer) : text.index(again)]
         middle = self.added.match(between.lstrip())

@@ -89,6 +89,8 @@ def template_notes(examples: list[Example], chat: Chat) -> list[Fault]:
          "reasoning_content"),
         (_has_early_reasoning, drops_reasoning(chat), "the chat template leaves out the reasoning of all but the last "
          "answer; --learn last learns only whole answers"),
+        (_has_early_answer, chat.fits and not chat.fits_early, "the chat template begins earlier answers otherwise than "
+         "the last; --learn last learns only answers that begin as at inference"),
         (_has_calls, not chat.uses("tool_calls"), "the chat template has no tool calls; they are written into the "
          "answer as <tool_call>{…}</tool_call>"),
         (lambda example: bool(example.tools), not chat.uses("tools"), "the chat template doesn't show the tools; "
@@ -129,6 +131,10 @@ def _has_reasoning(example: Example) -> bool:
 def _has_early_reasoning(example: Example) -> bool:
     answers = [message for message in example.messages if message.role == "assistant"]
     return any(message.reasoning or "</think>" in message.content for message in answers[:-1])
+
+
+def _has_early_answer(example: Example) -> bool:
+    return sum(message.role == "assistant" for message in example.messages) > 1
 
 
 def _has_calls(example: Example) -> bool:

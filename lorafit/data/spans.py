@@ -67,6 +67,19 @@ def _stops(chat: Chat) -> set[str]:
 
 def _locate(example: Example, chat: Chat, number: int, text: str) -> Span:
     """Where turn `number` (from 0) is learned: from its content to its end-of-turn token."""
+    span = _find(example, chat, number, text)
+    message = example.messages[number]
+    calls = [str(call["function"]["name"]) for call in message.tool_calls]
+    shown = [*calls, message.content.split("</think>")[-1].strip()[-20:].strip()]
+    if not all(part in text[slice(*span)] for part in shown):
+        raise RowFault(
+            f"turn {number + 1} ({message.role}) isn't shown by the chat template, which leaves out its "
+            + ("tool call" if calls else "content")
+        )
+    return span
+
+
+def _find(example: Example, chat: Chat, number: int, text: str) -> Span:
     messages = example.messages
     start = None
     if messages[number].role == "assistant":
@@ -90,12 +103,13 @@ def _try(chat: Chat, messages: Sequence[Message], example: Example, generation: 
 def _trim(text: str, start: int, end: int, chat: Chat) -> int:
     """The end of the turn in text[start:end]: after its end-of-turn token, without the whitespace behind that."""
     turn = text[start:end]
+    found = []
     for token in chat.ends:
-        at = turn.rfind(token)
-        rest = turn[at + len(token) :].strip()
-        if at >= 0 and (not rest or chat.added.match(rest)):
-            return start + at + len(token)
-    return start + len(turn.rstrip())
+        past = turn.rfind(token) + len(token)
+        rest = turn[past:].strip()
+        if token in turn and (not rest or chat.added.match(rest)):
+            found.append(past)
+    return start + max(found, default=len(turn.rstrip()))
 
 
 def _by_sentinel(example: Example, chat: Chat, number: int, text: str, start: int | None) -> Span:
@@ -104,6 +118,7 @@ def _by_sentinel(example: Example, chat: Chat, number: int, text: str, start: in
     while word in text:
         word += "x"
     plain = replace(message, content=word, tool_calls=(), reasoning=None)
+    limit = _next_content(example, chat, number, text, word)
     for stand_in in (plain, replace(plain, tool_calls=message.tool_calls), replace(message, content=word)):
         other = _try(chat, (*example.messages[:number], stand_in, *example.messages[number + 1 :]), example)
         if other is None or other.count(word) != 1:
@@ -111,12 +126,22 @@ def _by_sentinel(example: Example, chat: Chat, number: int, text: str, start: in
         before, after = other.split(word)
         begin = start if start is not None else len(before) if text.startswith(before) else None
         end = _end(text, after, chat, bool(stand_in.tool_calls))
-        if begin is not None and end is not None and end > begin:
+        if begin is not None and end is not None and begin < end <= limit:
             return begin, end
     raise RowFault(
-        f"turn {number + 1} ({message.role}) can't be found in the rendered text: the chat template changes other turns "
-        "with it; set train=false for that turn, or learn=last"
+        f"turn {number + 1} ({message.role}) can't be found in the rendered text: the chat template changes more than "
+        "its content with it; leave thinking out of that turn, or set train=false for it"
     )
+
+
+def _next_content(example: Example, chat: Chat, number: int, text: str, word: str) -> int:
+    """Where the content of the turn after `number` begins, which is past the end of the turn; else the text's end."""
+    if number + 1 < len(example.messages):
+        after = replace(example.messages[number + 1], content=word, tool_calls=(), reasoning=None)
+        other = _try(chat, (*example.messages[: number + 1], after, *example.messages[number + 2 :]), example)
+        if other is not None and other.count(word) == 1 and text.startswith(other[: other.index(word)]):
+            return other.index(word)
+    return len(text)
 
 
 def _end(text: str, after: str, chat: Chat, calls: bool) -> int | None:

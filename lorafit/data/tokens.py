@@ -133,8 +133,6 @@ def _touched(encoding: Any, start: int, end: int, length: int) -> tuple[int, int
     if first is not None and past is not None:
         while past + 1 < count and encoding.token_to_chars(past + 1)[0] < end:  # the other bytes of the last character
             past += 1
-        while first > 0 and encoding.token_to_chars(first - 1)[1] > start:
-            first -= 1
         return first, past + 1
     # A character that belongs to no token (a normaliser dropped it): look at all of them.
     touched = [n for n, (a, b) in enumerate(encoding.offsets) if a < end and max(b, a + 1) > start]
