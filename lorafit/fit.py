@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import math
 import resource
 import signal
@@ -88,6 +89,7 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
     config.out = str(folder)
     files.write_text(folder / "config.yaml", settings.to_yaml(config))
     files.write_json(folder / "data.json", made.data.report.to_json())
+    files.write_json(folder / "chat.json", made.chat.to_json())
     return made.run(run, None)
 
 
@@ -109,7 +111,7 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
         terminal.say(f"{run.folder} has no checkpoint yet; starting from its first step")
     elif newest.state.get("finished") and not changes:
         raise RunError(f"{run.folder} is finished ({newest.state['finished']}); --from {run.folder} trains on from it")
-    made = _Fit(after, terminal)
+    made = _Fit(after, terminal, _read_chat(run))
     changes = [
         f"{what}: {newest.state['identity'].get(what, '?')[:12]} -> {now[:12]}"
         for what, now in made.identity.items()
@@ -122,6 +124,18 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     return made.run(run, newest)
 
 
+def _read_chat(run: Run) -> dict[str, Any] | None:
+    """The chat that the run began with: a template may show the date, which must not move while a run is on."""
+    path = run.folder / "chat.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} can't be read: {error}") from None
+    return values
+
+
 def _refusal(run: Run, changes: list[str]) -> str:
     return (
         f"{run.folder} was trained with other settings ({'; '.join(changes)}); leave them as they were,"
@@ -132,7 +146,7 @@ def _refusal(run: Run, changes: list[str]) -> str:
 class _Fit:
     """What a run needs in memory, made once: base, chat, rows, host, job."""
 
-    def __init__(self, config: Config, terminal: Terminal) -> None:
+    def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
         self.config, self.terminal = config, terminal
         _check_extras(config)
         source = adapter_folder(config.start) if config.start else None
@@ -147,6 +161,9 @@ class _Fit:
         if not base.packs:
             terminal.say(f"{config.model}: documents can't share a row in this architecture; each goes through alone")
         self.chat = base_chat(base, config.system)
+        template = hashlib.sha256(self.chat.template.encode()).hexdigest()
+        if saved_chat is not None and saved_chat["template"] == self.chat.template:
+            self.chat = Chat.from_json({**saved_chat, "system": config.system}, base.tokenizer)
         if self.chat.default_template:
             terminal.say(f"{config.model} has no chat template; using lorafit's plain one (shown in the report)")
         config.max_tokens = config.max_tokens or min(base.context, 4096)
@@ -160,7 +177,7 @@ class _Fit:
         self.identity = {
             "data": fingerprint(self.data),
             "base": base.fingerprint,
-            "chat template": hashlib.sha256(self.chat.template.encode()).hexdigest(),
+            "chat template": template,
         }
         self.interrupted = False
 
@@ -243,6 +260,7 @@ class _Fit:
                 return figures.failed
             self.busy, self.tokens = self.busy + now - last, self.tokens + step.tokens
             self._record(run, step.number, step.tokens, figures, now - last, writer)
+            reason = self.watch.loss(figures.loss)
             progress.update(
                 step.number,
                 job.steps,
@@ -250,7 +268,6 @@ class _Fit:
                 tokens_per_second=self.tokens / self.busy,
                 memory_bytes=memory(),
             )
-            reason = self.watch.loss(figures.loss)
             due = step.number % config.eval_every == 0 or step.number == job.steps
             if due and self.data.held_out and not reason:
                 loss, stop = self._evaluate(run, step.number, writer)

@@ -38,7 +38,7 @@ _SIZE = dict(
 )
 
 
-def model(shape: str, **changes):
+def model(shape: str, scale: float = 0.25, **changes):
     torch.manual_seed(0)
     if shape == "gpt2":
         sizes = dict(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
@@ -56,7 +56,7 @@ def model(shape: str, **changes):
     with torch.no_grad():  # the default 0.02 makes logits so small that an error would hide in the tolerance
         for name, p in made.named_parameters():
             if p.ndim >= 2:
-                p.normal_(0, 0.25)
+                p.normal_(0, scale)
             elif name.endswith("bias"):
                 p.normal_(0, 0.1)
     return made.eval()

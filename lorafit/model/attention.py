@@ -71,7 +71,7 @@ def _explicit(
 ) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = _wide(q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     cap, sinks = kw.get("softcap"), kw.get("s_aux")
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
@@ -79,11 +79,16 @@ def _explicit(
     if mask is None and n > 1:
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # The least finite number, not -inf: a padding row that sees nothing must give no NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:  # a learned score per head that takes probability away and gives no value
         scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = F.dropout(scores.softmax(-1)[..., :m], p=p).to(v.dtype)
     return (weights @ v).transpose(1, 2)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    return scores.float() if scores.dtype.itemsize < 4 else scores
 
 
 AttentionInterface.register(NAME, attention)

@@ -85,7 +85,7 @@ def train(host: Host, jobs: Sequence[Job]) -> Iterator[Step]:
 
 def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens]]) -> list[float]:
     """Add up every job's gradient of its mean loss over the step; returns each job's mean loss."""
-    counts = torch.tensor([max(1, targets(documents[job.name])) for job in live], dtype=torch.float32)
+    counts = torch.tensor([max(1, targets(documents[job.name])) for job in live], dtype=torch.float64)
     totals = torch.zeros(len(live), dtype=torch.float64)
     for number, micro in enumerate(_micros(live, documents)):
         for job in live:
@@ -96,7 +96,7 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
         with host.route(route):  # open until backward ends: a recomputed forward reads it again
             each = losses(host, micro)
             owners = micro.owners.to(each.device)
-            (each / counts.to(each.device)[owners]).sum().backward()
+            (each / counts.to(each)[owners]).sum().backward()
         totals.index_add_(0, micro.owners, each.detach().double().cpu())
     for job in live:
         host.adapters[job.name].eval()

@@ -40,7 +40,11 @@ def losses(host: Host, micro: Micro) -> Tensor:
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    return F.cross_entropy(_wide(logits), labels, reduction="none")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -52,7 +56,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """h (n, width), weight (vocabulary, width), labels (n,) -> (n,) fp32."""
-        logits = F.linear(h, weight, bias).float()
+        logits = _wide(F.linear(h, weight, bias))
         top = logits.logsumexp(-1)
         out = top - logits.gather(1, labels[:, None]).squeeze(1)
         if ctx.needs_input_grad[0]:

@@ -27,7 +27,7 @@ class Watch:
         self.mean = loss if self.seen == 1 else self.mean + (loss - self.mean) * weight
         if self.seen <= 5:
             self.first = self.mean
-        if self.seen > 10 and self.mean > 1.5 * self.first + 1:
+        if self.seen > 10 and self.mean > 1.2 * self.first + 0.5:
             return f"the training loss ran away, from {self.first:.3g} to {self.mean:.3g}"
         return ""
 

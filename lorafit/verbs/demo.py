@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = terminal()
     data = Path(__file__).parent.parent / "demo.jsonl"
-    given = {"epochs": 4, "batch_tokens": 512, "lr": 1e-3, "samples": 1, "eval_every": 13}
+    given = {"epochs": 3, "batch_tokens": 512, "lr": 1e-3, "samples": 1, "eval_every": 13}
     if args.out:
         given["out"] = args.out
     out.say("The data: about 100 short conversations that make the model Pip, a lighthouse keeper's helper,")

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     for name in [None, *host.adapters]:
         notes = host.adapters[name].notes if name else next((a.notes for a in host.adapters.values()), {})
         chat = session.chat(name) if name else session.chat(next(iter(host.adapters), None))
-        with out.working(f"reading {args.data}") as spinner:
+        with out.working(f"reading {args.data}"):
             data = prepare(
                 args.data,
                 chat,
@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> None:
                 max_tokens=args.max_tokens or host.base.context,
                 long="skip",
                 skip_bad_rows=args.skip_bad_rows,
-                progress=lambda done, spinner=spinner: spinner.update(done, None),
             )
         rows = data.train[: args.limit]
         label = name or "base"
@@ -85,11 +84,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(result)
         return
-    rows = [
+    lines = [
         [name, f"{s['loss']:.4f}", f"{s['perplexity']:.2f}", count(s["rows"]), count(s["target_tokens"])]
         + ([f"{s['exact_match']:.1%}", f"{s['token_f1']:.1%}"] if args.answers else [])
         for name, s in result["scores"].items()
     ]
-    print(table(["model", "loss", "perplexity", "rows", "tokens"] + (["exact", "F1"] if args.answers else []), rows))
+    print(table(["model", "loss", "perplexity", "rows", "tokens"] + (["exact", "F1"] if args.answers else []), lines))
     if result["left_out"]:
         print(f"{result['left_out']} rows left out (bad, or longer than the context)")

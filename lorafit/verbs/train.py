@@ -122,8 +122,8 @@ def settings_table() -> str:
 
     rows = []
     for name, f in defaults().items():
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        rows.append([name, "auto" if default in (None, [], {}) else str(default), f.metadata["help"]])
+        default = None if f.default is dataclasses.MISSING else f.default
+        rows.append([name, "-" if default in (None, "") else str(default), f.metadata["help"]])
     for method, kind in METHODS.items():
         rows += [[name, str(default), f"of method={method}"] for name, (_, default) in own(kind).items()]
     return table(["setting", "default", "meaning"], rows, "lll")

@@ -1,0 +1,369 @@
+"""Runs survive being killed: after `kill -9` anywhere, --resume gives the very bits of an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from lorafit import files, fit
+from lorafit.errors import ConfigError, DataError, RunError
+from lorafit.log import Terminal
+from lorafit.run import Run, next_folder
+
+SETTINGS = {
+    "steps": "14",
+    "batch_tokens": "200",
+    "eval_every": "5",
+    "checkpoint_every": "3",
+    "dropout": "0.1",
+    "samples": "1",
+}
+QUIET = Terminal(quiet=True)
+
+
+def config(model, data, out, **changes):
+    return fit.read_config(
+        str(data), {"model": str(model), "out": str(out), "precision": "fp32", **SETTINGS, **changes}
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, data_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    fit.fit(config(tiny_model, data_file, out), QUIET)
+    return out
+
+
+def test_a_finished_run_holds_what_scripts_rely_on(whole, tiny_model):
+    summary = json.loads((whole / "summary.json").read_text())
+    for key in (
+        "tokens_per_second seconds peak_rss_bytes held_out_loss_before held_out_loss_after best_step"
+        " trainable_parameters base"
+    ).split():
+        assert summary[key] is not None, key
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, 15))
+    assert all({"step", "loss", "lr", "target_tokens", "tokens_per_second"} <= set(m) for m in metrics)
+    adapter = json.loads((whole / "adapter" / "adapter_config.json").read_text())
+    assert Path(adapter["base_model_name_or_path"]) == tiny_model
+    assert "<html" in (whole / "report.html").read_text()
+    saved = yaml.safe_load((whole / "config.yaml").read_text())
+    assert saved["r"] == 16 and saved["steps"] == 14 and saved["lr"] > 0
+    notes = json.loads((whole / "adapter" / "lorafit.json").read_text())
+    assert notes["fingerprint"] and "<|im_end|>" in [s["text"] for s in notes["chat"]["stop"]]
+    assert not list(whole.glob("**/.*tmp*")) and not list(whole.glob("**/*.bin")) and not list(whole.glob("**/*.pt"))
+
+
+def test_the_same_settings_give_the_same_bits(whole, tiny_model, data_file, tmp_path):
+    fit.fit(config(tiny_model, data_file, tmp_path / "again"), QUIET)
+    assert same(whole, tmp_path / "again")
+    fit.fit(config(tiny_model, data_file, tmp_path / "other", seed="1"), QUIET)
+    assert not same(whole, tmp_path / "other")
+
+
+KILLER = """
+import os, signal, sys
+from lorafit import fit, files, run
+from lorafit.log import Terminal
+where, count = sys.argv[1], int(sys.argv[2])
+def killing(plain):
+    def call(*args, **kwargs):
+        global count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+    return call
+if where == "record":
+    run.Run.record = killing(run.Run.record)
+elif where == "hash":   # between the two files of a checkpoint
+    files.sha256 = killing(files.sha256)
+elif where == "sync":
+    files._sync = killing(files._sync)
+settings = dict(word.split("=", 1) for word in sys.argv[4:])
+fit.fit(fit.read_config(sys.argv[3], settings), Terminal(quiet=True))
+"""
+
+
+@pytest.mark.parametrize(
+    "where, count",
+    [("record", 1), ("record", 4), ("record", 9), ("record", 16), ("hash", 5), ("sync", 5), ("sync", 20)],
+)
+def test_kill_9_and_resume_give_the_same_bits(whole, tiny_model, data_file, tmp_path, where, count):
+    out = tmp_path / "killed"
+    settings = {"model": tiny_model, "out": out, "precision": "fp32", **SETTINGS}
+    words = [f"{k}={v}" for k, v in settings.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, where, str(count), str(data_file), *words], capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not (out / "summary.json").exists()
+    fit.resume(out, {}, terminal=QUIET)
+    assert same(whole, out)
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 15))
+    losses = [
+        [json.loads(line)["loss"] for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (whole, out)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def half(tiny_model, data_file, tmp_path) -> Path:
+    """A run stopped by Ctrl-C after step 7."""
+    out = tmp_path / "half"
+    seen = []
+
+    class Watching(Run):
+        def record(self, name, values):
+            super().record(name, values)
+            if name == "metrics":
+                seen.append(values)
+                if len(seen) == 7:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    plain = fit.Run.create
+    fit.Run.create = staticmethod(lambda folder: Watching(plain(folder).folder))
+    try:
+        with pytest.raises(fit.Interrupted, match=r"after step 7 of 14.*--resume --out"):
+            fit.fit(config(tiny_model, data_file, out), QUIET)
+    finally:
+        fit.Run.create = staticmethod(plain)
+    return out
+
+
+def test_ctrl_c_saves_and_resume_goes_on(half, whole):
+    fit.resume(half, {}, terminal=QUIET)
+    assert same(whole, half)
+
+
+@pytest.mark.parametrize("change", ["lr=0.5", "batch_tokens=100", "r=3", "seed=4", "steps=20"])
+def test_a_resume_with_other_settings_is_refused_unless_forced(half, change):
+    key, value = change.split("=")
+    with pytest.raises(RunError, match=rf"{key}: .* -> {value}"):
+        fit.resume(half, {key: value}, terminal=QUIET)
+    assert not (half / "summary.json").exists()
+    if key == "lr":
+        fit.resume(half, {key: value}, force=True, terminal=QUIET)
+        assert yaml.safe_load((half / "config.yaml").read_text())["lr"] == 0.5
+        assert (half / "summary.json").exists()
+
+
+def test_a_resume_with_other_rows_is_refused(half, data_file, tmp_path):
+    rows = data_file.read_text().splitlines()
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join([*rows[:-1], rows[-1].replace("sat", "lay")]) + "\n")
+    with pytest.raises(RunError, match="data: .* -> "):
+        fit.resume(half, {"data": str(other)}, terminal=QUIET)
+    other.write_text(data_file.read_text())  # the same rows in another file are the same data
+    fit.resume(half, {"data": str(other)}, terminal=QUIET)
+
+
+def test_a_resume_on_another_base_is_refused(half, tiny_model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    tensors = safetensors.torch.load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
+    safetensors.torch.save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="base: .* -> "):
+        fit.resume(half, {"model": str(copy)}, terminal=QUIET)
+
+
+def test_resuming_a_finished_run_says_so(whole):
+    with pytest.raises(RunError, match="is finished"):
+        fit.resume(whole, {}, terminal=QUIET)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "state", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(half, whole, damage, capsys):
+    newest = max((half / "checkpoints").iterdir())
+    file = newest / ("state.json" if damage == "state" else "optimizer.safetensors")
+    data = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    elif damage == "state":
+        file.write_bytes(data[:20])
+    else:
+        file.unlink()
+    said = []
+    terminal = Terminal(quiet=True)
+    terminal.say = lambda text="": said.append(text)
+    fit.resume(half, {}, terminal=terminal)
+    assert any("damaged" in line and newest.name in line for line in said)
+    assert same(whole, half)
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_no_half_checkpoint(tiny_model, data_file, tmp_path, monkeypatch):
+    plain = safetensors.torch.save_file
+    count = [0]
+
+    def full(tensors, path, *args, **kwargs):
+        count[0] += 1
+        if count[0] == 6:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        return plain(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    out = tmp_path / "full"
+    with pytest.raises(RunError, match=r"No space left on device; free some space, then go on with --resume"):
+        fit.fit(config(tiny_model, data_file, out), QUIET)
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names and all(name.startswith("step-") for name in names)
+    assert fit.Run(out).newest() is not None
+    fit.resume(out, {}, terminal=QUIET)
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten(whole, tiny_model, data_file):
+    with pytest.raises(RunError, match="exists already; --resume"):
+        fit.fit(config(tiny_model, data_file, whole), QUIET)
+
+
+def test_from_starts_new_training_from_the_old_adapter(whole, tiny_model, data_file, tmp_path):
+    run = fit.fit(config(tiny_model, data_file, tmp_path / "more", start=str(whole), steps="2"), QUIET)
+    before = json.loads((run.folder / "evaluations.jsonl").read_text().splitlines()[0])["held_out_loss"]
+    old = json.loads((whole / "summary.json").read_text())
+    assert abs(before - old["held_out_loss_after"]) < 1e-5
+    assert before < old["held_out_loss_before"] - 0.1
+
+
+def test_early_stopping_keeps_the_best(tiny_model, data_file, tmp_path):
+    run = fit.fit(
+        config(
+            tiny_model,
+            data_file,
+            tmp_path / "over",
+            steps="200",
+            lr="0.03",
+            eval_every="3",
+            patience="2",
+            schedule="constant",
+        ),
+        QUIET,
+    )
+    summary = json.loads((run.folder / "summary.json").read_text())
+    evaluations = [json.loads(line) for line in (run.folder / "evaluations.jsonl").read_text().splitlines()]
+    best = min(evaluations, key=lambda e: e["held_out_loss"])
+    assert summary["steps"] < 200 and "no better held-out loss in 2" in summary["stopped"]
+    assert summary["best_step"] == best["step"] < summary["steps"]
+    kept = {k.removeprefix("layers."): v for k, v in run.at(best["step"]).adapter().items()}
+    found = weights(run.folder)
+    assert torch.equal(
+        found["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"], kept["model/layers/0/mlp/up_proj.b"]
+    )
+
+
+def test_nan_stops_with_what_to_try(tiny_model, data_file, tmp_path, monkeypatch):
+    from lorafit.train import loop
+
+    plain = loop.losses
+    count = [0]
+
+    def poisoned(host, micro):
+        count[0] += 1
+        return plain(host, micro) * (float("nan") if count[0] == 8 else 1.0)
+
+    monkeypatch.setattr(loop, "losses", poisoned)
+    with pytest.raises(fit.Failed, match=r"loss is nan.* at step 8; the adapter of step 5, the best so far.*try lr="):
+        fit.fit(config(tiny_model, data_file, tmp_path / "nan"), QUIET)
+    assert weights(tmp_path / "nan")
+
+
+def test_a_runaway_loss_stops(tiny_model, data_file, tmp_path):
+    with pytest.raises(fit.Failed, match="try lr="):
+        fit.fit(
+            config(
+                tiny_model,
+                data_file,
+                tmp_path / "away",
+                steps="100",
+                lr="300",
+                eval_every="100",
+                schedule="constant",
+                clip="0",
+            ),
+            QUIET,
+        )
+
+
+def test_bad_rows_stop_before_anything_is_written(tiny_model, data_file, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(data_file.read_text() + '{"messages": []}\nnot json\n')
+    with pytest.raises(DataError, match=r"2 of 62 rows.*line 61.*line 62.*--skip-bad-rows"):
+        fit.fit(config(tiny_model, bad, tmp_path / "out"), QUIET)
+    assert not (tmp_path / "out").exists()
+    run = fit.fit(config(tiny_model, bad, tmp_path / "out", skip_bad_rows=True, steps="1"), QUIET)
+    assert len(json.loads((run.folder / "data.json").read_text())["faults"]) == 2
+
+
+def test_full_fine_tuning_and_its_size(whole, tiny_model, data_file, tmp_path):
+    values = {**SETTINGS, "model": str(tiny_model), "out": str(tmp_path / "full"), "method": "full", "steps": "6"}
+    del values["dropout"]
+    run = fit.fit(fit.read_config(str(data_file), values), QUIET)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    lora = json.loads((whole / "summary.json").read_text())
+    assert summary["trainable_parameters"] > 0.95 * summary["total_parameters"]
+    assert summary["adapter_bytes"] > lora["adapter_bytes"]
+
+
+def test_unknown_settings_name_the_nearest(data_file):
+    with pytest.raises(ConfigError, match="'learning_rat'"):
+        fit.read_config(str(data_file), {"learning_rat": "1"})
+    with pytest.raises(ConfigError, match=r"'epoch'; did you mean 'epochs'"):
+        fit.read_config(str(data_file), {"epoch": "1"})
+    with pytest.raises(ConfigError, match=r"'dropuot'; did you mean 'dropout'"):
+        fit.read_config(str(data_file), {"dropuot": "0.1"})
+
+
+def test_yaml_and_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: x.jsonl\nlr: 1.0e-4\nr: 4\ntargets: [q_proj, v_proj]\nrank_pattern: {q_proj: 8}\n")
+    made = fit.read_config(str(path), {"r": "6", "alpha_pattern": "v_proj=3"})
+    assert (made.lr, made.options["r"], made.targets) == (1e-4, 6, ["q_proj", "v_proj"])
+    assert made.rank_pattern == {"q_proj": 8} and made.alpha_pattern == {"v_proj": 3.0}
+    path.write_text("r: [1\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        fit.read_config(str(path), {})
+
+
+def test_next_folder(tmp_path):
+    assert next_folder("a b/My data.v2.jsonl", tmp_path).name == "My-data.v2-1"
+    (tmp_path / "My-data.v2-1").mkdir()
+    assert next_folder("My data.v2.jsonl", tmp_path).name == "My-data.v2-2"
+
+
+def test_write_folder_is_whole_or_not_at_all(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old").write_text("old")
+
+    def fails(place):
+        (place / "new").write_text("new")
+        raise ValueError("in between")
+
+    with pytest.raises(ValueError):
+        files.write_folder(tmp_path / "x", fails)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x" / "old").exists()
+    files.write_folder(tmp_path / "x", lambda place: (place / "new").write_text("new"))
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
