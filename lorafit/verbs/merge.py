@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         f"checked    {proof.positions} positions: largest logit difference {proof.largest:.3g}, mean {proof.mean:.2g}"
         f" (allowed {proof.tolerance:.3g}; the logits spread by {proof.spread:.3g})"
     )
+    print(f"           {proof.lost:.2%} of what the adapter changes is lost to rounding")
     print(f"           divergence {proof.kl:.1e} nats, same best token at {proof.agree:.1%}")
 
 
