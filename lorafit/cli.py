@@ -7,7 +7,7 @@ import os
 import sys
 
 from lorafit import __version__
-from lorafit.errors import LorafitError
+from lorafit.errors import ConfigError, LorafitError
 from lorafit.verbs import chat, check, demo, eval_, merge, methods, runs, train
 
 VERBS = {
@@ -53,14 +53,25 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _take(args: argparse.Namespace, rest: list[str]) -> None:
+    """key=value words may stand anywhere among the options, which argparse alone can't read."""
+    for word in rest:
+        if "=" not in word or word.startswith("-") or not hasattr(args, "settings"):
+            hint = f"; settings are written {word.lstrip('-')}=VALUE" if hasattr(args, "settings") else ""
+            raise ConfigError(f"unknown argument '{word}'{hint}; see lorafit {args.verb or ''} --help")
+    if rest:
+        args.settings = [*args.settings, *rest]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 2 for the user's mistake, 1 for ours, 130 when interrupted."""
     whole = parser()
-    args = whole.parse_args(arguments)
-    if args.verb is None:
+    args, rest = whole.parse_known_args(arguments)
+    if args.verb is None and not rest:
         whole.print_help()
         return 0
     try:
+        _take(args, rest)
         VERBS[args.verb].run(args)
     except LorafitError as error:
         print(f"lorafit: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from lorafit.config import nearest
@@ -61,20 +61,19 @@ class Talk:
         self.messages.append(Message("user", prompt))
         return {name or "base": "".join(self.pieces(name)).strip() for name in self._who()}
 
-    def say(self, prompt: str, write: Callable[[str], object] = sys.stdout.write) -> None:
+    def say(self, prompt: str) -> None:
         """Answer a prompt, streaming; the adapter's answer goes on in the conversation."""
         self.messages.append(Message("user", prompt))
         kept = ""
         try:
             for name in self._who():
                 if self.compare:
-                    write(f"[{name or 'base'}] ")
+                    print(f"[{name or 'base'}] ", end="")
                 kept = ""
                 for piece in self.pieces(name):
                     kept += piece
-                    write(piece)
-                    sys.stdout.flush()
-                write("\n")
+                    print(piece, end="", flush=True)
+                print()
         except (KeyboardInterrupt, DataError):
             self.messages.pop()
             raise

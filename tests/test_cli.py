@@ -1,0 +1,180 @@
+"""The command line as users and scripts meet it: exit codes, one-line errors, clean --json, no heavy start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorafit.cli import VERBS, main
+
+
+def call(capsys, *words: str) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, data_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    words = [
+        "train",
+        data_file,
+        "--model",
+        tiny_model,
+        "--out",
+        out,
+        "steps=4",
+        "batch_tokens=200",
+        "lr=1e-2",
+        "precision=fp32",
+    ]
+    assert main([str(word) for word in words]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model, data_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "other"
+    assert (
+        main(
+            ["train", str(data_file), "--model", str(tiny_model), "--out", str(out), "steps=2", "r=4", "precision=fp32"]
+        )
+        == 0
+    )
+    return out
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    code = "import sys, lorafit.cli as c; c.parser().format_help(); print([m for m in sys.modules if m in ('torch', 'transformers', 'numpy', 'rich')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    assert done.value.code == 0 and f"lorafit {verb}" in capsys.readouterr().out.split("example:")[1]
+
+
+def test_check(capsys, data_file, tiny_model, tmp_path):
+    code, out, err = call(capsys, "check", data_file, "--model", tiny_model)
+    assert code == 0 and "60 rows (messages 60)" in out and "⟦" in out and "<|im_end|>⟧" in out
+    code, out, err = call(capsys, "check", data_file, "--model", tiny_model, "--json")
+    assert json.loads(out)["rows"] == 60
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(data_file.read_text() + '{"messages": [{"role": "user", "content": null}]}\n')
+    code, out, err = call(capsys, "check", bad, "--model", tiny_model)
+    assert code == 2 and "line 61" in out and "1 of 61 rows" in err and "Traceback" not in err
+
+
+def test_train_json_is_one_object(capsys, data_file, tiny_model, tmp_path):
+    words = ["train", data_file, "--model", tiny_model, "--out", tmp_path / "r", "steps=1", "samples=0", "--json"]
+    code, out, err = call(capsys, *words)
+    assert code == 0 and json.loads(out)["steps"] == 1 and "step 1/1" in err
+
+
+def test_eval_names_base_and_adapter(capsys, run, data_file):
+    code, out, _ = call(capsys, "eval", run, data_file, "--json", "--precision", "fp32")
+    scores = json.loads(out)["scores"]
+    assert code == 0 and set(scores) == {"base", "mine"}
+    assert scores["mine"]["loss"] < scores["base"]["loss"]
+    code, out, _ = call(capsys, "eval", run, data_file, "--answers", "--limit", "3", "--max-new", "8")
+    assert "exact" in out and "F1" in out
+    code, out, _ = call(capsys, "eval", "base", data_file, "--model", run.parent, "--json")
+    assert code == 2
+
+
+def test_chat_compare_and_json(capsys, run):
+    code, out, _ = call(capsys, "chat", run, "--compare", "--prompt", "one two", "--max-new", "4", "--json")
+    assert code == 0 and set(json.loads(out)["answers"]) == {"base", "mine"}
+    code, out, _ = call(capsys, "chat", run, "--compare", "--prompt", "one two", "--max-new", "4")
+    assert out.startswith("[base] ") and "\n[mine] " in out
+
+
+def test_chat_switches_adapters(capsys, run, other, monkeypatch):
+    lines = iter(
+        [
+            "one",
+            "/adapter other",
+            "two",
+            "/adapter",
+            "/adapter nope",
+            "/system be brief",
+            "/reset",
+            "/compare",
+            "three",
+            "/quit",
+        ]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt: print(prompt, end="") or next(lines))
+    code, out, err = call(capsys, "chat", run, other, "--max-new", "3")
+    assert code == 0 and "mine> " in out and "other> " in out and "answering with other" in out and "[base]" in out
+    assert "no adapter 'nope'" in err
+
+
+def test_merge_prints_its_proof(capsys, run, tmp_path):
+    code, out, _ = call(capsys, "merge", run, tmp_path / "merged", "--json")
+    proof = json.loads(out)
+    assert code == 0 and proof["largest"] <= proof["tolerance"] and proof["agree"] == 1.0
+    code, _, err = call(capsys, "merge", run, tmp_path / "merged")
+    assert code == 2 and "isn't empty" in err
+
+
+def test_runs_lists_and_compares(capsys, run, other):
+    code, out, _ = call(capsys, "runs", run.parent, other.parent)
+    assert code == 0 and "mine" in out and "other" in out
+    code, out, _ = call(capsys, "runs", run, other, "--json")
+    different = json.loads(out)["different"]
+    assert different["r"] == [16, 4] and "model" not in different
+    code, _, err = call(capsys, "runs", run / "checkpoints")
+    assert code == 2 and "no runs in" in err
+
+
+def test_methods(capsys):
+    code, out, _ = call(capsys, "methods", "--json")
+    assert code == 0 and {m["method"] for m in json.loads(out)} >= {"lora", "full"}
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["train"], "no data"),
+        (["train", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["train", "DATA", "lr"], "'lr' is not a setting; write key=value"),
+        (["train", "DATA", "lr=fast"], "lr=fast: must be a number"),
+        (["train", "DATA", "dropuot=0.1"], "did you mean 'dropout'?"),
+        (["train", "DATA", "method=lroa"], "did you mean 'lora'?"),
+        (["train", "DATA", "r=0", "--model", "MODEL"], "r=0: must be at least 1"),
+        (["train", "DATA", "targets=q_porj", "--model", "MODEL"], "target 'q_porj' matches nothing; this model has"),
+        (["train", "DATA", "targets=lm_head", "--model", "MODEL"], "shares its weight with model.embed_tokens"),
+        (["train", "DATA", "rank_pattern=zzz=3", "--model", "MODEL"], "pattern 'zzz' matches none"),
+        (["train", "DATA", "quant=nf4"], "quant=nf4: must be one of none"),
+        (["train", "DATA", "--model", "./nowhere"], "no model at './nowhere'"),
+        (["train", "DATA", "device=cuda:7", "--model", "MODEL"], "device=cuda:7 can't be used here"),
+        (["train", "--resume"], "--resume needs the run folder"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere is not a run"),
+        (["train", "DATA", "--force"], "--force only goes with --resume"),
+        (["train", "DATA", "warmup=2"], "warmup=2.0: must be at most 1"),
+        (["chat", "nowhere"], "nowhere is neither a run nor an adapter"),
+        (["eval", "nowhere", "DATA"], "nowhere is neither a run nor an adapter"),
+    ],
+)  # fmt: skip
+def test_the_users_mistakes_are_one_line_and_exit_2(capsys, words, says, data_file, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [{"DATA": str(data_file), "MODEL": str(tiny_model)}.get(word, word) for word in words]
+    code, out, err = call(capsys, *words)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and says in last and "Traceback" not in err
+    assert not out and not (tmp_path / "runs").exists()
+
+
+def test_no_traceback_from_the_real_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafit", "check", tmp_path / "no.jsonl"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("lorafit: ") and "Traceback" not in done.stderr
