@@ -2,7 +2,7 @@
 
     python examples/02_train.py runs/library
 
-The same on the command line: lorafit train examples/data/library.jsonl steps=40 --out runs/library
+The same on the command line: lorafit train examples/data/library.jsonl steps=20 --out runs/library
 """
 
 import argparse
@@ -14,7 +14,7 @@ from lorafit import fit
 parser = argparse.ArgumentParser()
 parser.add_argument("run", nargs="?", default="runs/library")
 parser.add_argument("--model", default="smollm2")
-parser.add_argument("--steps", default=40, type=int)
+parser.add_argument("--steps", default=20, type=int)
 args = parser.parse_args()
 
 data = Path(__file__).parent / "data" / "library.jsonl"
