@@ -49,7 +49,8 @@ def other(tiny_model, data_file, tmp_path_factory):
 
 
 def test_help_is_instant_and_imports_nothing_heavy():
-    code = "import sys, lorafit.cli as c; c.parser().format_help(); print([m for m in sys.modules if m in ('torch', 'transformers', 'numpy', 'rich')])"
+    heavy = "('torch', 'transformers', 'numpy', 'rich')"
+    code = f"import sys, lorafit.cli as c; c.parser().format_help(); print([m for m in sys.modules if m in {heavy}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
