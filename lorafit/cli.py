@@ -58,7 +58,9 @@ def _take(args: argparse.Namespace, rest: list[str]) -> None:
     for word in rest:
         if "=" not in word or word.startswith("-") or not hasattr(args, "settings"):
             hint = f"; settings are written {word.lstrip('-')}=VALUE" if hasattr(args, "settings") else ""
-            raise ConfigError(f"unknown argument '{word}'{hint}; see lorafit {args.verb or ''} --help")
+            raise ConfigError(
+                f"unknown argument '{word}'{hint}; see lorafit {args.verb + ' ' if args.verb else ''}--help"
+            )
     if rest:
         args.settings = [*args.settings, *rest]
 

@@ -69,7 +69,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "the base and the activations; adapters and optimiser stay fp32"
     )
-    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
 
     eval_every: int | None = setting(None, "steps between evaluations; default: eight a run", low=1)

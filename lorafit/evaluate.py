@@ -48,7 +48,7 @@ def evaluate(
         micro = pack([rows[i] for i in run])
         with host.route(spec):
             each = losses(host, micro)
-        total += each.double().sum().item()
+        total += each.cpu().double().sum().item()
         count += len(each)
         if progress:
             progress(run.stop, len(rows))

@@ -28,7 +28,7 @@ from lorafit.evaluate import evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, size
-from lorafit.methods import find
+from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.load import load
 from lorafit.run import Checkpoint, Run, next_folder
@@ -63,7 +63,20 @@ def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
             values = settings.read_yaml(Path(source))
         else:
             values["data"] = source
-    return build({**values, **given})
+    values |= given
+    if values.get("start"):
+        _check_start(values)
+    return build(values)
+
+
+def _check_start(values: Mapping[str, Any]) -> None:
+    """An adapter that training starts from has its shape already; a setting that asks for another isn't ignored."""
+    shape = {"method", "targets", "rank_pattern", "alpha_pattern"}.union(
+        *(method_settings(m) for m in METHODS.values())
+    )
+    asked = [key for key in values if key in shape]
+    if asked:
+        raise ConfigError(f"--from keeps the old adapter's shape, so {', '.join(asked)} can't be set; leave it out")
 
 
 def build(values: Mapping[str, Any]) -> Config:
@@ -152,6 +165,8 @@ class _Fit:
         source = adapter_folder(config.start) if config.start else None
         if source is not None and config.model == Config().model:
             config.model = base_of(source)
+        if Path(config.model).expanduser().is_dir():
+            config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
         with terminal.working("loading the base") as spinner:
             base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"

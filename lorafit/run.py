@@ -1,6 +1,7 @@
 """The run folder: everything a training run leaves behind, and what it needs to go on after a kill.
 
     config.yaml        every setting, resolved            data.json        the data report
+    chat.json          template, stop tokens, system prompt that the run began with
     metrics.jsonl      one object a step                  evaluations.jsonl  held-out loss and sample answers
     checkpoints/       step-000120/ {adapter, optimizer, state}; the newest two and the best
     adapter/           the best adapter, PEFT format       summary.json, report.html   at the end

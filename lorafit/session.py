@@ -73,7 +73,9 @@ def base_of(folder: Path) -> str:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / 'adapter_config.json'} can't be read: {error}") from None
-    name = notes.get("base") or config.get("base_model_name_or_path")
+    name, path = notes.get("base"), config.get("base_model_name_or_path")
+    if name is None or (Path(name).is_absolute() and not Path(name).exists()):
+        name = path or name
     if not name:
         raise AdapterError(f"{folder} doesn't say which base it is for; name it with --model")
     return str(name)
@@ -92,7 +94,7 @@ def open_session(
 
     Adapters are named by their run's folder. RunError/AdapterError if two of them are for different bases.
     """
-    folders = {_name(path): adapter_folder(path) for path in paths}
+    folders = _named(paths)
     bases = {base_of(folder) for folder in folders.values()}
     if model is None and len(bases) > 1:
         raise AdapterError(f"these adapters are for different bases: {', '.join(sorted(bases))}")
@@ -111,6 +113,14 @@ def open_session(
     return Session(host, chats, folders)
 
 
-def _name(path: str) -> str:
-    place = Path(path).resolve()
-    return place.parent.name if place.name == "adapter" else place.name
+def _named(paths: Sequence[str]) -> dict[str, Path]:
+    """Adapter folders by the name of their run's folder; where that is taken, by the path as it was given."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        place = Path(path).resolve()
+        name = place.parent.name if place.name == "adapter" else place.name
+        folder = adapter_folder(path)
+        if folder in found.values():
+            raise AdapterError(f"{path} is named twice")
+        found[str(path) if name in found or name == "base" else name] = folder
+    return found

@@ -57,9 +57,12 @@ class Talk:
         return stream(self.chat, generate(self.session.host, ids, adapter, stop=self.chat.stop, **self.options))
 
     def answers(self, prompt: str) -> dict[str, str]:
-        """The answers to one prompt, by adapter."""
+        """The answers to one more prompt, by adapter; the conversation stays as it was."""
         self.messages.append(Message("user", prompt))
-        return {name or "base": "".join(self.pieces(name)).strip() for name in self._who()}
+        try:
+            return {name or "base": "".join(self.pieces(name)).strip() for name in self._who()}
+        finally:
+            self.messages.pop()
 
     def say(self, prompt: str) -> None:
         """Answer a prompt, streaming; the adapter's answer goes on in the conversation."""

@@ -56,14 +56,8 @@ def whole(tiny_model, data_file, tmp_path_factory) -> Path:
 def test_a_finished_run_holds_what_scripts_rely_on(whole, tiny_model):
     summary = json.loads((whole / "summary.json").read_text())
     for key in [
-        "tokens_per_second",
-        "seconds",
-        "peak_rss_bytes",
-        "held_out_loss_before",
-        "held_out_loss_after",
-        "best_step",
-        "trainable_parameters",
-        "base",
+        *("tokens_per_second", "seconds", "peak_rss_bytes", "held_out_loss_before", "held_out_loss_after"),
+        *("best_step", "trainable_parameters", "base"),
     ]:
         assert summary[key] is not None, key
     assert summary["held_out_loss_after"] < summary["held_out_loss_before"]

@@ -88,9 +88,9 @@ def template_notes(examples: list[Example], chat: Chat) -> list[Fault]:
         (_has_reasoning, not (chat.uses("reasoning_content") or chat.uses("thinking")), "the chat template leaves out "
          "reasoning_content"),
         (_has_early_reasoning, drops_reasoning(chat), "the chat template leaves out the reasoning of all but the last "
-         "answer; --learn last learns only whole answers"),
+         "answer; learn=last learns only whole answers"),
         (_has_early_answer, chat.fits and not chat.fits_early, "the chat template begins earlier answers otherwise than "
-         "the last; --learn last learns only answers that begin as at inference"),
+         "the last; learn=last learns only answers that begin as at inference"),
         (_has_calls, not chat.uses("tool_calls"), "the chat template has no tool calls; they are written into the "
          "answer as <tool_call>{…}</tool_call>"),
         (lambda example: bool(example.tools), not chat.uses("tools"), "the chat template doesn't show the tools; "

@@ -166,7 +166,7 @@ def _compare(
         mean=float(difference.mean()),
         effect=float((a - torch.cat(plain)).abs().mean()),
         spread=spread,
-        kl=float((log_a.exp() * (log_a - log_b)).sum(-1).mean()),
+        kl=max(0.0, float((log_a.exp() * (log_a - log_b)).sum(-1).mean())),  # rounding may make it negative
         agree=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
         positions=len(a),
         tolerance=tolerance,

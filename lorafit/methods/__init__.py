@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
 from lorafit.methods.base import Matrix, Method, settings
 from lorafit.methods.full import Full
 from lorafit.methods.lora import LoRA
 
-METHODS: Mapping[str, type[Method]] = {
+METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "full": Full,
 }
@@ -23,4 +21,4 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Callable", "Matrix", "Method", "find", "settings"]
+__all__ = ["METHODS", "Matrix", "Method", "find", "settings"]

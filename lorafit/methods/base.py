@@ -53,7 +53,10 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
-        """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,))."""
+        """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,)).
+
+        y holds the layer's bias, and what other adapters of a stack have added; only mm(x, weight()) is the bare product.
+        """
         return mm(x, self.delta_weight(weight()))
 
     def lr_scale(self) -> dict[str, float]:

@@ -58,6 +58,9 @@ def convert(source: Path, place: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from lorafit.model.load import quiet
+
+    quiet()
     place.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=place.name + ".", dir=place.parent))
     try:

@@ -97,7 +97,7 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
             each = losses(host, micro)
             owners = micro.owners.to(each.device)
             (each / counts.to(each)[owners]).sum().backward()
-        totals.index_add_(0, micro.owners, each.detach().double().cpu())
+        totals.index_add_(0, micro.owners, each.detach().cpu().double())
     for job in live:
         host.adapters[job.name].eval()
     return (totals / counts).tolist()

@@ -89,7 +89,8 @@ def described(report: Any, chat: Any, max_tokens: int) -> str:
     if report.text_example:
         text = "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in report.text_example)
         lines += ["", "one row as the model sees it, what is learned between ⟦ and ⟧:", _indent(_cut(text, 1500))]
-    for title, items in (("bad rows", report.faults), ("notes", report.notes)):
+    notes = sorted(report.notes, key=lambda note: note.line)
+    for title, items in (("bad rows", report.faults), ("notes", notes)):
         if items:
             lines += ["", f"{title}:"] + [f"  line {fault.line}: {fault.reason}" for fault in items[:200]]
             if len(items) > 200:

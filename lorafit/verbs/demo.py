@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorafit.verbs.common import terminal
 
-ABOUT = "the whole way on data of its own: fit an adapter, show what changed (about two minutes)"
+ABOUT = "the whole way on data of its own: fit an adapter, show what changed"
 EXAMPLE = """\
   lorafit demo
   lorafit demo --out runs/mine"""

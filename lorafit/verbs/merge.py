@@ -53,6 +53,11 @@ def run(args: argparse.Namespace) -> None:
             working=spinner.rename,
             chat=session.chat(name),
         )
+    system = session.chat(name).system
+    if system:
+        out.say(
+            f"trained with the system prompt {system!r}; a model folder can't carry it, so send it with each conversation"
+        )
     if args.json:
         print_json({"out": args.out, **proof.to_json()})
         return

@@ -94,6 +94,10 @@ def described(run: str, summary: dict[str, Any]) -> str:
         lines.append(
             f"held-out loss  {before:.4f} -> {after:.4f} ({change:+.1%}), best at step {summary['best_step']}: {verdict}"
         )
+    if before is not None and summary["best_step"] == 0:
+        lines.append(
+            "               no evaluation was better than the start, so adapter/ holds the start; try another lr"
+        )
     share = summary["trainable_parameters"] / summary["total_parameters"]
     speed = f"{summary['tokens_per_second']:.0f} tokens/s, " if summary["tokens_per_second"] else ""
     lines += [
