@@ -8,11 +8,12 @@ import sys
 
 from lorafit import __version__
 from lorafit.errors import ConfigError, LorafitError
-from lorafit.verbs import chat, check, demo, eval_, merge, methods, runs, train
+from lorafit.verbs import chat, check, demo, eval_, merge, methods, plan, runs, train
 
 VERBS = {
     "demo": demo,
     "check": check,
+    "plan": plan,
     "train": train,
     "eval": eval_,
     "chat": chat,

@@ -19,7 +19,7 @@ LAYERS = [
     ["methods"],
     ["route", "adapter", "host"],
     ["train"],
-    ["generate", "evaluate", "run", "report", "session"],
+    ["generate", "evaluate", "run", "report", "plan", "session"],
     ["export"],
     ["talk", "fit"],
     ["verbs", "cli", "__main__"],

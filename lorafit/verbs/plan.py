@@ -1,0 +1,58 @@
+"""`lorafit plan`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lorafit.verbs.common import add_json, print_json, terminal
+
+ABOUT = "estimate the memory of a training run before any weights are read"
+EXAMPLE = """\
+  lorafit plan data.jsonl --model DIR
+  lorafit plan data.jsonl --model DIR checkpointing=true batch_tokens=512 --json"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments: as of train."""
+    parser.add_argument("source", metavar="DATA|CONFIG.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of train")
+    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the parts and the sum."""
+    from lorafit import config as settings
+    from lorafit.data import Chat
+    from lorafit.fit import load_data, read_config
+    from lorafit.log import count, size, table
+    from lorafit.model.load import context_of, load_tokenizer, locate, stop_ids
+    from lorafit.plan import estimate
+
+    given: dict[str, Any] = settings.pairs(args.settings)
+    if args.model is not None:
+        given["model"] = args.model
+    config = read_config(args.source, given)
+    out = terminal()
+    with out.working("reading the rows") as spinner:
+        path = locate(config.model, spinner.rename)
+        config.max_tokens = config.max_tokens or min(context_of(path), 4096)
+        chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
+        rows = load_data(config, chat, out).train
+    made = estimate(config, path, rows)
+    if args.json:
+        print_json(made.to_json())
+        return
+    parts = ["weights", "adapter", "gradients", "optimizer", "activations", "logits", "runtime"]
+    print(
+        table(
+            ["memory", "bytes"],
+            [[part, size(getattr(made, part))] for part in parts] + [["peak", size(made.peak_bytes)]],
+        )
+    )
+    print(
+        f"{count(made.trainable_parameters)} of {count(made.total_parameters)} parameters trained, {made.precision},"
+        f" {made.steps} steps, at most {count(made.micro_batch_tokens)} tokens at once"
+    )
+    print("too much? accumulate=4 or checkpointing=true take less")
