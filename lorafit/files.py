@@ -40,6 +40,15 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none that can be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Replace a folder by what `fill` writes into an empty one. RunError when the disk is full or refuses."""
     scratch = None

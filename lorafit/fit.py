@@ -6,12 +6,8 @@ import hashlib
 import importlib.util
 import json
 import math
-import resource
-import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,8 @@ from lorafit.errors import ConfigError, MissingExtra, RunError, UserError
 from lorafit.evaluate import evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
-from lorafit.log import Terminal, count, size
+from lorafit.log import Terminal, count, cut, size
+from lorafit.machine import Stop, memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.load import load
@@ -194,7 +191,6 @@ class _Fit:
             "base": base.fingerprint,
             "chat template": template,
         }
-        self.interrupted = False
 
     def _add_adapter(self, source: Path | None) -> None:
         config = self.config
@@ -237,11 +233,12 @@ class _Fit:
             self._restore(run, newest)
         self.began = time.monotonic() - self.seconds
         writer = _tensorboard(self.config, run)
-        with _signals(self), self.terminal.progress() as progress:
+        stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
+        with stop, self.terminal.progress() as progress:
             if newest is None:
                 run.rewind(-1)
                 self._first(run)
-            reason = self._steps(run, progress, writer)
+            reason = self._steps(run, progress, stop, writer)
         return self._finish(run, reason)
 
     def _restore(self, run: Run, newest: Checkpoint) -> None:
@@ -264,7 +261,7 @@ class _Fit:
         if self.config.start or self.data.held_out:
             self._checkpoint(run)
 
-    def _steps(self, run: Run, progress: Any, writer: Any) -> str:
+    def _steps(self, run: Run, progress: Any, stop: Stop, writer: Any) -> str:
         config, job = self.config, self.job
         assert config.eval_every is not None
         last = time.monotonic()
@@ -285,16 +282,16 @@ class _Fit:
             )
             due = step.number % config.eval_every == 0 or step.number == job.steps
             if due and self.data.held_out and not reason:
-                loss, stop = self._evaluate(run, step.number, writer)
+                loss, enough = self._evaluate(run, step.number, writer)
                 progress.update(step.number, job.steps, held_out_loss=loss)
-                if stop:
-                    self._checkpoint(run, stop)
-                    return stop if step.number < job.steps else ""
-            if due or step.number % config.checkpoint_every == 0 or self.interrupted or reason:
+                if enough:
+                    self._checkpoint(run, enough)
+                    return enough if step.number < job.steps else ""
+            if due or step.number % config.checkpoint_every == 0 or stop.asked or reason:
                 self._checkpoint(run, "all steps done" if step.number == job.steps else "")
             if reason:
                 return reason
-            if self.interrupted and step.number < job.steps:
+            if stop.asked and step.number < job.steps:
                 raise Interrupted(
                     f"stopped after step {step.number} of {job.steps}, all saved; go on with:"
                     f" lorafit train --resume --out {run.folder}"
@@ -484,43 +481,6 @@ def default_lr(host: Host) -> float:
     return float(f"{2e-4 * (4096 / width) ** 0.5:.2g}")
 
 
-def memory() -> int:
-    """Resident memory of this process in bytes (its peak where the system doesn't tell the present)."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory()
-
-
-def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def _signals(fit: _Fit) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends training after the step in hand; a second one ends it at once."""
-
-    def note(number: int, frame: Any) -> None:
-        if fit.interrupted:
-            raise KeyboardInterrupt
-        fit.interrupted = True
-        fit.terminal.say("stopping after this step; once more to stop at once")
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread, where no signal arrives anyway
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _check_extras(config: Config) -> None:
     if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtra("log=tensorboard needs tensorboard; pip install 'lorafit[tensorboard]'")
@@ -539,6 +499,4 @@ def _finite(value: float) -> float | None:
 
 
 def _line(text: str, columns: int) -> str:
-    from lorafit.log import cut
-
     return cut(" ".join(text.split()), columns)

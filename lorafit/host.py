@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit import adapter as files
-from lorafit.adapter import Adapter
+from lorafit import peft_files
+from lorafit.adapter import Adapter, create
 from lorafit.errors import AdapterError
 from lorafit.methods import METHODS, find, settings
 from lorafit.model import experts
@@ -57,7 +57,7 @@ class Host:
         unknown = [key for key in options if key not in own]
         if unknown:
             raise AdapterError(f"method '{method}' has no setting '{unknown[0]}'; it has {', '.join(own) or 'none'}")
-        made = files.create(
+        made = create(
             select(self.sites, targets or kind.targets),
             method,
             own | options,
@@ -78,15 +78,15 @@ class Host:
         return adapter
 
     def load(self, path: str | Path, name: str) -> Adapter:
-        """Read an adapter's folder (PEFT format) and attach it; strict, see adapter.load."""
-        return self.attach(name, files.load(Path(path), self.sites, self.base.fingerprint))
+        """Read an adapter's folder (PEFT format) and attach it; strict, see peft_files.load."""
+        return self.attach(name, peft_files.load(Path(path), self.sites, self.base.fingerprint))
 
     def save(self, name: str, folder: Path) -> None:
         """Write an adapter's files into an existing folder."""
         modules = [path for path, _ in self.base.model.named_modules()]
         made = self.adapters[name]
         made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
-        files.save(made, folder, self.sites, str(self.base.path), modules)
+        peft_files.save(made, folder, self.sites, str(self.base.path), modules)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; the base is as if it had never been there."""

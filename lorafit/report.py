@@ -7,21 +7,19 @@ so all of it is escaped, and the page forbids itself scripts and outside resourc
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit import charts
+from lorafit.charts import Point
 from lorafit.config import read_yaml
 from lorafit.errors import RunError
 from lorafit.log import count, duration, size
 
-Point = tuple[float, float]
-MOST_POINTS = 600  # of a curve; more can't be told apart on a screen
 MOST_ROWS = 20  # of a list of faults or duplicates
 
 
@@ -172,16 +170,18 @@ def _curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], best
         return ""
     mark = [(best["step"], float(best["held_out_loss"]))] if best else []
     series = [
-        Series("training loss", "raw", _thin(loss)),
-        Series("training loss, smoothed", "smooth", _thin(_smooth(loss)), hover=True),
-        Series("held-out loss", "held", held_out, line=len(held_out) > 1, dots=True),
-        Series("best", "best", mark, line=False, dots=True),
+        charts.Series("training loss", "raw", charts.thin(loss)),
+        charts.Series("training loss, smoothed", "smooth", charts.thin(charts.smooth(loss)), hover=True),
+        charts.Series("held-out loss", "held", held_out, line=len(held_out) > 1, dots=True),
+        charts.Series("best", "best", mark, line=False, dots=True),
     ]
     xs = [step for step, _ in loss + rate + held_out]
     span = min(xs), max(xs)  # one for both charts, so that steps are above each other
-    drawn = _chart(series, "loss", 300, span)
+    drawn = charts.chart(series, "loss", 300, span)
     if len(rate) > 1:
-        drawn += _chart([Series("learning rate", "rate", _thin(rate), hover=True)], "learning rate", 150, span)
+        drawn += charts.chart(
+            [charts.Series("learning rate", "rate", charts.thin(rate), hover=True)], "learning rate", 150, span
+        )
     return drawn
 
 
@@ -225,7 +225,7 @@ def _data(data: dict[str, Any]) -> str:
         facts.append(("Formats", ", ".join(f"{name} {_plain(number)}" for name, number in formats.items())))
     parts = [_pairs(facts)]
     if lengths := [(a, b, c) for a, b, c in _list(data, "lengths", list, 3) if all(map(_is_amount, (a, b, c)))]:
-        parts.append(_histogram(lengths))
+        parts.append(charts.histogram(lengths))
     if example := _list(data, "text_example", list, 2):
         marked = "".join(f"<mark>{_escape(text)}</mark>" if on else _escape(text) for text, on in example)
         parts.append(
@@ -284,127 +284,6 @@ _SUMMARY_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "trainable_parameters": ("Trained parameters", _whole_count),
     "total_parameters": ("All parameters", _whole_count),
 }
-
-
-# --- drawing
-
-
-@dataclass(frozen=True)
-class Series:
-    """A curve: `style` is its class in the style sheet, `hover` gives its points titles without drawing them."""
-
-    name: str
-    style: str
-    points: Sequence[Point]
-    line: bool = True
-    dots: bool = False
-    hover: bool = False
-
-
-WIDE, LEFT, RIGHT, TOP, BOTTOM = 760, 60, 14, 10, 40  # of a chart, in its own units
-
-
-def _chart(series: Sequence[Series], label: str, high: int, span: Point) -> str:
-    series = [one for one in series if one.points]
-    ys = [value for one in series for _, value in one.points]
-    left, right = span[0], max(span[1], span[0] + 1)
-    x_ticks, y_ticks = ticks(left, right, 8, whole=True), ticks(min(ys), max(ys), high // 50)
-    floor, top = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
-
-    def x(value: float) -> str:
-        return f"{LEFT + (value - left) / (right - left) * (WIDE - LEFT - RIGHT):.1f}"
-
-    def y(value: float) -> str:
-        return f"{high - BOTTOM - (value - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
-
-    parts = _axes([(x(v), _tick(v)) for v in x_ticks if left <= v <= right], [(y(v), _tick(v)) for v in y_ticks], high)
-    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">step</text>')
-    for one in series:
-        places = [(x(a), y(b)) for a, b in one.points]
-        if one.line and len(places) > 1:
-            path = "L".join(f"{a} {b}" for a, b in places)
-            parts.append(f'<path class="{one.style}" d="M{path}"/>')
-        if one.dots or one.hover:
-            style, radius = (one.style, 5 if one.style == "best" else 3.5) if one.dots else ("ghost", 6)
-            parts += [
-                f'<circle class="{style}" cx="{a}" cy="{b}" r="{radius}">'
-                f"<title>{one.name} {_figure(value)} at step {step:.0f}</title></circle>"
-                for (a, b), (step, value) in zip(places, one.points, strict=True)
-            ]
-    keys = "".join(f'<span class="{one.style}">{one.name}</span>' for one in series)
-    return f"<figure><figcaption>{keys}</figcaption>{_svg(parts, high, label)}</figure>"
-
-
-def _histogram(lengths: Sequence[tuple[float, float, float]]) -> str:
-    high = 190
-    most = max(1, *(number for _, _, number in lengths))
-    y_ticks = ticks(0, most, 4, whole=True)
-    slot = (WIDE - LEFT - RIGHT) / len(lengths)
-
-    def y(value: float) -> float:
-        return high - BOTTOM - value / max(most, y_ticks[-1]) * (high - TOP - BOTTOM)
-
-    every = math.ceil(len(lengths) / 12)
-    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", f"{low:.0f}–{up:.0f}") for i, (low, up, _) in enumerate(lengths)]
-    parts = _axes(marks[::every], [(f"{y(v):.1f}", _tick(v)) for v in y_ticks], high)
-    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">tokens</text>')
-    for i, (low, up, number) in enumerate(lengths):
-        title = f"{low:.0f} to {up:.0f} tokens: {number:.0f} rows"
-        parts.append(
-            f'<rect class="bar" x="{LEFT + i * slot + 1:.1f}" y="{y(number):.1f}" width="{max(1.0, slot - 2):.1f}" '
-            f'height="{high - BOTTOM - y(number):.1f}"><title>{title}</title></rect>'
-        )
-    return f"<figure><figcaption>Rows by length in tokens</figcaption>{_svg(parts, high, 'rows by length')}</figure>"
-
-
-def _axes(xs: Sequence[tuple[str, str]], ys: Sequence[tuple[str, str]], high: int) -> list[str]:
-    parts = [f'<path class="grid" d="M{LEFT} {at}H{WIDE - RIGHT}"/>' for at, _ in ys]
-    parts += [f'<text x="{LEFT - 8}" y="{at}" dy=".35em" text-anchor="end">{text}</text>' for at, text in ys]
-    parts += [f'<text x="{at}" y="{high - BOTTOM + 18}" text-anchor="middle">{text}</text>' for at, text in xs]
-    return parts
-
-
-def _svg(parts: Sequence[str], high: int, label: str) -> str:
-    return f'<svg viewBox="0 0 {WIDE} {high}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) that cover low..high, about `most` of them."""
-    if high <= low:
-        high = low + (abs(low) * 0.1 or 1.0)
-    rough = (high - low) / max(1, most)
-    power = 10.0 ** math.floor(math.log10(rough))
-    gap = next((times * power for times in (1, 2, 5) if times * power >= rough * 0.999), 10 * power)
-    gap = max(gap, 1.0) if whole else gap
-    first, last = math.floor(low / gap + 1e-9), math.ceil(high / gap - 1e-9)
-    return [float(f"{i * gap:.12g}") for i in range(first, last + 1)]
-
-
-def _tick(value: float) -> str:
-    if value and (abs(value) < 0.001 or abs(value) >= 1e7):
-        number, power = f"{value:e}".split("e")
-        return f"{float(number):g}e{int(power)}"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:g}"
-
-
-def _figure(value: float) -> str:
-    return f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:.3f}"
-
-
-def _smooth(points: Sequence[Point]) -> list[Point]:
-    # The mean of a window around each point, cut evenly at the ends: it doesn't lag behind the curve.
-    sums = [0.0, *itertools.accumulate(value for _, value in points)]
-    last, half = len(points) - 1, len(points) // 40
-    smoothed = []
-    for i, (step, _) in enumerate(points):
-        reach = min(half, i, last - i)
-        smoothed.append((step, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
-    return smoothed
-
-
-def _thin(points: Sequence[Point]) -> list[Point]:
-    every = math.ceil(len(points) / MOST_POINTS)
-    return [*points[: -1 : max(1, every)], *points[-1:]]
 
 
 # --- HTML

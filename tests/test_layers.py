@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parent.parent / "lorafit"
 
 # A module imports modules that stand before it, or of its own package. A row is a layer.
 LAYERS = [
-    ["errors", "config", "log", "files"],
+    ["errors", "config", "log", "files", "machine"],
     ["data"],
     ["batches"],
     ["model"],
     ["methods"],
-    ["route", "adapter", "host"],
+    ["route", "adapter", "peft_files", "host"],
     ["train"],
-    ["generate", "evaluate", "run", "report", "plan", "session"],
+    ["generate", "evaluate", "run", "charts", "report", "plan", "session"],
     ["export"],
     ["talk", "fit"],
     ["verbs", "cli", "__main__"],

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lorafit import report
+from lorafit import charts, report
 from lorafit.errors import RunError
 
 EVIL = "<script>alert('x')</script>&\x00\x1b[0m\ud800"
@@ -207,19 +207,19 @@ def test_a_failed_write_keeps_the_old_page(run, monkeypatch):
     ],
 )
 def test_ticks(low, high, most, wanted):
-    assert report.ticks(low, high, most) == pytest.approx(wanted)
+    assert charts.ticks(low, high, most) == pytest.approx(wanted)
 
 
 def test_whole_ticks_are_whole():
-    assert report.ticks(0, 3, 8, whole=True) == [0, 1, 2, 3]
+    assert charts.ticks(0, 3, 8, whole=True) == [0, 1, 2, 3]
 
 
 def test_smoothing_keeps_a_line_straight_and_thinning_keeps_the_ends():
     line = [(float(i), 2.0 * i) for i in range(5000)]
-    assert report._smooth(line) == [(x, pytest.approx(y, abs=1e-6)) for x, y in line]
-    thin = report._thin(line)
-    assert len(thin) <= report.MOST_POINTS + 1 and thin[0] == line[0] and thin[-1] == line[-1]
-    assert report._thin([]) == [] and report._smooth([]) == []
+    assert charts.smooth(line) == [(x, pytest.approx(y, abs=1e-6)) for x, y in line]
+    thin = charts.thin(line)
+    assert len(thin) <= charts.MOST_POINTS + 1 and thin[0] == line[0] and thin[-1] == line[-1]
+    assert charts.thin([]) == [] and charts.smooth([]) == []
 
 
 def test_a_long_run_makes_a_small_page(run):

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from lorafit.errors import ModelError
+from lorafit.files import read_json
 from lorafit.model import attention, embedded, experts
 from lorafit.model.base import Base, probe
 from lorafit.model.fingerprint import fingerprint
@@ -109,7 +110,7 @@ def load_tokenizer(path: Path) -> Any:
 def stop_ids(path: Path) -> list[int]:
     """The token ids that the model's generation settings stop at."""
     for name in ("generation_config.json", "config.json"):
-        eos = _json(path / name).get("eos_token_id")
+        eos = read_json(path / name).get("eos_token_id")
         if eos is not None:
             return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
     return []
@@ -117,7 +118,7 @@ def stop_ids(path: Path) -> list[int]:
 
 def context_of(path: Path) -> int:
     """The longest document the model was made for, in tokens, from its config alone."""
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     config = config.get("text_config") or config
     return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
 
@@ -132,14 +133,6 @@ def stored_dtype(path: Path) -> torch.dtype:
                 sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + int(torch.Size(part.get_shape()).numel())
     most = max(sizes, key=lambda name: sizes[name], default="F32")
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def load(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
+from lorafit.files import read_json
 from lorafit.verbs.common import add_json, print_json
 
 ABOUT = "list runs, best first; or compare the settings and results of two"
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"no runs in {', '.join(map(str, places)) or 'runs/'}; make one with: lorafit train DATA")
     found = []
     for folder in folders:
-        config, summary = settings.read_yaml(folder / "config.yaml"), _json(folder / "summary.json")
+        config, summary = settings.read_yaml(folder / "config.yaml"), read_json(folder / "summary.json")
         found.append(
             {
                 "run": str(folder),
@@ -78,21 +77,13 @@ def _compare(folders: list[Path], as_json: bool) -> None:
 
     both = []
     for folder in folders:
-        both.append({**settings.read_yaml(folder / "config.yaml"), **_json(folder / "summary.json")})
+        both.append({**settings.read_yaml(folder / "config.yaml"), **read_json(folder / "summary.json")})
     keys = [k for k in dict.fromkeys([*both[0], *both[1]]) if both[0].get(k) != both[1].get(k) and k != "out"]
     if as_json:
         print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
         return
     rows = [[k, *("" if b.get(k) is None else str(b.get(k)) for b in both)] for k in keys]
     print(table(["", *map(str, folders)], rows, "lll"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _loss(value: float | None) -> str:

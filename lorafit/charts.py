@@ -1,0 +1,134 @@
+"""Curves and histograms as inline SVG, without scripts. Labels must be plain text of lorafit's own; nothing is escaped."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Point = tuple[float, float]
+MOST_POINTS = 600  # of a curve; more can't be told apart on a screen
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: `style` is its class in the style sheet, `hover` gives its points titles without drawing them."""
+
+    name: str
+    style: str
+    points: Sequence[Point]
+    line: bool = True
+    dots: bool = False
+    hover: bool = False
+
+
+WIDE, LEFT, RIGHT, TOP, BOTTOM = 760, 60, 14, 10, 40  # of a chart, in its own units
+
+
+def chart(series: Sequence[Series], label: str, high: int, span: Point) -> str:
+    """Curves over steps `span`, `high` units tall, with axes, a legend and hover titles."""
+    series = [one for one in series if one.points]
+    ys = [value for one in series for _, value in one.points]
+    left, right = span[0], max(span[1], span[0] + 1)
+    x_ticks, y_ticks = ticks(left, right, 8, whole=True), ticks(min(ys), max(ys), high // 50)
+    floor, top = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+
+    def x(value: float) -> str:
+        return f"{LEFT + (value - left) / (right - left) * (WIDE - LEFT - RIGHT):.1f}"
+
+    def y(value: float) -> str:
+        return f"{high - BOTTOM - (value - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
+
+    parts = _axes([(x(v), _tick(v)) for v in x_ticks if left <= v <= right], [(y(v), _tick(v)) for v in y_ticks], high)
+    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">step</text>')
+    for one in series:
+        places = [(x(a), y(b)) for a, b in one.points]
+        if one.line and len(places) > 1:
+            path = "L".join(f"{a} {b}" for a, b in places)
+            parts.append(f'<path class="{one.style}" d="M{path}"/>')
+        if one.dots or one.hover:
+            style, radius = (one.style, 5 if one.style == "best" else 3.5) if one.dots else ("ghost", 6)
+            parts += [
+                f'<circle class="{style}" cx="{a}" cy="{b}" r="{radius}">'
+                f"<title>{one.name} {figure(value)} at step {step:.0f}</title></circle>"
+                for (a, b), (step, value) in zip(places, one.points, strict=True)
+            ]
+    keys = "".join(f'<span class="{one.style}">{one.name}</span>' for one in series)
+    return f"<figure><figcaption>{keys}</figcaption>{_svg(parts, high, label)}</figure>"
+
+
+def histogram(lengths: Sequence[tuple[float, float, float]]) -> str:
+    """Bars for (low, high, rows)."""
+    high = 190
+    most = max(1, *(number for _, _, number in lengths))
+    y_ticks = ticks(0, most, 4, whole=True)
+    slot = (WIDE - LEFT - RIGHT) / len(lengths)
+
+    def y(value: float) -> float:
+        return high - BOTTOM - value / max(most, y_ticks[-1]) * (high - TOP - BOTTOM)
+
+    every = math.ceil(len(lengths) / 12)
+    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", f"{low:.0f}–{up:.0f}") for i, (low, up, _) in enumerate(lengths)]
+    parts = _axes(marks[::every], [(f"{y(v):.1f}", _tick(v)) for v in y_ticks], high)
+    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">tokens</text>')
+    for i, (low, up, number) in enumerate(lengths):
+        title = f"{low:.0f} to {up:.0f} tokens: {number:.0f} rows"
+        parts.append(
+            f'<rect class="bar" x="{LEFT + i * slot + 1:.1f}" y="{y(number):.1f}" width="{max(1.0, slot - 2):.1f}" '
+            f'height="{high - BOTTOM - y(number):.1f}"><title>{title}</title></rect>'
+        )
+    return f"<figure><figcaption>Rows by length in tokens</figcaption>{_svg(parts, high, 'rows by length')}</figure>"
+
+
+def _axes(xs: Sequence[tuple[str, str]], ys: Sequence[tuple[str, str]], high: int) -> list[str]:
+    parts = [f'<path class="grid" d="M{LEFT} {at}H{WIDE - RIGHT}"/>' for at, _ in ys]
+    parts += [f'<text x="{LEFT - 8}" y="{at}" dy=".35em" text-anchor="end">{text}</text>' for at, text in ys]
+    parts += [f'<text x="{at}" y="{high - BOTTOM + 18}" text-anchor="middle">{text}</text>' for at, text in xs]
+    return parts
+
+
+def _svg(parts: Sequence[str], high: int, label: str) -> str:
+    return f'<svg viewBox="0 0 {WIDE} {high}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) that cover low..high, about `most` of them."""
+    if high <= low:
+        high = low + (abs(low) * 0.1 or 1.0)
+    rough = (high - low) / max(1, most)
+    power = 10.0 ** math.floor(math.log10(rough))
+    gap = next((times * power for times in (1, 2, 5) if times * power >= rough * 0.999), 10 * power)
+    gap = max(gap, 1.0) if whole else gap
+    first, last = math.floor(low / gap + 1e-9), math.ceil(high / gap - 1e-9)
+    return [float(f"{i * gap:.12g}") for i in range(first, last + 1)]
+
+
+def _tick(value: float) -> str:
+    if value and (abs(value) < 0.001 or abs(value) >= 1e7):
+        number, power = f"{value:e}".split("e")
+        return f"{float(number):g}e{int(power)}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:g}"
+
+
+def figure(value: float) -> str:
+    """A loss or rate in few digits."""
+    return f"{value:.2e}" if value and abs(value) < 0.01 else f"{value:.3f}"
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """A running mean."""
+    # The mean of a window around each point, cut evenly at the ends: it doesn't lag behind the curve.
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    last, half = len(points) - 1, len(points) // 40
+    smoothed = []
+    for i, (step, _) in enumerate(points):
+        reach = min(half, i, last - i)
+        smoothed.append((step, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return smoothed
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """At most MOST_POINTS points, the first and the last among them."""
+    every = math.ceil(len(points) / MOST_POINTS)
+    return [*points[: -1 : max(1, every)], *points[-1:]]

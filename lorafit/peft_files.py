@@ -1,0 +1,338 @@
+"""An adapter's files, in PEFT's format, so that every tool of the ecosystem reads them.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `lorafit.json` beside them holds what PEFT has no place
+for: the base's fingerprint, the chat template and stop tokens it was trained with, and the method's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorafit.adapter import Adapter
+from lorafit.errors import AdapterError
+from lorafit.methods import Method, find
+from lorafit.methods.lora import LoRA
+from lorafit.model.sites import Site
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "lorafit.json"
+
+
+def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder: str, modules: Sequence[str]) -> None:
+    """Write the adapter's files into `folder`, which must exist. `modules`: all module paths of the base.
+
+    The folder isn't swapped in whole here; a run does that (see run.py).
+    """
+    tensors, config = {}, _config(adapter, sites, base_folder, modules)
+    for path, layer in adapter.items():
+        for name, tensor in _to_peft(layer, sites[path]).items():
+            tensors[f"{PREFIX}{_peft_path(sites[path], adapter)}.{name}"] = tensor
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
+    (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adapter:
+    """Read an adapter, strictly: every key must have a place of its shape, and the base must be the one it was made for.
+
+    AdapterError lists all that is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
+    """
+    config, own = _read_json(folder / CONFIG), _read_json(folder / OWN, missing={})
+    made_for = own.get("fingerprint", "")
+    if fingerprint and made_for and fingerprint != made_for:
+        raise AdapterError(
+            f"{folder} was made for another base ({own.get('base', '?')}, fingerprint {made_for[:8]}, not"
+            f" {fingerprint[:8]}); load it on that one"
+        )
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
+    method, options = _method_of(config, own, folder)
+    if any(site.tied for site in sites.values()):
+        tensors = _untied(config, tensors, sites, folder)
+    grouped, bad = _by_site(tensors, sites)
+    layers: dict[str, Method] = {}
+    for path, parts in grouped.items():
+        site = sites[path]
+        made, wrong = _from_peft(parts, site, method, _options_for(path, site, config, options, parts))
+        bad += [f"{path}: {reason}" for reason in wrong]
+        if made is not None:
+            layers[path] = made
+    missing = [path for path in _promised(config, sites) if path not in grouped]
+    bad += [f"{path}: named in {CONFIG}, but its tensors are missing" for path in missing]
+    if bad or not layers:
+        listed = "\n  ".join(bad[:20]) + (f"\n  … and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise AdapterError(f"{folder} doesn't fit this base:\n  {listed or 'it holds no tensors'}")
+    adapter = Adapter(method, options, layers)
+    adapter.notes = {key: value for key, value in own.items() if key not in ("method", "options")}
+    return adapter
+
+
+# --- PEFT's names and shapes -------------------------------------------------------------------------------------------
+
+
+def _peft_path(site: Site, adapter: Adapter) -> str:
+    """PEFT wraps a module once for each of its adapted parameters; the last wrapped is the outermost."""
+    if site.kind != "experts":
+        return site.path
+    module = site.path.rsplit(".", 1)[0]
+    wrapped = [path for path, _ in adapter.items() if path.rsplit(".", 1)[0] == module]
+    return module + ".base_layer" * (len(wrapped) - 1 - sorted(wrapped, key=_wrap_order).index(site.path))
+
+
+def _wrap_order(path: str) -> int:
+    return 1 if path.endswith("down_proj") else 0
+
+
+def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
+    state = {name: p.detach().cpu().float() for name, p in layer.named_parameters()}
+    if not isinstance(layer, LoRA):
+        return {f"lorafit_{name}": p.contiguous() for name, p in state.items()}
+    a, b = state["a"], state["b"]
+    if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    if site.lookup:
+        return {"lora_embedding_A": a.contiguous(), "lora_embedding_B": b.contiguous()}
+    return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
+
+
+def _from_peft(
+    parts: Mapping[str, Tensor], site: Site, method: str, options: Mapping[str, Any]
+) -> tuple[Method | None, list[str]]:
+    kind = find(method)
+    if site.kind not in kind.kinds:
+        return None, [f"method '{method}' can't adapt a site of kind '{site.kind}'"]
+    if not issubclass(kind, LoRA):
+        layer = kind(site, None, **options)
+        state = {name.removeprefix("lorafit_"): tensor for name, tensor in parts.items()}
+    else:
+        a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if site.lookup else ("lora_A.weight", "lora_B.weight")
+        if set(parts) != {a_name, b_name}:
+            return None, [f"has {', '.join(sorted(parts))}; expected {a_name} and {b_name}"]
+        a, b = parts[a_name].float(), parts[b_name].float()
+        *lead, out, width = site.shape
+        if a.ndim != 2 or b.ndim != 2:
+            return None, [f"{a_name} {tuple(a.shape)} and {b_name} {tuple(b.shape)} must have two dimensions"]
+        if site.kind == "experts":
+            (experts,) = lead
+            if a.shape[0] % experts or b.shape[1] % experts:
+                return None, [f"A {tuple(a.shape)} and B {tuple(b.shape)} can't be split over {experts} experts"]
+            a = a.view(experts, -1, a.shape[1])
+            b = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+        layer = kind(site, None, **options)
+        state = {"a": a, "b": b}
+    want = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    wrong = [f"{n} is missing" for n in want if n not in state] + [
+        f"unknown tensor {n}" for n in state if n not in want
+    ]
+    wrong += [
+        f"{n} is {tuple(state[n].shape)}, expected {shape}"
+        for n, shape in want.items()
+        if n in state and tuple(state[n].shape) != shape
+    ]
+    if wrong:
+        return None, wrong
+    layer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return layer, []
+
+
+def _by_site(
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Site]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The tensors of each site by short name, and a line for each key without a site."""
+    nested: dict[str, list[int]] = {}  # experts' module -> how deep its keys are wrapped
+    parsed, bad = [], []
+    for key, tensor in tensors.items():
+        match = re.fullmatch(
+            re.escape(PREFIX) + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lorafit_\w+)", key
+        )
+        if match is None:
+            copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+            if copied in sites and torch.equal(sites[copied].stored.cpu().to(tensor.dtype), tensor):
+                continue  # PEFT adds the base's own embedding or head when they are adapted
+            bad.append(
+                f"{key}: not a key of a LoRA adapter" if copied not in sites else f"{key}: differs from this base"
+            )
+            continue
+        path, depth, name = match[1], match[2].count(".base_layer"), match[3]
+        nested.setdefault(path, []).append(depth)
+        parsed.append((key, path, depth, name, tensor))
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, path, depth, name, tensor in parsed:
+        site = _site_of(path, depth, max(nested[path]), sites, tensor, name)
+        if site is None:
+            bad.append(f"{key}: this base has no such weight")
+        else:
+            found.setdefault(site, {})[name] = tensor
+    return found, bad
+
+
+def _site_of(path: str, depth: int, deepest: int, sites: Mapping[str, Site], tensor: Tensor, name: str) -> str | None:
+    if path in sites:
+        return path
+    experts = sorted((p for p, s in sites.items() if s.kind == "experts" and p.startswith(path + ".")), key=_wrap_order)
+    if len(experts) == deepest + 1:
+        return experts[deepest - depth]
+    for candidate in experts:  # one of two parameters adapted: told apart by the side that r isn't on
+        side = sites[candidate].shape[-1] if name.startswith("lora_A") else sites[candidate].shape[-2]
+        if tensor.ndim == 2 and tensor.shape[1 if name.startswith("lora_A") else 0] == side:
+            return candidate
+    return None
+
+
+def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modules: Sequence[str]) -> dict[str, Any]:
+    paths = [path for path, _ in adapter.items()]
+    plain = [p for p in paths if sites[p].kind != "experts"]
+    experts = [p for p in paths if sites[p].kind == "experts"]
+    config: dict[str, Any] = {
+        "peft_type": "LORA" if adapter.method == "lora" else f"LORAFIT_{adapter.method.upper()}",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_folder,
+        "inference_mode": True,
+        "target_modules": _short(plain, modules),
+        "target_parameters": experts or None,
+        "modules_to_save": None,
+    }
+    if adapter.method != "lora":
+        return config
+    options = adapter.options
+    ranks = {p: layer.a.shape[-2] for p, layer in adapter.items() if isinstance(layer, LoRA)}
+    alphas = {
+        p: layer.scale * (ranks[p] ** 0.5 if options["rslora"] else ranks[p])
+        for p, layer in adapter.items()
+        if isinstance(layer, LoRA)
+    }
+    return config | {
+        "r": options["r"],
+        "lora_alpha": options["alpha"],
+        "lora_dropout": 0.0 if experts else options["dropout"],  # PEFT refuses dropout on parameters
+        "use_rslora": options["rslora"],
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": bool(plain) and all(sites[p].kind == "conv1d" for p in plain),
+        "init_lora_weights": True,
+        "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != options["r"]},
+        "alpha_pattern": {
+            re.escape(p): round(alpha, 9) for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6
+        },
+        "ensure_weight_tying": any(sites[p].tied for p in paths),
+    }
+
+
+def _short(paths: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Leaf names (`q_proj`) when they mean exactly these modules, as other tools expect; whole paths otherwise."""
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    meant = {m for m in modules if m.rsplit(".", 1)[-1] in leaves}
+    return leaves if meant == set(paths) else list(paths)
+
+
+def _promised(config: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
+    """The sites that a list of target_modules means; a file that lacks one of them is incomplete."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return []
+    return [p for p in sites if any(p == t or p.endswith("." + t) for t in targets)]
+
+
+# --- reading adapter_config.json ---------------------------------------------------------------------------------------
+
+# PEFT features that change what the tensors mean; an adapter that uses one would compute something else here.
+_UNSUPPORTED = [
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "layer_replication",
+    "modules_to_save",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "velora_config",
+    "kasa_config",
+    "arrow_config",
+    "monteclora_config",
+    "corda_config",
+]
+
+
+def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    kind = config.get("peft_type")
+    if isinstance(kind, str) and kind.startswith("LORAFIT_"):
+        return str(own.get("method", "")), dict(own.get("options", {}))
+    if kind != "LORA":
+        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA can be loaded")
+    used = [name for name in _UNSUPPORTED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        used.append(f"bias={config['bias']}")
+    if used:
+        raise AdapterError(f"{folder} uses {', '.join(used)}, which can't be loaded yet")
+    try:
+        options = {
+            "r": int(config["r"]),
+            "alpha": float(config["lora_alpha"]),
+            "dropout": float(config.get("lora_dropout") or 0.0),
+            "rslora": bool(config.get("use_rslora", False)),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
+    return "lora", options
+
+
+def _options_for(
+    path: str, site: Site, config: Mapping[str, Any], options: Mapping[str, Any], parts: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    own = dict(options)
+    if "r" not in own:
+        return own
+    name = path if site.kind != "experts" else path.rsplit(".", 1)[0]
+    for key, option in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
+        for pattern, value in (config.get(key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", path) or re.match(rf"(.*\.)?({pattern})$", name):
+                own[option] = value
+                break
+    return own
+
+
+def _untied(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: Mapping[str, Site], folder: Path
+) -> dict[str, Tensor]:
+    """Without what PEFT repeats for an output head that shares the embedding's adapter: its A is the other's B, turned."""
+    kept = dict(tensors)
+    for site in (s for s in sites.values() if s.tied):
+        names = [site.path, *(path for path, _ in site.tied)]
+        touched = [n for n in names if any(key.startswith(f"{PREFIX}{n}.lora_") for key in tensors)]
+        if touched and not config.get("ensure_weight_tying"):
+            raise AdapterError(
+                f"{folder} changes {' and '.join(touched)} alone, but this base uses one weight for"
+                f" {' and '.join(names)}; make it with ensure_weight_tying"
+            )
+        for name in names[1:]:
+            for ours, theirs in (("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")):
+                source, repeated = tensors.get(f"{PREFIX}{site.path}.{ours}"), tensors.get(f"{PREFIX}{name}.{theirs}")
+                if source is not None and repeated is not None and torch.equal(source.t(), repeated):
+                    del kept[f"{PREFIX}{name}.{theirs}"]
+    return kept
+
+
+def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise AdapterError(f"{path} is missing; {path.parent} is not an adapter") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path} must hold a JSON object")
+    return values
