@@ -242,7 +242,11 @@ def test_a_folder_with_something_in_it_is_not_overwritten(whole, tiny_model, dat
 
 
 def test_from_starts_new_training_from_the_old_adapter(whole, tiny_model, data_file, tmp_path):
-    run = fit.fit(config(tiny_model, data_file, tmp_path / "more", start=str(whole), steps="2"), QUIET)
+    values = {**SETTINGS, "model": str(tiny_model), "out": str(tmp_path / "more"), "start": str(whole), "steps": "2"}
+    with pytest.raises(ConfigError, match=r"--from keeps the old adapter's shape, so dropout can't be set"):
+        fit.read_config(str(data_file), values)
+    del values["dropout"]
+    run = fit.fit(fit.read_config(str(data_file), {**values, "precision": "fp32"}), QUIET)
     before = json.loads((run.folder / "evaluations.jsonl").read_text().splitlines()[0])["held_out_loss"]
     old = json.loads((whole / "summary.json").read_text())
     assert abs(before - old["held_out_loss_after"]) < 1e-5
