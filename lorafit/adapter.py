@@ -66,6 +66,9 @@ def create(
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
         if not any(matches(pattern, site.path) for site in sites):
             raise AdapterError(f"pattern '{pattern}' matches none of the {len(sites)} adapted sites")
+    for given, option in ((rank_pattern, "r"), (alpha_pattern, "alpha")):
+        if given and option not in options:
+            raise AdapterError(f"method '{method}' has no {option}, so it takes no pattern for it")
     layers = {}
     for site in sites:
         if site.kind not in kind.kinds:

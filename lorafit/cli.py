@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
@@ -68,6 +69,9 @@ def _take(args: argparse.Namespace, rest: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0, 2 for the user's mistake, 1 for ours, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character shows another one
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     whole = parser()
     args, rest = whole.parse_known_args(arguments)
     if args.verb is None and not rest:

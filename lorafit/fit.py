@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,10 +61,9 @@ def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
             values = settings.read_yaml(Path(source))
         else:
             values["data"] = source
-    values |= given
-    if values.get("start"):
-        _check_start(values)
-    return build(values)
+    if {**values, **given}.get("start"):
+        _check_start(given)
+    return build({**values, **given})
 
 
 def _check_start(values: Mapping[str, Any]) -> None:
@@ -97,6 +97,10 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
     made = _Fit(config, terminal)
     run = Run.create(folder)
     config.out = str(folder)
+    if config.start:  # the run keeps what it started from, so that it can be resumed whatever becomes of the old one
+        source = adapter_folder(config.start)
+        files.write_folder(folder / "start", lambda place: _copy(source, place))
+        config.start = str((folder / "start").absolute())
     files.write_text(folder / "config.yaml", settings.to_yaml(config))
     files.write_json(folder / "data.json", made.data.report.to_json())
     files.write_json(folder / "chat.json", made.chat.to_json())
@@ -108,6 +112,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     terminal = terminal or Terminal()
     run = Run.open(Path(folder))
     saved = settings.read_yaml(run.folder / "config.yaml")
+    if given.get("method", saved.get("method")) != saved.get("method"):
+        raise RunError(f"{run.folder} trains method={saved.get('method')}; another method needs a new run")
     before, after = build(saved), build({**saved, **given, "out": str(run.folder)})
     changes = [
         f"{key}: {was} -> {now}"
@@ -119,7 +125,7 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     newest = run.newest(terminal.say)
     if newest is None:
         terminal.say(f"{run.folder} has no checkpoint yet; starting from its first step")
-    elif newest.state.get("finished") and not changes:
+    elif newest.state.get("finished") and not changes and _is_complete(run):
         raise RunError(f"{run.folder} is finished ({newest.state['finished']}); --from {run.folder} trains on from it")
     made = _Fit(after, terminal, _read_chat(run))
     changes = [
@@ -132,6 +138,15 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     files.write_text(run.folder / "config.yaml", settings.to_yaml(after))
     files.write_json(run.folder / "data.json", made.data.report.to_json())
     return made.run(run, newest)
+
+
+def _copy(source: Path, place: Path) -> None:
+    shutil.copytree(source, place, dirs_exist_ok=True)
+
+
+def _is_complete(run: Run) -> bool:
+    """Everything a finished run holds is there: a kill may fall between the last checkpoint and these files."""
+    return all((run.folder / name).exists() for name in ("adapter/adapter_config.json", "summary.json", "report.html"))
 
 
 def _read_chat(run: Run) -> dict[str, Any] | None:
@@ -158,6 +173,8 @@ class _Fit:
 
     def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
         self.config, self.terminal = config, terminal
+        if config.steps is None and config.epochs <= 0:
+            raise ConfigError(f"epochs={config.epochs}: must be more than 0")
         _check_extras(config)
         source = adapter_folder(config.start) if config.start else None
         if source is not None and config.model == Config().model:
@@ -238,12 +255,21 @@ class _Fit:
             if newest is None:
                 run.rewind(-1)
                 self._first(run)
-            reason = self._steps(run, progress, stop, writer)
+            ended = newest.state.get("finished", "") if newest is not None else ""
+            # A run that had ended early, and was killed before its adapter was written, ends there again.
+            over = bool(ended) and newest is not None and newest.step < self.job.steps
+            reason = ended if over else self._steps(run, progress, stop, writer)
         return self._finish(run, reason)
 
     def _restore(self, run: Run, newest: Checkpoint) -> None:
         adapter = self.host.adapters[NAME]
-        adapter.load_state_dict(newest.adapter())
+        try:
+            adapter.load_state_dict(newest.adapter())
+        except RuntimeError:
+            raise RunError(
+                f"{newest.folder} holds an adapter of another shape; r, targets and patterns can't be changed by --force,"
+                f" start a new run instead"
+            ) from None
         assert self.job.optimizer is not None
         optim.restore(adapter, self.job.optimizer, newest.optimizer())
         self.job.done = newest.step

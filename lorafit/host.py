@@ -180,7 +180,10 @@ class Host:
     def _after(self, site: Site, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         x = args[0].reshape(-1) if site.lookup else args[0].reshape(-1, args[0].shape[-1])
         mm = partial(_look_up, y.dtype) if site.lookup else _dense
-        return self._add(site.path, x, y, lambda layer, x, y: layer(x, y, mm, site.weight))
+        gain = site.gain
+        if gain == 1:
+            return self._add(site.path, x, y, lambda layer, x, y: layer(x, y, mm, site.weight))
+        return self._add(site.path, x, y, lambda layer, x, y: layer(x, y / gain, mm, site.weight) * gain)
 
     def _after_tied(self, site: Site, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         x = args[0].reshape(-1, args[0].shape[-1])

@@ -61,7 +61,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     method, options = _method_of(config, own, folder)
     if any(site.tied for site in sites.values()):
         tensors = _untied(config, tensors, sites, folder)
-    grouped, bad = _by_site(tensors, sites)
+    grouped, bad = _by_site(tensors, sites, config.get("target_parameters") or [])
     layers: dict[str, Method] = {}
     for path, parts in grouped.items():
         site = sites[path]
@@ -148,7 +148,7 @@ def _from_peft(
 
 
 def _by_site(
-    tensors: Mapping[str, Tensor], sites: Mapping[str, Site]
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Site], parameters: Sequence[str]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """The tensors of each site by short name, and a line for each key without a site."""
     nested: dict[str, list[int]] = {}  # experts' module -> how deep its keys are wrapped
@@ -159,18 +159,17 @@ def _by_site(
         )
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-            if copied in sites and torch.equal(sites[copied].stored.cpu().to(tensor.dtype), tensor):
+            own = {p: site.stored for site in sites.values() for p in (site.path, *(name for name, _ in site.tied))}
+            if copied in own and torch.equal(own[copied].cpu().to(tensor.dtype), tensor):
                 continue  # PEFT adds the base's own embedding or head when they are adapted
-            bad.append(
-                f"{key}: not a key of a LoRA adapter" if copied not in sites else f"{key}: differs from this base"
-            )
+            bad.append(f"{key}: not a key of a LoRA adapter" if copied not in own else f"{key}: differs from this base")
             continue
         path, depth, name = match[1], match[2].count(".base_layer"), match[3]
         nested.setdefault(path, []).append(depth)
         parsed.append((key, path, depth, name, tensor))
     found: dict[str, dict[str, Tensor]] = {}
     for key, path, depth, name, tensor in parsed:
-        site = _site_of(path, depth, max(nested[path]), sites, tensor, name)
+        site = _site_of(path, max(nested[path]) - depth, sites, parameters)
         if site is None:
             bad.append(f"{key}: this base has no such weight")
         else:
@@ -178,17 +177,20 @@ def _by_site(
     return found, bad
 
 
-def _site_of(path: str, depth: int, deepest: int, sites: Mapping[str, Site], tensor: Tensor, name: str) -> str | None:
+def _site_of(path: str, order: int, sites: Mapping[str, Site], parameters: Sequence[str]) -> str | None:
+    """The site of a key. Experts' keys name their module alone; which of its parameters is meant follows from how deep
+    the key is wrapped, among those that target_parameters names."""
     if path in sites:
         return path
-    experts = sorted((p for p, s in sites.items() if s.kind == "experts" and p.startswith(path + ".")), key=_wrap_order)
-    if len(experts) == deepest + 1:
-        return experts[deepest - depth]
-    for candidate in experts:  # one of two parameters adapted: told apart by the side that r isn't on
-        side = sites[candidate].shape[-1] if name.startswith("lora_A") else sites[candidate].shape[-2]
-        if tensor.ndim == 2 and tensor.shape[1 if name.startswith("lora_A") else 0] == side:
-            return candidate
-    return None
+    named = [
+        p
+        for p, site in sites.items()
+        if site.kind == "experts"
+        and p.rsplit(".", 1)[0] == path
+        and any(p == n or p.endswith("." + n) for n in parameters)
+    ]
+    named.sort(key=_wrap_order)
+    return named[order] if order < len(named) else None
 
 
 def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modules: Sequence[str]) -> dict[str, Any]:
@@ -240,7 +242,8 @@ def _short(paths: Sequence[str], modules: Sequence[str]) -> list[str]:
 def _promised(config: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
     """The sites that a list of target_modules means; a file that lacks one of them is incomplete."""
     targets = config.get("target_modules")
-    if not isinstance(targets, list):
+    narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    if not isinstance(targets, list) or any(config.get(key) for key in narrowed):
         return []
     return [p for p in sites if any(p == t or p.endswith("." + t) for t in targets)]
 
@@ -265,6 +268,9 @@ _UNSUPPORTED = [
 ]
 
 
+_HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
+
+
 def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.startswith("LORAFIT_"):
@@ -274,6 +280,9 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _HARMLESS_STARTS:  # PEFT edits the base for these when it loads them
+        used.append(f"init_lora_weights={start}")
     if used:
         raise AdapterError(f"{folder} uses {', '.join(used)}, which can't be loaded yet")
     try:
@@ -294,10 +303,9 @@ def _options_for(
     own = dict(options)
     if "r" not in own:
         return own
-    name = path if site.kind != "experts" else path.rsplit(".", 1)[0]
     for key, option in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
         for pattern, value in (config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path) or re.match(rf"(.*\.)?({pattern})$", name):
+            if re.match(rf"(.*\.)?({pattern})$", path):
                 own[option] = value
                 break
     return own

@@ -62,7 +62,7 @@ class Run:
                 " or name another folder with --out"
             )
         try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise files.refused(folder, error) from None
         return Run(folder)

@@ -149,7 +149,15 @@ def test_another_base_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"peft_type": "LOHA"}],
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"peft_type": "LOHA"},
+    ],
 )
 def test_what_we_would_compute_differently_is_refused(tmp_path, change):
     host = saved(tmp_path)
@@ -167,3 +175,52 @@ def test_an_embedding_adapter_that_forgets_the_tied_head_is_refused(tmp_path):
     )
     with pytest.raises(AdapterError, match="ensure_weight_tying"):
         Host(base("llama", **tied)).load(tmp_path, "b")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "alpha_pattern": {"experts": 60}},
+        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    ],
+)
+def test_odd_peft_configs_here(odd, tmp_path):
+    changes = {"intermediate_size": 16}  # as wide as the hidden state: shapes don't tell the experts' weights apart
+    theirs = peft.get_peft_model(model("mixtral", **changes), peft.LoraConfig(r=3, lora_alpha=5, **odd)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.2, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    host = Host(base("mixtral", **changes))
+    host.load(tmp_path, "a")
+    x = ids(13)
+    with torch.no_grad():
+        want = theirs(input_ids=x[None]).logits[0]
+    assert (logits_here(host, x) - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+def test_a_scaled_embedding_merges_as_it_runs():
+    from pathlib import Path
+
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    from lorafit.model.load import prepare
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=4, tie_word_embeddings=False))
+    host = Host(prepare(gemma, None, Path("nowhere"), "gemma3"))
+    randomize(host.add("a", "full", ["embed_tokens"]))
+    x = ids(13)
+    before = logits_here(host, x)
+    site = host.sites["model.embed_tokens"]
+    assert site.gain == 4.0
+    site.write(host.merged_weight(site, "a"))
+    with torch.no_grad():
+        assert (host.logits(x, [13]) - before).abs().max() < 1e-5 * max(1, before.abs().max())

@@ -100,6 +100,12 @@ elif where == "hash":   # between the two files of a checkpoint
     files.sha256 = killing(files.sha256)
 elif where == "sync":
     files._sync = killing(files._sync)
+elif where == "adapter":
+    fit._Fit._save_adapter = killing(fit._Fit._save_adapter)
+elif where == "report":
+    fit.report.write = killing(fit.report.write)
+elif where == "config":
+    files.write_text = killing(files.write_text)
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 fit.fit(fit.read_config(sys.argv[3], settings), Terminal(quiet=True))
 """
@@ -107,7 +113,17 @@ fit.fit(fit.read_config(sys.argv[3], settings), Terminal(quiet=True))
 
 @pytest.mark.parametrize(
     "where, count",
-    [("record", 1), ("record", 4), ("record", 9), ("record", 16), ("hash", 5), ("sync", 5), ("sync", 20)],
+    [
+        ("record", 1),
+        ("record", 4),
+        ("record", 9),
+        ("record", 16),
+        ("hash", 5),
+        ("sync", 5),
+        ("sync", 20),
+        ("adapter", 1),
+        ("report", 1),
+    ],
 )
 def test_kill_9_and_resume_give_the_same_bits(whole, tiny_model, data_file, tmp_path, where, count):
     out = tmp_path / "killed"
@@ -117,9 +133,9 @@ def test_kill_9_and_resume_give_the_same_bits(whole, tiny_model, data_file, tmp_
         [sys.executable, "-c", KILLER, where, str(count), str(data_file), *words], capture_output=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert not (out / "summary.json").exists()
+    assert not (out / "report.html").exists()
     fit.resume(out, {}, terminal=QUIET)
-    assert same(whole, out)
+    assert same(whole, out) and (out / "report.html").exists()
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 15))
     losses = [
@@ -251,6 +267,24 @@ def test_from_starts_new_training_from_the_old_adapter(whole, tiny_model, data_f
     old = json.loads((whole / "summary.json").read_text())
     assert abs(before - old["held_out_loss_after"]) < 1e-5
     assert before < old["held_out_loss_before"] - 0.1
+
+
+def test_a_run_that_started_from_another_does_not_need_it_any_more(whole, tiny_model, data_file, tmp_path):
+    shutil.copytree(whole, tmp_path / "old")
+    values = {"model": str(tiny_model), "out": str(tmp_path / "new"), "start": str(tmp_path / "old"), "steps": "2"}
+    run = fit.fit(fit.read_config(str(data_file), {**values, "precision": "fp32"}), QUIET)
+    shutil.rmtree(tmp_path / "old")
+    (run.folder / "summary.json").unlink()  # as after a kill at the very end
+    fit.resume(run.folder, {}, terminal=QUIET)
+    assert (run.folder / "summary.json").exists()
+
+
+def test_a_kill_before_the_settings_are_written_leaves_a_usable_folder(tiny_model, data_file, tmp_path):
+    out = tmp_path / "killed"
+    words = [f"{k}={v}" for k, v in {"model": tiny_model, "out": out, "precision": "fp32", **SETTINGS}.items()]
+    done = subprocess.run([sys.executable, "-c", KILLER, "config", "1", str(data_file), *words], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    fit.fit(config(tiny_model, data_file, out), QUIET)
 
 
 def test_early_stopping_keeps_the_best(tiny_model, data_file, tmp_path):

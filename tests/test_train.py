@@ -302,3 +302,32 @@ def test_no_targets_at_all_is_not_a_nan():
     with host.route("a"):
         assert len(losses(host, pack([row]))) == 0
     assert model("llama") is not None
+
+
+def test_checkpointing_is_refused_where_it_would_turn_on_the_bases_dropout():
+    from pathlib import Path
+
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from lorafit.errors import ModelError
+    from lorafit.model.load import prepare
+
+    sizes = dict(vocab_size=61, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4)
+    opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.5))
+    made = prepare(opt, None, Path("nowhere"), "opt")
+    with pytest.raises(ModelError, match="activation checkpointing"):
+        made.checkpointing(True)
+    assert not any(module.training for module in opt.modules())
+
+
+def test_the_fingerprint_sees_every_tensor(tmp_path):
+    import safetensors.torch
+
+    from lorafit.model.fingerprint import fingerprint
+
+    tensors = {f"w{i}": torch.randn(64, 64) for i in range(200)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    tensors["w123"] = torch.zeros(64, 64)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != before

@@ -7,6 +7,7 @@ exists twice; the folder is then read back from disk and its logits compared wit
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorafit import files
@@ -82,6 +84,7 @@ def merge(
     RunError if `out` isn't empty; LorafitError, and no folder, if the merged model's logits are off by more than the
     tolerance, by default a share of the logits' spread that rounding to `dtype` stays well under (_ALLOWED).
     """
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already and isn't empty; name another folder")
     assert host.base.dtype is torch.float32
@@ -96,8 +99,7 @@ def merge(
     for name in list(host.adapters):
         host.remove(name)
     working(f"writing {out}")
-    place = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(place, ignore_errors=True)
+    place = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _write(host, place, dtype, chat)
         host.base.model = None  # the folder is judged by what it loads as, with one model in memory at a time
@@ -116,6 +118,8 @@ def merge(
         place.rename(out)
     except OSError as error:
         raise files.refused(out, error) from None
+    except SafetensorError as error:
+        raise RunError(f"can't write {out}: {error}; free some space and merge again") from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return proof

@@ -69,6 +69,13 @@ class Base:
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True  # transformers asks for it; set on these modules alone, not on what they hold
+        ids = torch.arange(8, device=self.device)
+        with torch.no_grad():
+            off, again = self.hidden(ids, [8]), self.hidden(ids, [8])
+        if not torch.equal(off, again):  # a layer that drops out by its own `training`
+            self.model.activation_checkpointing_disable()
+            self.model.eval()
+            raise ModelError(f"{self.name}: activation checkpointing would turn on this architecture's own dropout")
 
     def hidden(self, ids: Tensor, lengths: Sequence[int], packed: bool | None = None) -> Tensor:
         """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,)."""
@@ -113,4 +120,10 @@ def probe(base: Base) -> None:
     head = base.head
     if head is not None and getattr(base.model, "base_model", None) is not None:
         got = head(base.hidden(ids, lengths, packed=False)).float()
-        base.plain_head = got.shape == want.shape and bool((got - want).abs().max() < tolerance * 0.1)
+        text = base.model.config.get_text_config()
+        treated = [getattr(text, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")]
+        base.plain_head = (
+            all(value in (None, 1, 1.0) for value in treated)
+            and got.shape == want.shape
+            and bool((got - want).abs().max() < tolerance * 0.1)
+        )

@@ -56,13 +56,17 @@ def find() -> Path:
 def convert(source: Path, place: Path) -> None:
     """Write the GGUF file as a Hugging Face folder in bf16, whole or not at all."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from lorafit.model.load import quiet
 
     quiet()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=place.name + ".", dir=place.parent))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=place.name + ".", dir=place.parent))
+    except OSError as error:
+        raise ModelError(f"can't write the model cache {place.parent}: {error.strerror}; set XDG_CACHE_HOME") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -80,5 +84,7 @@ def convert(source: Path, place: Path) -> None:
         except OSError:  # another process was faster
             if not (place / "config.json").is_file():
                 raise
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"can't write the model cache {place}: {error}; free some space (270 MB are needed)") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -73,6 +73,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """`auto` is cuda, then mps, then cpu. ModelError if the named one isn't there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("meta"):
+        raise ModelError("device=meta holds no weights; use auto, cpu, cuda or mps")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -168,7 +170,11 @@ def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
         model.set_experts_implementation(experts.NAME)
     has_files = path.is_dir() and any(path.glob("*.safetensors"))
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
-    probe(base)
+    try:
+        probe(base)
+    except RuntimeError as error:
+        kind = str(base.dtype).removeprefix("torch.")
+        raise ModelError(f"{base.name} can't run in {kind}: {str(error).splitlines()[0]}; try precision=fp32") from None
     return base
 
 

@@ -46,6 +46,11 @@ class Site:
         return self.kind == "embedding"
 
     @property
+    def gain(self) -> float:
+        """What the module multiplies its output by (Gemma's scaled embedding); 1 for all others."""
+        return float(getattr(self.module, "embed_scale", 1.0)) if self.lookup else 1.0
+
+    @property
     def flipped(self) -> bool:
         """The stored tensor is the transpose of the (out, in) view."""
         return self.kind in ("conv1d", "embedding") or (

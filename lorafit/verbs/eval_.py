@@ -41,9 +41,12 @@ def run(args: argparse.Namespace) -> None:
     from lorafit import evaluate
     from lorafit.config import coerce
     from lorafit.data import prepare
+    from lorafit.errors import ConfigError
     from lorafit.log import count, table
     from lorafit.session import open_session
 
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}: must be at least 1")
     out = terminal()
     paths = [path for path in args.runs if path != "base"]
     with out.working("loading") as spinner:

@@ -58,9 +58,11 @@ def run(args: argparse.Namespace) -> None:
         given["skip_bad_rows"] = True
     if args.resume and not given.get("out"):
         raise ConfigError("--resume needs the run folder: lorafit train --resume --out RUN")
+    if args.resume and args.start:
+        raise ConfigError("--resume goes on with a run, --from starts a new one; use one of them")
     if args.force and not args.resume:
         raise ConfigError("--force only goes with --resume")
-    if source is None and not args.resume:
+    if source is None and not args.resume and "data" not in given:
         raise ConfigError("no data; give a file: lorafit train DATA, or --resume --out RUN")
 
     from lorafit import fit
