@@ -91,9 +91,30 @@ def defaults(cls: type = Config) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(cls) if f.name != "options"}
 
 
+# What other tools call our settings; a hint names ours.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "batch_tokens",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "max_length": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_checkpointing": "checkpointing",
+}
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint that ends an error message: the most similar known name, or all of them when none is similar."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    elsewhere = [other for other, ours in _ELSEWHERE.items() if ours in known]
+    close = difflib.get_close_matches(name, [*known, *elsewhere], n=1, cutoff=0.6)
+    close = [_ELSEWHERE.get(close[0], close[0])] if close and close[0] not in known else close
     return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))
 
 

@@ -20,7 +20,7 @@ from lorafit import files, report
 from lorafit.batches import Plan, default_tokens
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
-from lorafit.errors import ConfigError, MissingExtra, RunError, UserError
+from lorafit.errors import ConfigError, DataError, MissingExtra, RunError, UserError
 from lorafit.evaluate import evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
@@ -173,6 +173,9 @@ class _Fit:
 
     def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
         self.config, self.terminal = config, terminal
+        for file in (config.data, config.held_out):  # said before the base is loaded
+            if file and not Path(file).expanduser().is_file():
+                raise DataError(f"no such file: {file}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
         if config.steps is None and config.epochs <= 0:
             raise ConfigError(f"epochs={config.epochs}: must be more than 0")
         _check_extras(config)

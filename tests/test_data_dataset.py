@@ -184,3 +184,12 @@ def test_importing_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, lorafit.data; print([m for m in ('torch', 'transformers', 'pyarrow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_map_for_the_data_is_not_forced_on_a_held_out_file_of_another_format(tmp_path):
+    data = h.write(tmp_path / "a.jsonl", *[{"frage": f"one {i}", "antwort": "two"} for i in range(4)])
+    held = h.write(
+        tmp_path / "b.jsonl", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    )
+    made = prepare(data, h.chat(), held_out=held, mapping={"user": "frage", "assistant": "antwort"})
+    assert (len(made.train), len(made.held_out)) == (4, 1)

@@ -65,11 +65,18 @@ def prepare(
     A row that has duplicates always stays in training.
     """
 
-    def load(file: str | Path) -> _File:
+    def load(file: str | Path, mapping: Mapping[str, str] | None) -> _File:
         return _load(file, chat, mapping, learn, max_tokens, long, progress)
 
-    main = load(path)
-    other = load(held_out) if held_out is not None else None
+    main = load(path, mapping)
+    other = None
+    if held_out is not None:
+        try:
+            other = load(held_out, mapping)
+        except DataError:
+            if not mapping:
+                raise
+            other = load(held_out, None)  # the held-out file may have a format of its own, which the map isn't for
     if strict:
         for file, name in ((main, path), (other, held_out)):
             if file is not None:

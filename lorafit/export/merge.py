@@ -144,6 +144,8 @@ def _write(host: Host, place: Path, dtype: torch.dtype, chat: Chat | None) -> No
         if chat is not None:
             tokenizer.chat_template = chat.template
         tokenizer.save_pretrained(place)
+    for path in place.iterdir():
+        path.chmod(0o644)  # safetensors files come out readable by their owner alone
 
 
 @torch.no_grad()

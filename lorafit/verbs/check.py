@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(described(report, chat, config.max_tokens))
         sys.stdout.flush()
+    if report.faults and not report.train_rows:
+        raise DataError(f"{config.data}: none of the {report.rows} rows can be used; the reasons are above")
     if report.faults:
         raise DataError(
             f"{config.data}: {len(report.faults)} of {report.rows} rows can't be used; mend them, or train with --skip-bad-rows"

@@ -18,6 +18,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="DATA|CONFIG.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of train")
     parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
     add_json(parser)
 
 
@@ -31,8 +33,11 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.plan import estimate
 
     given: dict[str, Any] = settings.pairs(args.settings)
-    if args.model is not None:
-        given["model"] = args.model
+    for key in ("model", "map"):
+        if (value := getattr(args, key)) is not None:
+            given[key] = value
+    if args.skip_bad_rows:
+        given["skip_bad_rows"] = True
     config = read_config(args.source, given)
     out = terminal()
     with out.working("reading the rows") as spinner:

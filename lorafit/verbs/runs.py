@@ -8,7 +8,7 @@ from pathlib import Path
 from lorafit.files import read_json
 from lorafit.verbs.common import add_json, print_json
 
-ABOUT = "list runs, best first; or compare the settings and results of two"
+ABOUT = "list runs by data file, each file's best first; or compare the settings and results of two"
 EXAMPLE = """\
   lorafit runs
   lorafit runs runs/a-1 runs/a-2"""

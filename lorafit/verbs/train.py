@@ -58,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
         given["skip_bad_rows"] = True
     if args.resume and not given.get("out"):
         raise ConfigError("--resume needs the run folder: lorafit train --resume --out RUN")
+    if args.resume and source is not None and _is_run(source):
+        given.setdefault("out", source)
+        source = None
     if args.resume and args.start:
         raise ConfigError("--resume goes on with a run, --from starts a new one; use one of them")
     if args.force and not args.resume:
@@ -78,6 +81,12 @@ def run(args: argparse.Namespace) -> None:
         print_json({"run": str(made.folder), **summary})
     else:
         print(described(str(made.folder), summary))
+
+
+def _is_run(path: str) -> bool:
+    from pathlib import Path
+
+    return (Path(path) / "config.yaml").is_file()
 
 
 def _is_file(path: str) -> bool:
