@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import RunError
+from lorafit.errors import RunError, UserError
 
 
 def sha256(path: Path) -> str:
@@ -21,18 +21,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by this text. RunError when the disk is full or refuses."""
+def write_text(path: Path, text: str, again: str = "go on with --resume") -> None:
+    """Replace a file by this text. RunError when the disk is full or refuses; `again` as in `refused`."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
+        with scratch.open("w", encoding="utf-8", errors="replace") as file:  # a row can hold half a surrogate pair
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        raise refused(path, error) from None
+        raise refused(path, error, again) from None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -42,15 +42,49 @@ def write_json(path: Path, values: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is none that can be read."""
+    found = read_json_lines(path, whole=True)
+    return found[0] if found else {}
+
+
+def read_json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line (`whole`: one in all), without those that can't be read.
+
+    The last line is torn when a run was killed while writing it. Lines end with "\\n" alone: an answer may hold other
+    characters that Python takes for line ends.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    found = []
+    for part in [text] if whole else text.split("\n"):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def load_json(path: Path, error: type[UserError]) -> dict[str, Any] | None:
+    """The JSON object that must be readable if the file is there; None if it isn't. Raises `error` otherwise."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as fault:
+        raise error(f"{path} can't be read: {fault}") from None
+    if not isinstance(values, dict):
+        raise error(f"{path} must hold a JSON object")
+    return values
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Replace a folder by what `fill` writes into an empty one. RunError when the disk is full or refuses."""
+def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on with --resume") -> None:
+    """Replace a folder by what `fill` writes into an empty one; nothing is replaced if `fill` raises.
+
+    RunError when the disk is full or refuses; `again` says what to do after making space.
+    """
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +101,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise refused(path, error) from None
+        raise refused(path, error, again) from None
     except Exception as error:  # safetensors wraps the operating system's errors in its own
         if "No space left" in str(error) or "os error" in str(error):
-            raise RunError(f"can't write {path}: {error}; free some space, then go on with --resume") from None
+            raise RunError(f"can't write {path}: {error}; free some space, then {again}") from None
         raise
     finally:
         if scratch is not None:
@@ -85,9 +119,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refused(path: Path, error: OSError) -> RunError:
-    """The error for a file that can't be written."""
-    todo = (
-        "free some space, then go on with --resume" if error.errno == errno.ENOSPC else "check the folder's permissions"
-    )
-    return RunError(f"can't write {path}: {error.strerror or error}; {todo}")
+def refused(path: Path, error: OSError, again: str = "go on with --resume") -> RunError:
+    """The error for a file that can't be written; `again` says what to do after making space, if anything."""
+    todo = f"free some space, then {again}" if error.errno == errno.ENOSPC else "check the folder's permissions"
+    return RunError(f"can't write {path}: {error.strerror or error}" + (f"; {todo}" if again else ""))

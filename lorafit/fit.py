@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import shutil
 import time
@@ -28,7 +27,7 @@ from lorafit.log import Terminal, count, cut, size
 from lorafit.machine import Stop, memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
-from lorafit.model.load import load
+from lorafit.model.load import context_of, load, load_tokenizer, locate, stop_ids
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_chat, base_of
 from lorafit.train import optim
@@ -37,6 +36,7 @@ from lorafit.train.watch import Watch
 
 NAME = "adapter"  # of the one adapter that a run trains
 SAMPLE_TOKENS = 48
+MOST_TOKENS = 4096  # of a row, where the user sets no limit
 
 # Settings that a resumed run may change: they decide where things are or what is shown, not what is learned. The rows
 # and the base are compared by their contents.
@@ -127,7 +127,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
         terminal.say(f"{run.folder} has no checkpoint yet; starting from its first step")
     elif newest.state.get("finished") and not changes and _is_complete(run):
         raise RunError(f"{run.folder} is finished ({newest.state['finished']}); --from {run.folder} trains on from it")
-    made = _Fit(after, terminal, _read_chat(run))
+    # The chat that the run began with: a template may show the date, which must not move while a run is on.
+    made = _Fit(after, terminal, files.load_json(run.folder / "chat.json", RunError))
     changes = [
         f"{what}: {newest.state['identity'].get(what, '?')[:12]} -> {now[:12]}"
         for what, now in made.identity.items()
@@ -147,18 +148,6 @@ def _copy(source: Path, place: Path) -> None:
 def _is_complete(run: Run) -> bool:
     """Everything a finished run holds is there: a kill may fall between the last checkpoint and these files."""
     return all((run.folder / name).exists() for name in ("adapter/adapter_config.json", "summary.json", "report.html"))
-
-
-def _read_chat(run: Run) -> dict[str, Any] | None:
-    """The chat that the run began with: a template may show the date, which must not move while a run is on."""
-    path = run.folder / "chat.json"
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} can't be read: {error}") from None
-    return values
 
 
 def _refusal(run: Run, changes: list[str]) -> str:
@@ -198,7 +187,7 @@ class _Fit:
             self.chat = Chat.from_json({**saved_chat, "system": config.system}, base.tokenizer)
         if self.chat.default_template:
             terminal.say(f"{config.model} has no chat template; using lorafit's plain one (shown in the report)")
-        config.max_tokens = config.max_tokens or min(base.context, 4096)
+        config.max_tokens = config.max_tokens or min(base.context, MOST_TOKENS)
         config.data = str(Path(config.data).expanduser().absolute())
         config.held_out = str(Path(config.held_out).expanduser().absolute()) if config.held_out else None
         self.data = load_data(config, self.chat, terminal)
@@ -319,6 +308,7 @@ class _Fit:
             if due or step.number % config.checkpoint_every == 0 or stop.asked or reason:
                 self._checkpoint(run, "all steps done" if step.number == job.steps else "")
             if reason:
+                job.failed = reason
                 return reason
             if stop.asked and step.number < job.steps:
                 raise Interrupted(
@@ -393,7 +383,7 @@ class _Fit:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def _finish(self, run: Run, reason: str) -> Run:
-        went_wrong = bool(self.job.failed) or "ran away" in reason
+        went_wrong = bool(self.job.failed)
         best = self.watch.best_step if self.data.held_out else self.job.done
         adapter = self.host.adapters[NAME]
         if best != self.job.done:
@@ -489,13 +479,22 @@ def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = Tru
             held_out_share=config.held_out_share,
             mapping=config.map or None,
             learn=config.learn,
-            max_tokens=config.max_tokens or 4096,
+            max_tokens=config.max_tokens or MOST_TOKENS,
             long=config.long,
             seed=config.seed,
             skip_bad_rows=config.skip_bad_rows,
             strict=strict,
             progress=lambda done: spinner.update(done, None),
         )
+
+
+def read_data(config: Config, terminal: Terminal, strict: bool = True) -> tuple[Path, Chat, Dataset]:
+    """The model's folder, its chat and the rows of a config, without loading the model."""
+    with terminal.working("loading the tokenizer") as spinner:
+        path = locate(config.model, spinner.rename)
+        chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
+    config.max_tokens = config.max_tokens or min(context_of(path), MOST_TOKENS)
+    return path, chat, load_data(config, chat, terminal, strict)
 
 
 def held_out_rows(run: Path, chat: Chat) -> list[Tokens]:

@@ -19,13 +19,11 @@ from torch import Tensor
 from lorafit import peft_files
 from lorafit.adapter import Adapter, create
 from lorafit.errors import AdapterError
-from lorafit.methods import METHODS, find, settings
+from lorafit.methods import find, settings
 from lorafit.model import experts
 from lorafit.model.base import Base
 from lorafit.model.sites import Site, find_sites, select
-from lorafit.route import Route, Stack, StackLike
-
-__all__ = ["METHODS", "Host"]
+from lorafit.route import Route, Stack, StackLike, stack
 
 
 class Host:
@@ -150,7 +148,7 @@ class Host:
         """The site's weight with a stack's deltas added, (*lead, out, in), fp32: added in fp32, cast by the caller."""
         w = site.weight()
         whole = w.float().clone()
-        for name in Route.all(spec).runs[0][1]:
+        for name in stack(spec):
             if site.path in self.adapters[name]:
                 whole += self.adapters[name][site.path].delta_weight(w).detach().to(whole.device)
         return whole

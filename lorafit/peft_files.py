@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
+from lorafit.files import load_json
 from lorafit.methods import Method, find
 from lorafit.methods.lora import LoRA
 from lorafit.model.sites import Site
@@ -47,7 +48,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
 
     AdapterError lists all that is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
-    config, own = _read_json(folder / CONFIG), _read_json(folder / OWN, missing={})
+    config, own = read_config(folder), read_notes(folder)
     made_for = own.get("fingerprint", "")
     if fingerprint and made_for and fingerprint != made_for:
         raise AdapterError(
@@ -65,7 +66,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     layers: dict[str, Method] = {}
     for path, parts in grouped.items():
         site = sites[path]
-        made, wrong = _from_peft(parts, site, method, _options_for(path, site, config, options, parts))
+        made, wrong = _from_peft(parts, site, method, _options_for(path, config, options))
         bad += [f"{path}: {reason}" for reason in wrong]
         if made is not None:
             layers[path] = made
@@ -77,6 +78,19 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     adapter = Adapter(method, options, layers)
     adapter.notes = {key: value for key, value in own.items() if key not in ("method", "options")}
     return adapter
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json holds. AdapterError if it isn't there."""
+    values = load_json(folder / CONFIG, AdapterError)
+    if values is None:
+        raise AdapterError(f"{folder / CONFIG} is missing; {folder} is not an adapter")
+    return values
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What lorafit.json holds; {} for an adapter made elsewhere."""
+    return load_json(folder / OWN, AdapterError) or {}
 
 
 # --- PEFT's names and shapes -------------------------------------------------------------------------------------------
@@ -297,9 +311,7 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     return "lora", options
 
 
-def _options_for(
-    path: str, site: Site, config: Mapping[str, Any], options: Mapping[str, Any], parts: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def _options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     own = dict(options)
     if "r" not in own:
         return own
@@ -330,17 +342,3 @@ def _untied(
                 if source is not None and repeated is not None and torch.equal(source.t(), repeated):
                     del kept[f"{PREFIX}{name}.{theirs}"]
     return kept
-
-
-def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is not None:
-            return missing
-        raise AdapterError(f"{path} is missing; {path.parent} is not an adapter") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} can't be read: {error}") from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path} must hold a JSON object")
-    return values

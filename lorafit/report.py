@@ -7,9 +7,7 @@ so all of it is escaped, and the page forbids itself scripts and outside resourc
 from __future__ import annotations
 
 import html
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from lorafit import charts
 from lorafit.charts import Point
 from lorafit.config import read_yaml
 from lorafit.errors import RunError
+from lorafit.files import read_json, read_json_lines, write_text
 from lorafit.log import count, duration, size
 
 MOST_ROWS = 20  # of a list of faults or duplicates
@@ -28,9 +27,9 @@ def write(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run} is not a run folder: it has no config.yaml")
     settings = read_yaml(run / "config.yaml")
-    steps = _by_step(_json_lines(run / "metrics.jsonl"))
-    evaluations = _by_step(_json_lines(run / "evaluations.jsonl"))
-    data, summary = _json(run / "data.json"), _json(run / "summary.json")
+    steps = _by_step(read_json_lines(run / "metrics.jsonl"))
+    evaluations = _by_step(read_json_lines(run / "evaluations.jsonl"))
+    data, summary = read_json(run / "data.json"), read_json(run / "summary.json")
     best = _best(evaluations, summary)
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>"
@@ -44,34 +43,11 @@ def write(run: Path) -> Path:
         )
         if content
     )
-    return _replace(run / "report.html", _page(_escape(run.resolve().name), body))
+    write_text(run / "report.html", _page(_escape(run.resolve().name), body), again="")
+    return run / "report.html"
 
 
 # --- the files
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    # The last line is torn when the run was killed while writing it; what can't be read is left out.
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    return [value for line in lines if isinstance(value := _parse(line), dict)]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = _parse(path.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -107,18 +83,6 @@ def _best(evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> dict[st
     chosen = [row for row in measured if row["step"] == summary.get("best_step")]
     chosen = chosen or [row for row in measured if row.get("best") is True][-1:]
     return chosen[0] if chosen else min(measured, key=lambda row: float(row["held_out_loss"]), default=None)
-
-
-def _replace(path: Path, text: str) -> Path:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a row can hold half a surrogate pair
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"can't write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 # --- the sections

@@ -89,23 +89,14 @@ class Run:
             k: None if isinstance(v, float) and (v != v or abs(v) == float("inf")) else v for k, v in values.items()
         }
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps(clean, ensure_ascii=False) + "\n")
         except OSError as error:
             raise files.refused(path, error) from None
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """The objects of `<name>.jsonl`; a torn last line (a kill while writing) is left out."""
-        path = self.folder / f"{name}.jsonl"
-        found = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(values, dict):
-                found.append(values)
-        return found
+        return files.read_json_lines(self.folder / f"{name}.jsonl")
 
     def rewind(self, step: int) -> None:
         """Drop what was recorded after `step`: those steps are taken again."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lorafit.data import Chat
 from lorafit.errors import AdapterError, RunError
 from lorafit.host import Host
 from lorafit.model.base import Base
-from lorafit.model.load import load
+from lorafit.model.load import load, stop_ids
+from lorafit.peft_files import read_config, read_notes
 
 Say = Callable[[str], object]
 
@@ -32,9 +31,7 @@ class Session:
 
 def base_chat(base: Base, system: str | None = None) -> Chat:
     """The chat of the base: its tokenizer's template, and every token its generation settings stop at."""
-    eos = getattr(base.model.generation_config, "eos_token_id", None)
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return Chat.of(base.tokenizer, system=system, generation_eos=ids)
+    return Chat.of(base.tokenizer, system=system, generation_eos=stop_ids(base.path))
 
 
 def mismatches(trained: Chat, base: Chat) -> list[str]:
@@ -55,25 +52,9 @@ def adapter_folder(path: str | Path) -> Path:
     raise RunError(f"{place} is neither a run nor an adapter{hint}")
 
 
-def notes_of(folder: Path) -> dict[str, Any]:
-    """What lorafit.json holds, or {} for an adapter made elsewhere."""
-    try:
-        values = json.loads((folder / "lorafit.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder / 'lorafit.json'} can't be read: {error}") from None
-    return values if isinstance(values, dict) else {}
-
-
 def base_of(folder: Path) -> str:
     """The base that an adapter names: the model as the user gave it, or else PEFT's base_model_name_or_path."""
-    notes = notes_of(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder / 'adapter_config.json'} can't be read: {error}") from None
-    name, path = notes.get("base"), config.get("base_model_name_or_path")
+    name, path = read_notes(folder).get("base"), read_config(folder).get("base_model_name_or_path")
     if name is None or (Path(name).is_absolute() and not Path(name).exists()):
         name = path or name
     if not name:

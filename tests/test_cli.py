@@ -179,3 +179,8 @@ def test_no_traceback_from_the_real_command(tmp_path):
         [sys.executable, "-m", "lorafit", "check", tmp_path / "no.jsonl"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith("lorafit: ") and "Traceback" not in done.stderr
+
+
+def test_resume_takes_the_run_as_an_argument_too(capsys, run):
+    code, _, err = call(capsys, "train", "--resume", run)
+    assert code == 2 and "is finished" in err

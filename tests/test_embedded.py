@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import randomize_peft
 from transformers import AutoModelForCausalLM
 
 import lorafit
@@ -73,11 +74,7 @@ def test_a_peft_adapter_here_has_the_same_held_out_loss(run, tmp_path):
     theirs = peft.get_peft_model(
         model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.05, generator=generator)
+    randomize_peft(theirs, 0.05, only="lora_B")
     theirs.save_pretrained(tmp_path)
     said: list[str] = []
     session = open_session([str(tmp_path)], precision="fp32", say=said.append)

@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from tiny import base, ids, model, randomize
+from tiny import base, ids, model, randomize, randomize_peft
 
 from lorafit.errors import AdapterError
 from lorafit.host import Host
@@ -83,11 +83,7 @@ def test_theirs_here(case, tmp_path):
         ensure_weight_tying="tied" in case,
     )
     theirs = peft.get_peft_model(model(shape, **changes), config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if "lora_" in name:
-                p.normal_(0, 0.2, generator=generator)
+    randomize_peft(theirs)
     theirs.save_pretrained(tmp_path)
     host.load(tmp_path, "a")
     x = ids(13)
@@ -191,11 +187,7 @@ def test_an_embedding_adapter_that_forgets_the_tied_head_is_refused(tmp_path):
 def test_odd_peft_configs_here(odd, tmp_path):
     changes = {"intermediate_size": 16}  # as wide as the hidden state: shapes don't tell the experts' weights apart
     theirs = peft.get_peft_model(model("mixtral", **changes), peft.LoraConfig(r=3, lora_alpha=5, **odd)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if "lora_" in name:
-                p.normal_(0, 0.2, generator=generator)
+    randomize_peft(theirs)
     theirs.save_pretrained(tmp_path)
     host = Host(base("mixtral", **changes))
     host.load(tmp_path, "a")

@@ -404,3 +404,14 @@ def test_write_folder_is_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x" / "old").exists()
     files.write_folder(tmp_path / "x", lambda place: (place / "new").write_text("new"))
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
+
+
+def test_answers_with_odd_line_ends_and_half_characters_survive_a_resume(tmp_path):
+    run = Run.create(tmp_path / "r")
+    odd = ["a\u2028b\x85c", "half \ud83d", "plain"]
+    for step, text in enumerate(odd):
+        run.record("evaluations", {"step": step, "samples": [{"answer": text}]})
+    (run.folder / "evaluations.jsonl").open("a").write('{"step": 3, "samp')  # torn by a kill
+    run.rewind(1)
+    assert [r["step"] for r in run.records("evaluations")] == [0, 1]
+    assert run.records("evaluations")[0]["samples"][0]["answer"] == odd[0]

@@ -74,6 +74,15 @@ def randomize(adapter, scale: float = 0.2) -> None:
             p.normal_(0, scale, generator=generator)
 
 
+def randomize_peft(model, scale: float = 0.2, only: str = "lora_") -> None:
+    """The same for a model that PEFT has wrapped."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if only in name:
+                p.normal_(0, scale, generator=generator)
+
+
 def rows(lengths, seed: int = 0, learn: str = "half") -> list[Tokens]:
     generator = np.random.default_rng(seed)
     made = []

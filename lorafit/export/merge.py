@@ -7,15 +7,12 @@ exists twice; the folder is then read back from disk and its logits compared wit
 from __future__ import annotations
 
 import gc
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lorafit import files
@@ -23,7 +20,7 @@ from lorafit.data import Chat
 from lorafit.errors import LorafitError, RunError
 from lorafit.host import Host
 from lorafit.model.load import load
-from lorafit.route import StackLike
+from lorafit.route import StackLike, stack
 
 SHARD = "2GB"
 
@@ -91,7 +88,7 @@ def merge(
     want, plain = _logits(host, spec, prompts), _logits(host, None, prompts)
     working("adding the adapter to the base")
     for path, site in host.sites.items():
-        if any(path in host.adapters[name] for name in _names(spec)):
+        if any(path in host.adapters[name] for name in stack(spec)):
             merged = host.merged_weight(site, spec)
             if not torch.isfinite(merged).all():
                 raise LorafitError(f"{path}: the merged weight isn't finite; the adapter is damaged")
@@ -99,8 +96,10 @@ def merge(
     for name in list(host.adapters):
         host.remove(name)
     working(f"writing {out}")
-    place = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    proof: Proof | None = None
+
+    def fill(place: Path) -> None:
+        nonlocal proof
         _write(host, place, dtype, chat)
         host.base.model = None  # the folder is judged by what it loads as, with one model in memory at a time
         gc.collect()
@@ -112,21 +111,10 @@ def merge(
                 f"the merged model isn't the same: largest logit difference {proof.largest:.4g}, allowed"
                 f" {proof.tolerance:.4g}; {proof.lost:.0%} of the adapter's effect lost; nothing was written; try --dtype fp32"
             )
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            out.rmdir()
-        place.rename(out)
-    except OSError as error:
-        raise files.refused(out, error) from None
-    except SafetensorError as error:
-        raise RunError(f"can't write {out}: {error}; free some space and merge again") from None
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+
+    files.write_folder(out, fill, again="merge again")
+    assert proof is not None
     return proof
-
-
-def _names(spec: StackLike) -> tuple[str, ...]:
-    return (spec,) if isinstance(spec, str) else tuple(spec or ())
 
 
 def _write(host: Host, place: Path, dtype: torch.dtype, chat: Chat | None) -> None:

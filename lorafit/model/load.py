@@ -46,8 +46,7 @@ def _from_hub(name: str, working: Callable[[str], object]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"there is no folder '{name}' here, and the hub can't give it: {first}") from None
+        raise ModelError(f"there is no folder '{name}' here, and the hub can't give it: {_first_line(error)}") from None
 
 
 def _checked(path: Path) -> Path:
@@ -102,8 +101,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{path} has no usable tokenizer: {first}") from None
+        raise ModelError(f"{path} has no usable tokenizer: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: its tokenizer can't tell which characters a token covers (no tokenizer.json)")
     return tokenizer
@@ -112,7 +110,8 @@ def load_tokenizer(path: Path) -> Any:
 def stop_ids(path: Path) -> list[int]:
     """The token ids that the model's generation settings stop at."""
     for name in ("generation_config.json", "config.json"):
-        eos = read_json(path / name).get("eos_token_id")
+        values = read_json(path / name)
+        eos = values.get("eos_token_id", values.get("text_config", {}).get("eos_token_id"))
         if eos is not None:
             return [int(i) for i in (eos if isinstance(eos, list) else [eos])]
     return []
@@ -156,8 +155,7 @@ def load(
             path, config=config, dtype=pick_dtype(precision, place), local_files_only=True, use_safetensors=True
         )
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"{path} can't be loaded as a causal language model: {first}") from None
+        raise ModelError(f"{path} can't be loaded as a causal language model: {_first_line(error)}") from None
     return prepare(model.to(place), load_tokenizer(path), path, name)
 
 
@@ -176,6 +174,10 @@ def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
         kind = str(base.dtype).removeprefix("torch.")
         raise ModelError(f"{base.name} can't run in {kind}: {str(error).splitlines()[0]}; try precision=fp32") from None
     return base
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def quiet() -> None:

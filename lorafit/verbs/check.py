@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from lorafit.verbs.common import add_json, print_json, terminal
+from lorafit.verbs.common import add_json, given, print_json, terminal
 
 ABOUT = "look at a data file: formats, bad rows by line, lengths, duplicates, what is learned"
 EXAMPLE = """\
@@ -28,31 +28,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the report; exit 2 through DataError if rows can't be used."""
-    from lorafit import config as settings
-    from lorafit.data import Chat
     from lorafit.errors import DataError
-    from lorafit.fit import load_data, read_config
-    from lorafit.model.load import load_tokenizer, locate, stop_ids
+    from lorafit.fit import read_config, read_data
 
-    given: dict[str, Any] = settings.pairs(args.settings)
-    for key in ("model", "held_out", "map"):
-        if (value := getattr(args, key)) is not None:
-            given[key] = value
-    config = read_config(args.data, given)
-    out = terminal()
-    with out.working("loading the tokenizer") as spinner:
-        path = locate(config.model, spinner.rename)
-        tokenizer = load_tokenizer(path)
-    chat = Chat.of(tokenizer, system=config.system, generation_eos=stop_ids(path))
-    if config.max_tokens is None:
-        from lorafit.model.load import context_of
-
-        config.max_tokens = min(context_of(path), 4096)
-    report = load_data(config, chat, out, strict=False).report
+    config = read_config(args.data, given(args))
+    _, chat, data = read_data(config, terminal(), strict=False)
+    report, longest = data.report, config.max_tokens
     if args.json:
-        print_json({**report.to_json(), "max_tokens": config.max_tokens, "model": config.model})
+        print_json({**report.to_json(), "max_tokens": longest, "model": config.model})
     else:
-        print(described(report, chat, config.max_tokens))
+        print(described(report, chat, longest))
         sys.stdout.flush()
     if report.faults and not report.train_rows:
         raise DataError(f"{config.data}: none of the {report.rows} rows can be used; the reasons are above")
@@ -62,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def described(report: Any, chat: Any, max_tokens: int) -> str:
+def described(report: Any, chat: Any, max_tokens: int | None) -> str:
     """The report in lines for people."""
     from lorafit.log import count, table
 

@@ -17,6 +17,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a command line: its key=value words, and the options that are settings too."""
+    from lorafit.config import pairs
+
+    found: dict[str, Any] = pairs(args.settings)
+    for key in ("model", "out", "held_out", "map", "start"):
+        if (value := getattr(args, key, None)) is not None:
+            found[key] = value
+    if getattr(args, "skip_bad_rows", False):
+        found["skip_bad_rows"] = True
+    return found
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output and nothing else there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from typing import Any
 
 from lorafit.verbs.common import add_json, add_model, print_json, terminal
@@ -55,20 +56,27 @@ def run(args: argparse.Namespace) -> None:
         )
     host = session.host
     result: dict[str, Any] = {"data": args.data, "base": host.base.name, "scores": {}}
+    first = next(iter(host.adapters), None)
+    sets: dict[str, Any] = {}  # rows by what decides their tokens: adapters of one chat share them
     for name in [None, *host.adapters]:
-        notes = host.adapters[name].notes if name else next((a.notes for a in host.adapters.values()), {})
-        chat = session.chat(name) if name else session.chat(next(iter(host.adapters), None))
-        with out.working(f"reading {args.data}"):
-            data = prepare(
-                args.data,
-                chat,
-                held_out_share=0,
-                mapping=coerce("map", dict[str, str], args.map) if args.map else None,
-                learn=args.learn or notes.get("learn", "assistant"),
-                max_tokens=args.max_tokens or host.base.context,
-                long="skip",
-                skip_bad_rows=args.skip_bad_rows,
-            )
+        # The base is scored on the very tokens of the first adapter.
+        chat = session.chat(name or first)
+        notes = host.adapters[name or first].notes if first else {}
+        learn = args.learn or notes.get("learn", "assistant")
+        key = json.dumps([chat.to_json(), learn], sort_keys=True)
+        if key not in sets:
+            with out.working(f"reading {args.data}"):
+                sets[key] = prepare(
+                    args.data,
+                    chat,
+                    held_out_share=0,
+                    mapping=coerce("map", dict[str, str], args.map) if args.map else None,
+                    learn=learn,
+                    max_tokens=args.max_tokens or host.base.context,
+                    long="skip",
+                    skip_bad_rows=args.skip_bad_rows,
+                )
+        data = sets[key]
         rows = data.train[: args.limit]
         label = name or "base"
         with out.working(f"scoring {label}") as spinner:
@@ -80,10 +88,7 @@ def run(args: argparse.Namespace) -> None:
                 )
                 scores = dataclasses.replace(scores, exact_match=exact, token_f1=f1, answers=n)
         result["scores"][label] = scores.to_json()
-        result |= {
-            "left_out": len(data.report.faults) + data.report.skipped,
-            "learn": args.learn or notes.get("learn", "assistant"),
-        }
+        result |= {"left_out": len(data.report.faults) + data.report.skipped, "learn": learn}
     if args.json:
         print_json(result)
         return

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from lorafit.verbs.common import add_json, print_json, terminal
+from lorafit.verbs.common import add_json, given, print_json, terminal
 
 ABOUT = "estimate the memory of a training run before any weights are read"
 EXAMPLE = """\
@@ -25,27 +24,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the parts and the sum."""
-    from lorafit import config as settings
-    from lorafit.data import Chat
-    from lorafit.fit import load_data, read_config
+    from lorafit.fit import read_config, read_data
     from lorafit.log import count, size, table
-    from lorafit.model.load import context_of, load_tokenizer, locate, stop_ids
     from lorafit.plan import estimate
 
-    given: dict[str, Any] = settings.pairs(args.settings)
-    for key in ("model", "map"):
-        if (value := getattr(args, key)) is not None:
-            given[key] = value
-    if args.skip_bad_rows:
-        given["skip_bad_rows"] = True
-    config = read_config(args.source, given)
-    out = terminal()
-    with out.working("reading the rows") as spinner:
-        path = locate(config.model, spinner.rename)
-        config.max_tokens = config.max_tokens or min(context_of(path), 4096)
-        chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
-        rows = load_data(config, chat, out).train
-    made = estimate(config, path, rows)
+    config = read_config(args.source, given(args))
+    path, _, data = read_data(config, terminal())
+    made = estimate(config, path, data.train)
     if args.json:
         print_json(made.to_json())
         return

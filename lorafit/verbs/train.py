@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from lorafit.log import count, duration, size
-from lorafit.verbs.common import add_json, print_json, terminal
+from lorafit.verbs.common import add_json, given, print_json, terminal
 
 ABOUT = "fit an adapter: data file or YAML configuration in, run folder out"
 EXAMPLE = """\
@@ -39,60 +40,41 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then say what came of it."""
-    from lorafit import config as settings
     from lorafit.errors import ConfigError
 
     if args.help_settings:
         print(settings_table())
         return
-    words = list(args.settings)
     source = args.source
-    if source is not None and "=" in source and not _is_file(source):
-        words.insert(0, source)
+    if source is not None and "=" in source and not Path(source).is_file():
+        args.settings = [source, *args.settings]
         source = None
-    given: dict[str, Any] = settings.pairs(words)
-    for key in ("model", "out", "held_out", "map", "start"):
-        if (value := getattr(args, key)) is not None:
-            given[key] = value
-    if args.skip_bad_rows:
-        given["skip_bad_rows"] = True
-    if args.resume and not given.get("out"):
+    found = given(args)
+    if args.resume and source is not None and (Path(source) / "config.yaml").is_file():
+        found.setdefault("out", source)
+        source = None
+    if args.resume and not found.get("out"):
         raise ConfigError("--resume needs the run folder: lorafit train --resume --out RUN")
-    if args.resume and source is not None and _is_run(source):
-        given.setdefault("out", source)
-        source = None
     if args.resume and args.start:
         raise ConfigError("--resume goes on with a run, --from starts a new one; use one of them")
     if args.force and not args.resume:
         raise ConfigError("--force only goes with --resume")
-    if source is None and not args.resume and "data" not in given:
+    if source is None and not args.resume and "data" not in found:
         raise ConfigError("no data; give a file: lorafit train DATA, or --resume --out RUN")
 
     from lorafit import fit
 
     out = terminal()
     if args.resume:
-        given |= {"data": source} if source is not None else {}
-        made = fit.resume(given["out"], given, args.force, out)
+        found |= {"data": source} if source is not None else {}
+        made = fit.resume(found["out"], found, args.force, out)
     else:
-        made = fit.fit(fit.read_config(source, given), out)
+        made = fit.fit(fit.read_config(source, found), out)
     summary = json.loads((made.folder / "summary.json").read_text(encoding="utf-8"))
     if args.json:
         print_json({"run": str(made.folder), **summary})
     else:
         print(described(str(made.folder), summary))
-
-
-def _is_run(path: str) -> bool:
-    from pathlib import Path
-
-    return (Path(path) / "config.yaml").is_file()
-
-
-def _is_file(path: str) -> bool:
-    from pathlib import Path
-
-    return Path(path).is_file()
 
 
 def described(run: str, summary: dict[str, Any]) -> str:
