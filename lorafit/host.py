@@ -23,6 +23,7 @@ from lorafit.methods import find, settings
 from lorafit.model import experts
 from lorafit.model.base import Base
 from lorafit.model.sites import Site, find_sites, select
+from lorafit.native.lowrank import Frozen, LowRank, Remake, products
 from lorafit.route import Route, Stack, StackLike, stack
 
 
@@ -32,6 +33,7 @@ class Host:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.sites = find_sites(base.model)
+        self._site_of = {site.module: site for site in self.sites.values() if site.kind != "experts"}
         self.adapters: dict[str, Adapter] = {}
         self._route: Route | None = None
         self._hooks: dict[str, list[Any]] = {}
@@ -112,6 +114,8 @@ class Host:
 
     def hidden(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states (tokens, width) of documents end to end in ids (tokens,), under the open route."""
+        if self.base.body is not None:
+            return self.base.fast(ids, lengths, self._products)
         return self._documents(self.base.hidden, ids, lengths)
 
     def logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -201,6 +205,23 @@ class Host:
         for xs, ys, (_, names) in zip(x.split(route.lengths()), rows.split(route.lengths()), route.runs, strict=True):
             out.append(sum((delta(layer, xs, ys) for layer in self._layers(path, names)), ys))
         return torch.cat(out).view_as(y)
+
+    def _products(self, modules: Sequence[Any], x: Tensor, remake: Remake | None) -> Sequence[Tensor]:
+        """What these modules, which share the input x (n, in), give under the open route: base product and deltas at once
+        where every delta is one of low rank, else one after the other."""
+        sites = [self._site_of[module] for module in modules]
+        frozen = [Frozen(module.weight, module.bias) for module in modules]
+        stacks = {names for _, names in self._route.runs} if self._route else {()}
+        found = {site.path: [layer for names in stacks for layer in self._layers(site.path, names)] for site in sites}
+        low = {path: layers[0].low_rank() if len(layers) == 1 else None for path, layers in found.items()}
+        if all(not layers or (len(stacks) == 1 and low[path] is not None) for path, layers in found.items()):
+            added = [LowRank(*given) if (given := low[site.path]) is not None else None for site in sites]
+            return products(x, frozen, added, remake)
+        bare = products(x, frozen, [None] * len(sites), remake)
+        return [
+            y if (whole := self._after(site, site.module, (x,), y)) is None else whole
+            for site, y in zip(sites, bare, strict=True)
+        ]
 
     def _after_experts(self, module: str, parameter: str, x: Tensor, y: Tensor, rows: experts.Rows) -> Tensor:
         route, path = self._route, f"{module}.{parameter}"

@@ -15,6 +15,7 @@ LAYERS = [
     ["errors", "config", "log", "files", "machine"],
     ["data"],
     ["batches"],
+    ["native"],
     ["model"],
     ["methods"],
     ["route", "adapter", "peft_files", "host"],

@@ -59,6 +59,11 @@ class Method(nn.Module):
         """
         return mm(x, self.delta_weight(weight()))
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """(a (r, in), b (out, r), scale) where this forward adds exactly scale·(x·aᵀ)·bᵀ, so that it can be computed in
+        one sum with the base's product; None where it doesn't."""
+        return None
+
     def lr_scale(self) -> dict[str, float]:
         """Learning-rate factors by parameter name; 1 for those that aren't named."""
         return {}

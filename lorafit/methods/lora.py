@@ -56,3 +56,9 @@ class LoRA(Method):
             kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
             x = x * kept / (1 - self.dropout)
         return mm(mm(x, self.a), self.b) * self.scale
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """Its own two matrices, but for dropout, which gives each site an input of its own."""
+        if self.a.dim() != 2 or (self.dropout and self.training):
+            return None
+        return self.a, self.b, self.scale

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorafit.native.attention import attend
+
 NAME = "lorafit"
 
 # A 4-D mask is used by transformers as it is, so this one keeps it from building a (row length)² mask nobody reads.
@@ -38,11 +40,15 @@ def attention(
     Returns (batch, n, heads, dim). `doc_lengths` cuts a row of n = m tokens into documents. `softcap` and `s_aux` (sinks)
     are computed explicitly, because torch's fused attention has neither.
     """
-    one = _explicit if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None else _fused
+    treated = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    one = _explicit if treated else _fused
     if doc_lengths is None:
         return one(module, query, key, value, attention_mask, dropout, scaling, **kwargs), None
     window = kwargs.get("sliding_window")
     lengths = list(doc_lengths)
+    if not treated and not dropout:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # one row: (n, heads, dim)
+        return attend(q, k, v, lengths, scaling, window).view(1, *q.shape), None
     parts = [
         one(module, q, k, v, _band(q.shape[2], window, q.device), dropout, scaling, **kwargs)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)

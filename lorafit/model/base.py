@@ -17,11 +17,13 @@ from torch import Tensor
 
 from lorafit.errors import ModelError
 from lorafit.model.attention import UNREAD_MASK
+from lorafit.model.body import Body, Products, plain_products
 
 
 @dataclass
 class Base:
-    """A loaded base. `packs`: documents may share a row. `plain_head`: logits are the head's product with the hidden state."""
+    """A loaded base. `packs`: documents may share a row. `plain_head`: logits are the head's product with the hidden state.
+    `body`: our own run through its layers, where its family is known."""
 
     model: Any
     tokenizer: Any
@@ -30,6 +32,7 @@ class Base:
     fingerprint: str
     packs: bool = False
     plain_head: bool = False
+    body: Body | None = None
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +63,8 @@ class Base:
 
     def checkpointing(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass. The base's own dropout stays off."""
+        if self.body is not None:
+            self.body.checkpointing = on
         if not on:
             self.model.activation_checkpointing_disable()
             return
@@ -76,6 +81,11 @@ class Base:
             self.model.activation_checkpointing_disable()
             self.model.eval()
             raise ModelError(f"{self.name}: activation checkpointing would turn on this architecture's own dropout")
+
+    def fast(self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products) -> Tensor:
+        """What `hidden` gives, by the body's kernels; `products` stands for the linear modules (deltas come in there)."""
+        assert self.body is not None
+        return self.body.hidden(ids, lengths, products)
 
     def hidden(self, ids: Tensor, lengths: Sequence[int], packed: bool | None = None) -> Tensor:
         """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,)."""
@@ -105,7 +115,7 @@ class Base:
 
 @torch.no_grad()
 def probe(base: Base) -> None:
-    """Set `packs` and `plain_head` from a tiny forward. Costs two forwards of 14 tokens."""
+    """Set `packs` and `plain_head`, and check `body`, from a tiny forward. Costs four forwards of 14 tokens."""
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     lengths = [9, 5]
     ids = (torch.arange(sum(lengths), device=base.device) * 7919 + 11) % vocabulary
@@ -117,6 +127,8 @@ def probe(base: Base) -> None:
         base.packs = kinds <= {"full_attention", "sliding_attention"} and bool((packed - want).abs().max() < tolerance)
     except (TypeError, ValueError, RuntimeError):
         base.packs = False
+    if base.body is not None and not (base.packs and base.body.agrees(ids, lengths)):
+        base.body = None
     head = base.head
     if head is not None and getattr(base.model, "base_model", None) is not None:
         got = head(base.hidden(ids, lengths, packed=False)).float()

@@ -17,7 +17,9 @@ from lorafit.errors import ModelError
 from lorafit.files import read_json
 from lorafit.model import attention, embedded, experts
 from lorafit.model.base import Base, probe
+from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
+from lorafit.native import build
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
@@ -144,6 +146,7 @@ def load(
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either."""
+    build.prepare()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
@@ -168,6 +171,7 @@ def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
         model.set_experts_implementation(experts.NAME)
     has_files = path.is_dir() and any(path.glob("*.safetensors"))
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
+    base.body = Body.of(model)
     try:
         probe(base)
     except RuntimeError as error:

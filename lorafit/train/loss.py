@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.batches import Micro
 from lorafit.host import Host
+from lorafit.native.loss import head_loss
 
 CHUNK = 512  # positions whose logits exist at once
 
@@ -30,7 +31,9 @@ def losses(host: Host, micro: Micro) -> Tensor:
     frozen = host.head_is_frozen
     parts = []
     for h, p, y in zip(hidden.split(CHUNK), positions.split(CHUNK), labels.split(CHUNK), strict=True):
-        if frozen and torch.is_grad_enabled():
+        if frozen and not torch.is_grad_enabled():
+            parts.append(head_loss(h, head.weight, getattr(head, "bias", None), y, False)[0])
+        elif frozen:
             parts.append(FrozenHeadLoss.apply(h, head.weight, getattr(head, "bias", None), y))  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
             parts.append(checkpoint(lambda h, p, y: _nll(host.head(h, p), y), h, p, y, use_reentrant=False))
@@ -56,17 +59,13 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """h (n, width), weight (vocabulary, width), labels (n,) -> (n,) fp32."""
-        logits = _wide(F.linear(h, weight, bias))
-        top = logits.logsumexp(-1)
-        out = top - logits.gather(1, labels[:, None]).squeeze(1)
-        if ctx.needs_input_grad[0]:
-            p = logits.sub_(top[:, None]).exp_()
-            p[torch.arange(len(labels), device=h.device), labels] -= 1
-            ctx.save_for_backward(p.to(h.dtype) @ weight)
-        return out
+        loss, dh = head_loss(h, weight, bias, labels, ctx.needs_input_grad[0])
+        if dh is not None:
+            ctx.save_for_backward(dh)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Row by row: the saved gradient times the incoming one."""
         (dh,) = ctx.saved_tensors
-        return (dh * grads[0][:, None].to(dh.dtype), None, None, None)
+        return ((dh * grads[0][:, None]).to(dh.dtype), None, None, None)  # multiplied in fp32, rounded once

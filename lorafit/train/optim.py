@@ -36,7 +36,7 @@ def optimizer(adapter: Adapter, lr: float, weight_decay: float) -> torch.optim.A
         for name, parameter in layer.named_parameters():
             groups.setdefault(scales.get(name, 1.0), []).append(parameter)
     made = [{"params": params, "scale": scale} for scale, params in groups.items()]
-    return torch.optim.AdamW(made, lr=lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(made, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

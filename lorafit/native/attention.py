@@ -1,0 +1,136 @@
+"""Attention for packed rows: documents end to end, each causal, none seeing another.
+
+`attend` is flash attention (arXiv 2205.14135, 2307.08691) in C++ with a backward of its own; `plain_attend` says the same in
+ordinary torch, document by document, and is what the kernels are tested against and what runs where they can't.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafit.native.build import library
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """Causal attention inside each document: q (n, heads, dim), k and v (n, kv heads, dim) -> (n, heads · dim).
+
+    `lengths` are the documents' tokens, n in all. Query i sees key j of its document if 0 <= i - j, and i - j < `window`
+    where one is given. Scores are multiplied by `scale`, dim^-0.5 by default. Each group of heads / kv heads neighbouring
+    query heads shares a kv head. Products are of the tensors' type; sums and the softmax are fp32.
+    """
+    scale = _check(q, k, v, lengths, scale, window)
+    if not _runs_native(q, k, v) or (lib := library()) is None:
+        return plain_attend(q, k, v, lengths, scale, window)
+    out: Tensor = _Attention.apply(_functions(lib, q.dtype), q, k, v, tuple(lengths), scale, window or 0)  # type: ignore[no-untyped-call]
+    return out
+
+
+def plain_attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """`attend` in ordinary torch, on any device and in any type."""
+    scale = _check(q, k, v, lengths, scale, window)
+    # `split`, because the gradient of a slice is a whole tensor of zeros around it.
+    docs = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
+    parts = [_plain_document(a, b, c, scale, window) for a, b, c in docs if a.shape[0]]
+    return (torch.cat(parts) if parts else q).flatten(1)
+
+
+def _plain_document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """(n, heads, dim) of one document -> the same."""
+    mask, shared = _band(q.shape[0], window, q.device), q.shape[1] != k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shared)
+    return out[0].transpose(0, 1)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None, window: int | None) -> float:
+    """The scale, if everything fits together."""
+    n, heads, dim = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[2]) != (n, dim) or heads % k.shape[1]:
+        raise ValueError(f"queries {tuple(q.shape)} don't go with keys {tuple(k.shape)} and values {tuple(v.shape)}")
+    if sum(lengths) != n or min(lengths, default=0) < 0:
+        raise ValueError(f"documents of {sum(lengths)} tokens in all can't cut a row of {n}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} tokens sees nothing")
+    scale = dim**-0.5 if scale is None else scale
+    if not scale > 0:  # the kernel takes a row's largest product for its largest score; torch's own gives NaN
+        raise ValueError(f"a scale of {scale} doesn't order scores by their products")
+    return scale
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The causal mask of a sliding window (length, length), or None where the plain causal one is enough."""
+    if window is None or length <= window:
+        return None
+    i = torch.arange(length, device=device)
+    distance = i[:, None] - i[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _runs_native(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    same = all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+    return same and q.dtype in _NAMES and q.numel() > 0
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, the output and one float a row; the backward makes the probabilities anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, functions: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int
+    ) -> Tensor:
+        n, heads, dim = q.shape
+        q, k, v = (_heads_together(x) for x in (q, k, v))
+        out, lse = q.new_empty(n, heads * dim), torch.empty(heads, n)
+        starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
+        ctx.tail = (starts, len(lengths), heads, k.shape[1], dim, scale, window)
+        functions[0](*_rows(q, k, v), out.data_ptr(), lse.data_ptr(), *ctx.tail, torch.get_num_threads())
+        ctx.functions = functions
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        given = (out.data_ptr(), lse.data_ptr(), dout.data_ptr())
+        ctx.functions[1](*_rows(q, k, v), *given, *_rows(*grads), *ctx.tail, torch.get_num_threads())
+        return None, *grads, None, None, None
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """The tensor itself if a token's heads lie one after another, as in a slice of fused projections; else a copy."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _rows(*tensors: Tensor) -> list[int]:
+    """Address and elements from row to row of each tensor."""
+    return [number for x in tensors for number in (x.data_ptr(), x.stride(0))]
+
+
+@lru_cache(maxsize=4)
+def _functions(lib: ctypes.CDLL, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The library's forward and backward for tensors of `dtype`, their arguments declared."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    tail = [ctypes.POINTER(number), number, number, number, number, ctypes.c_float, number, number]
+    forward, backward = (getattr(lib, f"attention_{way}_{_NAMES[dtype]}") for way in ("forward", "backward"))
+    forward.argtypes = [pointer, number] * 3 + [pointer] * 2 + tail
+    backward.argtypes = [pointer, number] * 3 + [pointer] * 3 + [pointer, number] * 3 + tail
+    forward.restype = backward.restype = None
+    return forward, backward

@@ -1,0 +1,157 @@
+"""The C++ kernels: compiled once for the processor at hand, kept in the user's cache, loaded with ctypes.
+
+The sources need no headers but the compiler's own, so building takes seconds and the library outlives torch's updates. It
+shares torch's OpenMP runtime: two pools of threads on the same cores would wait for each other. Without a compiler, or
+switched off, `library()` is None and every kernel's plain twin does the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lorafit.files import cache_folder
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-w"]
+WIDE = "-mprefer-vector-width=512"  # gcc halves its vectors by default, for the sake of clocks that don't fall any more
+
+_HERE = Path(__file__).parent
+_lock = threading.Lock()
+_built: ctypes.CDLL | None = None
+_tried = False
+_on = True
+_why = ""  # there is no library
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, built if need be (some seconds, once per machine); None where there are none or they are off."""
+    global _built, _tried, _why
+    if not _on:
+        return None
+    if not _tried:
+        with _lock:
+            if not _tried:
+                try:
+                    _built = ctypes.CDLL(str(_find()))
+                except _NotBuilt as error:
+                    _why = str(error)
+                except OSError as error:
+                    _why = f"the built kernels can't be loaded ({error})"
+                _tried = True
+    return _built
+
+
+def prepare() -> None:
+    """Begin building in the background, where that takes time that something else can use."""
+    if not _tried and _on:
+        threading.Thread(target=library, daemon=True).start()
+
+
+@contextlib.contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Kernels on or off inside the context."""
+    global _on
+    before, _on = _on, on
+    try:
+        yield
+    finally:
+        _on = before
+
+
+def switch(on: bool) -> None:
+    """Kernels on or off from here on."""
+    global _on
+    _on = on
+
+
+def has_amx() -> bool:
+    """The kernels were built for a processor with AMX tiles, and the system lets us use them."""
+    lib = library()
+    return lib is not None and bool(lib.amx())
+
+
+def state() -> str:
+    """What is in use, in words."""
+    if not _on:
+        return "plain (switched off)"
+    if library() is None:
+        return f"plain ({_why})"
+    return "native, AMX" if has_amx() else "native"
+
+
+class _NotBuilt(Exception):
+    """Why there are no kernels."""
+
+
+def _find() -> Path:
+    """The library for these sources, this compiler and this processor, from the cache or made now."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise _NotBuilt("no C++ compiler found; installing g++ makes training several times faster")
+    sources = sorted(_HERE.glob("*.cpp"))
+    key = hashlib.sha256()
+    for path in [*sorted(_HERE.glob("*.h")), *sources]:
+        key.update(path.name.encode() + path.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key.update(f"{version} {FLAGS} {WIDE} {_processor()} {_openmp()}".encode())
+    place = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
+    if not place.is_file():
+        _make(compiler, sources, place)
+    return place
+
+
+def _make(compiler: str, sources: list[Path], place: Path) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="native.", dir=place.parent))
+    except OSError:  # a cache that can't be written: build for this process alone
+        folder = Path(tempfile.mkdtemp(prefix="lorafit-native."))
+        place = folder.with_suffix(".so")
+    try:
+        wide = [WIDE] if "clang" not in Path(os.path.realpath(compiler)).name else []
+        objects = [folder / f"{path.stem}.o" for path in sources]
+        steps = [
+            subprocess.Popen(
+                [compiler, *FLAGS, *wide, "-c", str(path), "-o", str(to)], stderr=subprocess.PIPE, text=True
+            )
+            for path, to in zip(sources, objects, strict=True)
+        ]
+        said = [step.communicate()[1] for step in steps]
+        link = [compiler, "-shared", *map(str, objects), "-o", str(folder / "lib.so"), *_openmp()]
+        if all(step.returncode == 0 for step in steps):
+            done = subprocess.run(link, capture_output=True, text=True)
+            steps[0].returncode, said = done.returncode, [done.stderr]
+        if any(step.returncode for step in steps):
+            first = next((line for text in said for line in text.splitlines() if "error" in line), "no message")
+            raise _NotBuilt(f"{Path(compiler).name} can't build the kernels: {first.strip()}")
+        (folder / "lib.so").replace(place)
+    except OSError as error:
+        raise _NotBuilt(f"the kernels can't be built: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _openmp() -> list[str]:
+    """What to link with: the very OpenMP library that torch has loaded."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    return [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    import platform
+
+    return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,348 @@
+// Sums of bf16 matrix products on AMX tiles: C = sum over parts of A·B, accumulated in fp32 and rounded once.
+//
+// A frozen product and its low-rank addition are two parts of one sum, and so are the gradients that several products
+// send to their common input; written like this neither needs a pass over C of its own. Frozen weights are packed into
+// AMX's layout on the way, a slice at a time (a few per cent of the product), so no second copy of them is kept.
+#include "common.h"
+
+#ifdef LORAFIT_AMX
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+extern "C" {
+
+// One part: a (rows, k) with stride lda; b (columns, k) if `across` (A·Bᵀ), else (k, columns), with stride ldb. k is a
+// multiple of 32.
+struct Part {
+    const bf16* a;
+    int64_t lda;
+    const bf16* b;
+    int64_t ldb;
+    int64_t k;
+    int64_t across;
+};
+}
+
+namespace {
+
+constexpr int64_t DEEP = 32, WIDE = 32, TALL = 32;  // of a step of four tile products
+constexpr int64_t TILE = 512;                       // numbers in a tile: 16 rows of 32
+constexpr int64_t DEPTH = 1024;                     // of a slice of B, so that slice and A's rows stay in the caches
+constexpr int64_t SLICE = 384 * 1024;               // numbers in a slice
+
+template <typename T>
+struct Buffer {  // aligned scratch of a thread, kept between calls
+    T* data = nullptr;
+    int64_t size = 0;
+    T* of(int64_t n) {
+        if (n > size) {
+            std::free(data);
+            data = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
+            size = data ? n : 0;
+        }
+        return data;
+    }
+    ~Buffer() { std::free(data); }
+};
+
+inline __m512i row_of(const bf16* p, int64_t numbers) {  // up to 32 numbers, zeros after them
+    if (numbers >= 32) return _mm512_loadu_si512(p);
+    __mmask32 some = numbers <= 0 ? 0 : (1u << numbers) - 1;
+    return _mm512_maskz_loadu_epi16(some, p);
+}
+
+// A tile from 16 rows of b (columns, k): pairs along k are whole 32-bit words, so this is a 16 x 16 transposition.
+inline void pack_across(const bf16* b, int64_t ldb, int64_t columns, bf16* tile) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = i < columns ? _mm512_loadu_si512(b + i * ldb) : _mm512_setzero_si512();
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_store_si512(tile + 32 * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_store_si512(tile + 32 * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+        _mm512_store_si512(tile + 32 * (i + 4), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+        _mm512_store_si512(tile + 32 * (i + 12), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+    }
+}
+
+// Two tiles from up to 32 rows of b (k, columns), 32 columns wide: pairs of rows are interleaved. `quick` leaves the columns
+// in the order that is cheapest: of each eight, the first four go to the left tile, the last four to the right one.
+inline void pack_along(const bf16* b, int64_t ldb, int64_t rows, int64_t columns, bf16* to, bool quick = false) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22,
+                                          53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+    for (int64_t p = 0; p < 16; p++) {
+        __m512i even = 2 * p < rows ? row_of(b + 2 * p * ldb, columns) : _mm512_setzero_si512();
+        __m512i odd = 2 * p + 1 < rows ? row_of(b + (2 * p + 1) * ldb, columns) : _mm512_setzero_si512();
+        __m512i left = quick ? _mm512_unpacklo_epi16(even, odd) : _mm512_permutex2var_epi16(even, low, odd);
+        __m512i right = quick ? _mm512_unpackhi_epi16(even, odd) : _mm512_permutex2var_epi16(even, high, odd);
+        _mm512_store_si512(to + 32 * p, left);
+        _mm512_store_si512(to + TILE + 32 * p, right);
+    }
+}
+
+struct Step {  // 32 deep: where A's numbers are, and B's
+    const bf16* a;
+    int64_t lda;
+    const bf16* b;
+    int64_t ldb;
+    int64_t across;
+};
+
+inline void products(const bf16* a, int64_t lda, const bf16* b) {
+    for (int i = 0; i < TALL; i++) _mm_prefetch(reinterpret_cast<const char*>(a + i * lda + DEEP), _MM_HINT_T0);
+    tiles::load<4>(a, lda * 2);
+    tiles::load<6>(b, 64);
+    tiles::multiply<0, 4, 6>();
+    tiles::load<7>(b + TILE, 64);
+    tiles::multiply<1, 4, 7>();
+    tiles::load<5>(a + 16 * lda, lda * 2);
+    tiles::multiply<2, 5, 6>();
+    tiles::multiply<3, 5, 7>();
+}
+
+struct Job {
+    const Part* parts;
+    int64_t count, rows, columns;
+    bf16* c;
+    int64_t ldc;
+    const bf16* add;  // added to C before rounding, same shape and stride ldadd, or null
+    int64_t ldadd;
+    const bf16* bias;  // of each column, or null
+};
+
+// Rounds a block of up to 32 x 32 sums into C.
+inline void finish(const Job& job, const float* sums, int64_t stride, int64_t m, int64_t n, int64_t tall, int64_t wide) {
+    __mmask16 left = wide >= 16 ? 0xffff : (1u << wide) - 1, right = wide >= 32 ? 0xffff : wide <= 16 ? 0 : (1u << (wide - 16)) - 1;
+    __m512 shift[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    auto widened = [](const bf16* p, __mmask16 some) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
+    };
+    if (job.bias) shift[0] = widened(job.bias + n, left), shift[1] = widened(job.bias + n + 16, right);
+    for (int64_t i = 0; i < tall; i++) {
+        __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + i * stride), shift[0]);
+        __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + i * stride + 16), shift[1]);
+        if (job.add) {
+            const bf16* from = job.add + (m + i) * job.ldadd + n;
+            x = _mm512_add_ps(x, widened(from, left));
+            y = _mm512_add_ps(y, widened(from + 16, right));
+        }
+        bf16* to = job.c + (m + i) * job.ldc + n;
+        _mm256_mask_storeu_epi16(to, left, (__m256i)_mm512_cvtneps_pbh(x));
+        if (right) _mm256_mask_storeu_epi16(to + 16, right, (__m256i)_mm512_cvtneps_pbh(y));
+    }
+}
+
+// Rows m0..m1 and columns n0..n1 of C, by one thread.
+bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    static thread_local Buffer<bf16> packed_, ends_;
+    static thread_local Buffer<float> sums_;
+    static thread_local Buffer<Step> steps_;
+    int64_t depth = 0;
+    for (int64_t p = 0; p < job.count; p++) depth += job.parts[p].k / DEEP;
+    Step* steps = steps_.of(depth);
+    if (!steps) return false;
+    for (int64_t p = 0, at = 0; p < job.count; p++) {
+        const Part& part = job.parts[p];
+        for (int64_t k = 0; k < part.k; k += DEEP)
+            steps[at++] = {part.a + k, part.lda, part.across ? part.b + k : part.b + k * part.ldb, part.ldb, part.across};
+    }
+    int64_t slices = (depth + DEPTH / DEEP - 1) / (DEPTH / DEEP), deep = (depth + slices - 1) / slices;
+    int64_t panels_each = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE));
+    int64_t short_rows = (m1 - m0) % TALL, full = m1 - short_rows;
+    bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE);
+    float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : TALL * WIDE);
+    bf16* end = ends_.of(deep * DEEP * TALL);
+    if (!packed || !sums || !end) return false;
+    for (int64_t n = n0; n < n1; n += panels_each * WIDE) {
+        int64_t panels = (std::min(n1, n + panels_each * WIDE) - n + WIDE - 1) / WIDE;
+        for (int64_t first = 0; first < depth; first += deep) {
+            int64_t last = std::min(depth, first + deep);
+            // Either kind is walked as it lies in memory: along k where a row is a column of B, across panels where it isn't.
+            auto place = [&](int64_t panel, int64_t s) { return packed + (panel * deep + s - first) * 2 * TILE; };
+            for (int64_t panel = 0; panel < panels; panel++)
+                for (int64_t s = first; s < last; s++)
+                    if (steps[s].across) {
+                        int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column), ldb = steps[s].ldb;
+                        pack_across(steps[s].b + column * ldb, ldb, wide, place(panel, s));
+                        pack_across(steps[s].b + (column + 16) * ldb, ldb, wide - 16, place(panel, s) + TILE);
+                    }
+            for (int64_t s = first; s < last; s++)
+                if (!steps[s].across)
+                    for (int64_t panel = 0; panel < panels; panel++) {
+                        int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column);
+                        pack_along(steps[s].b + column, steps[s].ldb, DEEP, wide, place(panel, s));
+                    }
+            if (short_rows)  // the last rows, padded with zeros so that every tile is whole
+                for (int64_t s = first; s < last; s++)
+                    for (int64_t i = 0; i < TALL; i++) {
+                        __m512i row = i < short_rows ? _mm512_loadu_si512(steps[s].a + (full + i) * steps[s].lda)
+                                                     : _mm512_setzero_si512();
+                        _mm512_store_si512(end + ((s - first) * TALL + i) * DEEP, row);
+                    }
+            for (int64_t m = m0; m < m1; m += TALL) {
+                int64_t tall = std::min(TALL, m1 - m);
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    float* to = slices > 1 ? sums + (m - m0) * panels * WIDE + panel * TALL * WIDE : sums;
+                    if (first) {
+                        tiles::load<0>(to, WIDE * 4), tiles::load<1>(to + 16, WIDE * 4);
+                        tiles::load<2>(to + 16 * WIDE, WIDE * 4), tiles::load<3>(to + 16 * WIDE + 16, WIDE * 4);
+                    } else {
+                        tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+                    }
+                    const bf16* b = packed + panel * deep * 2 * TILE;
+                    if (tall == TALL)
+                        for (int64_t s = first; s < last; s++, b += 2 * TILE)
+                            products(steps[s].a + m * steps[s].lda, steps[s].lda, b);
+                    else
+                        for (int64_t s = first; s < last; s++, b += 2 * TILE)
+                            products(end + (s - first) * TALL * DEEP, DEEP, b);
+                    tiles::store<0>(to, WIDE * 4), tiles::store<1>(to + 16, WIDE * 4);
+                    tiles::store<2>(to + 16 * WIDE, WIDE * 4), tiles::store<3>(to + 16 * WIDE + 16, WIDE * 4);
+                    if (last == depth) {
+                        int64_t column = n + panel * WIDE;
+                        finish(job, to, WIDE, m, column, tall, std::min(WIDE, job.columns - column));
+                    }
+                }
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+// Returns 0, or 1 where scratch memory ran out.
+KERNEL int sum_products_bf16(const Part* parts, int64_t count, int64_t rows, int64_t columns, bf16* c, int64_t ldc,
+                             const bf16* add, int64_t ldadd, const bf16* bias, int threads) {
+    Job job{parts, count, rows, columns, c, ldc, add, ldadd, bias};
+    bool fine = true;
+    // Columns are shared out where there are enough of them (each weight is packed once), else rows.
+    int64_t panels = (columns + WIDE - 1) / WIDE, bands = (rows + TALL - 1) / TALL;
+    bool by_columns = panels >= 4 * threads || bands < threads;
+    int64_t units = by_columns ? panels : bands;
+#pragma omp parallel num_threads(threads) reduction(&& : fine)
+    {
+        tiles::configure();
+#pragma omp for schedule(static)
+        for (int t = 0; t < threads; t++) {
+            int64_t from = units * t / threads * 32, to = units * (t + 1) / threads * 32;
+            if (from < to)
+                fine = by_columns ? block(job, 0, rows, from, std::min(to, columns))
+                                  : block(job, from, std::min(to, rows), 0, columns);
+        }
+        tiles::release();
+    }
+    return fine ? 0 : 1;
+}
+
+namespace {
+
+// pack_along, quick, of 32 whole rows and columns.
+inline void pack_quickly(const bf16* q, int64_t ldq, bf16* to) {
+    for (int64_t p = 0; p < 16; p++) {
+        __m512i even = _mm512_loadu_si512(q + 2 * p * ldq), odd = _mm512_loadu_si512(q + (2 * p + 1) * ldq);
+        _mm512_store_si512(to + 32 * p, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + TILE + 32 * p, _mm512_unpackhi_epi16(even, odd));
+    }
+}
+
+// Panels first..last of Pᵀ·Q. Some rows at a time and all panels of them, since rows of Q are pages apart.
+bool strips(const bf16* flat, int64_t depth, int64_t bands, const bf16* q, int64_t ldq, int64_t rows, int64_t left,
+            int64_t right, int64_t first, int64_t last, float* c) {
+    constexpr int64_t STEPS = 8;
+    static thread_local Buffer<float> sums_;
+    float* sums = sums_.of(std::max<int64_t>(1, (last - first) * bands) * 16 * WIDE);  // of a panel and band: 16 rows
+    if (!sums) return false;
+    tiles::configure();
+    alignas(64) bf16 strip[STEPS * 2 * TILE];
+    for (int64_t start = 0; start < depth; start += STEPS) {
+        int64_t steps = std::min(STEPS, depth - start);
+        for (int64_t panel = first; panel < last; panel++) {
+            int64_t column = panel * WIDE;
+            bool whole = column + WIDE <= right;
+            for (int64_t s = 0; s < steps; s++) {
+                int64_t row = (start + s) * DEEP;
+                const bf16* from = q + row * ldq + column;
+                if (whole && row + DEEP <= rows)
+                    pack_quickly(from, ldq, strip + s * 2 * TILE);
+                else
+                    pack_along(from, ldq, rows - row, right - column, strip + s * 2 * TILE, true);
+            }
+            for (int64_t band = 0; band < bands; band++) {
+                float* to = sums + ((panel - first) * bands + band) * 16 * WIDE;
+                if (start)
+                    tiles::load<0>(to, WIDE * 4), tiles::load<1>(to + 16, WIDE * 4);
+                else
+                    tiles::zero<0>(), tiles::zero<1>();
+                for (int64_t s = 0; s < steps; s++) {
+                    tiles::load<4>(flat + (band * depth + start + s) * TILE, 64);
+                    tiles::load<6>(strip + s * 2 * TILE, 64), tiles::multiply<0, 4, 6>();
+                    tiles::load<7>(strip + s * 2 * TILE + TILE, 64), tiles::multiply<1, 4, 7>();
+                }
+                tiles::store<0>(to, WIDE * 4), tiles::store<1>(to + 16, WIDE * 4);
+            }
+        }
+    }
+    tiles::release();
+    for (int64_t panel = first; panel < last; panel++)
+        for (int64_t band = 0; band < bands; band++)
+            for (int64_t i = 0; i < 16 && band * 16 + i < left; i++)
+                for (int64_t j = 0; j < WIDE && panel * WIDE + j < right; j++) {
+                    int64_t place = (j & 4 ? 16 : 0) + (j & 3) + (j >> 3) * 4;  // undoes pack_quickly's order
+                    c[(band * 16 + i) * right + panel * WIDE + j] =
+                        sums[((panel - first) * bands + band) * 16 * WIDE + i * WIDE + place];
+                }
+    return true;
+}
+
+}  // namespace
+
+// C (left, right) fp32 = Pᵀ·Q for P (rows, left) and Q (rows, right): the gradient of a thin matrix.
+KERNEL int outer_bf16(const bf16* p, int64_t ldp, const bf16* q, int64_t ldq, int64_t rows, int64_t left, int64_t right,
+                      float* c, int threads) {
+    int64_t depth = (rows + DEEP - 1) / DEEP, bands = (left + 15) / 16, panels = (right + WIDE - 1) / WIDE;
+    // Pᵀ in tiles: 16 columns of P by 32 rows, for every step.
+    std::unique_ptr<bf16, void (*)(void*)> turned(
+        static_cast<bf16*>(std::aligned_alloc(64, std::max<int64_t>(64, bands * depth * TILE * 2))), std::free);
+    if (!turned) return 1;
+    bf16* flat = turned.get();
+    bool fine = true;
+#pragma omp parallel num_threads(threads) reduction(&& : fine)
+    {
+#pragma omp for schedule(static)
+        for (int64_t s = 0; s < depth; s++)
+            for (int64_t band = 0; band < bands; band++)
+                for (int64_t k = 0; k < DEEP; k++)
+                    for (int64_t i = 0; i < 16; i++) {
+                        int64_t row = s * DEEP + k, column = band * 16 + i;
+                        flat[(band * depth + s) * TILE + i * 32 + k] =
+                            row < rows && column < left ? p[row * ldp + column] : bf16{0};
+                    }
+#pragma omp for schedule(static)
+        for (int t = 0; t < threads; t++)
+            fine = strips(flat, depth, bands, q, ldq, rows, left, right, panels * t / threads, panels * (t + 1) / threads, c);
+    }
+    return fine ? 0 : 1;
+}
+
+KERNEL int amx() { return tiles::permitted() ? 1 : 0; }
+#else
+KERNEL int amx() { return 0; }
+#endif

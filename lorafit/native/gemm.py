@@ -1,0 +1,102 @@
+"""Sums of matrix products, accumulated in fp32 and rounded once: one pass over the result instead of one a product."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafit.native.build import has_amx
+from lorafit.native.kernel import Kernel
+
+DEEP = 32  # the kernel takes 32 numbers of the inner dimension at a time
+
+_sum_products = Kernel("sum_products", "piiipipip")
+_outer = Kernel("outer", "pipiiiip")
+
+
+@dataclass(frozen=True)
+class Part:
+    """a (rows, k) times b: (columns, k) transposed where `across`, (k, columns) as it is otherwise."""
+
+    a: Tensor
+    b: Tensor
+    across: bool = True
+
+
+class _CPart(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("a", "lda", "b", "ldb", "k", "across")]
+
+
+def native(x: Tensor, *depths: int) -> bool:
+    """The kernel takes products of x's number type and place with these inner dimensions."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(k % DEEP == 0 for k in depths) and has_amx()
+
+
+def sum_products(
+    parts: Sequence[Part], *, out: Tensor | None = None, add: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Σ a·b (+ add (rows, columns)) (+ bias (columns,)), into `out` (which may be a slice of columns) or a new tensor."""
+    first = parts[0]
+    rows, columns = first.a.shape[0], first.b.shape[0 if first.across else 1]
+    if not native(first.a, *(part.a.shape[1] for part in parts)):
+        return plain_sum_products(parts, out=out, add=add, bias=bias)
+    c = torch.empty(rows, columns, dtype=first.a.dtype) if out is None else out
+    sides = [(_lines(part.a), _lines(part.b)) for part in parts]
+    given = (_CPart * len(parts))(
+        *(
+            _CPart(a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.shape[1], part.across)
+            for part, (a, b) in zip(parts, sides, strict=True)
+        )
+    )
+    add = add if add is None else _lines(add)
+    _sum_products(
+        c.dtype,
+        ctypes.addressof(given),
+        len(parts),
+        rows,
+        columns,
+        c,
+        c.stride(0),
+        add,
+        add.stride(0) if add is not None else 0,
+        bias,
+    )
+    return c
+
+
+def plain_sum_products(
+    parts: Sequence[Part], *, out: Tensor | None = None, add: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The twin, in torch's own operations."""
+    total: Tensor | None = None
+    for part in parts:
+        b = part.b.t() if part.across else part.b
+        total = part.a @ b if total is None else total.addmm_(part.a, b)
+    assert total is not None
+    total = total if add is None else total.add_(add)
+    total = total if bias is None else total.add_(bias)
+    return total if out is None else out.copy_(total)
+
+
+def outer(p: Tensor, q: Tensor) -> Tensor:
+    """pᵀ·q (left, right) in fp32 for p (rows, left) and q (rows, right): the gradient of a thin matrix."""
+    if not native(p):
+        return plain_outer(p, q)
+    p, q = _lines(p), _lines(q)
+    c = torch.empty(p.shape[1], q.shape[1], dtype=torch.float32)
+    _outer(p.dtype, p, p.stride(0), q, q.stride(0), p.shape[0], p.shape[1], q.shape[1], c)
+    return c
+
+
+def plain_outer(p: Tensor, q: Tensor) -> Tensor:
+    """The twin, in torch's own operations."""
+    made = p.t() @ q
+    return made.float() if made.dtype.itemsize < 4 else made
+
+
+def _lines(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

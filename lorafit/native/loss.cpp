@@ -1,0 +1,54 @@
+// Logits of a chunk of tokens to losses and exponentials in one sweep, in place.
+#include "common.h"
+
+namespace {
+
+// Row i: loss = log(sum exp(x)) - x[label]; x becomes exp(x - max), less their sum at the label; inverse = 1 / that sum.
+// So x * inverse is the gradient of the loss, and the difference at the label is taken before anything is rounded.
+template <typename T>
+void exponentials(T* logits, const int64_t* labels, float* loss, float* inverse, int64_t rows, int64_t width,
+                  int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        T* row = logits + i * width;
+        int64_t whole = width / LANES * LANES, rest = width - whole;
+        float target = widen(row[labels[i]]), top = -INFINITY;
+        Lanes most = Lanes{} - INFINITY, sums = {};
+        for (int64_t j = 0; j < whole; j += LANES) {
+            Lanes x = get(row + j);
+            most = x > most ? x : most;
+        }
+        if (rest) {
+            Lanes x = get(row + whole, rest, -INFINITY);
+            most = x > most ? x : most;
+        }
+        for (int j = 0; j < LANES; j++) top = most[j] > top ? most[j] : top;
+        for (int64_t j = 0; j < whole; j += LANES) {
+            Lanes e = exponential(get(row + j) - top);
+            sums += e;
+            put(row + j, e);
+        }
+        if (rest) {
+            Lanes e = exponential(get(row + whole, rest, -INFINITY) - top);
+            for (int j = rest; j < LANES; j++) e[j] = 0;
+            sums += e;
+            put(row + whole, e, rest);
+        }
+        float total = sum(sums), own = exponential(Lanes{} + (target - top))[0];
+        row[labels[i]] = narrow<T>(own - total);
+        loss[i] = std::log(total) + top - target;
+        inverse[i] = 1.0f / total;
+    }
+}
+
+}  // namespace
+
+#define LOSS(NAME, T)                                                                                                  \
+    KERNEL int exponentials_##NAME(T* logits, const int64_t* labels, float* loss, float* inverse, int64_t rows,       \
+                                    int64_t width, int threads) {                                                      \
+        exponentials(logits, labels, loss, inverse, rows, width, threads);                                            \
+        return 0;                                                                                                     \
+    }
+
+LOSS(f32, float)
+LOSS(bf16, bf16)
