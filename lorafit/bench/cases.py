@@ -111,15 +111,14 @@ def run(settings: Settings, terminal: Terminal) -> dict[str, Any]:
 def _open(settings: Settings, terminal: Terminal, scratch: Path, peers: list[Side]) -> Bench:
     import torch
 
-    from lorafit.model.load import locate, pick_dtype
+    from lorafit.model.load import context_of, locate, pick_dtype
 
     wanted = settings.rows + settings.held_out
     with terminal.working("reading the model and the data") as spinner:
         model = locate(settings.model, spinner.rename)
-        if settings.data:
-            documents = works.from_file(settings.data, model, settings.max_tokens)
-        else:
-            documents = works.alpaca_like(wanted, model)
+        most = min(settings.max_tokens, context_of(model))
+        data = settings.data
+        documents = works.from_file(data, model, most) if data else works.alpaca_like(wanted, model, most)
     if len(documents) < wanted:
         have = len(documents)
         raise ConfigError(
@@ -188,6 +187,8 @@ GRID = [
 
 def grid(bench: Bench) -> list[dict[str, Any]]:
     """Each case against the first of the peers."""
+    from lorafit.model.load import context_of
+
     made: dict[str, Path] = {}
     names = bench.settings.grid or [case.name for case in GRID]
     unknown = sorted(set(names) - {case.name for case in GRID})
@@ -203,6 +204,9 @@ def grid(bench: Bench) -> list[dict[str, Any]]:
                 made[case.shape] = shapes.build(case.shape, bench.model, bench.scratch / case.shape)
             model = made[case.shape]
         steps = case.steps(bench)
+        if (longest := max(len(ids) for step in steps for ids in step)) > context_of(model):
+            bench.terminal.say(f"{case.name}: left out, the model's context is shorter than {longest} tokens")
+            continue
         work = bench.work(
             model=str(model), precision=case.precision or bench.precision, r=case.r or bench.settings.r, steps=steps
         )
@@ -276,7 +280,7 @@ def _first_step(bench: Bench, data: Path, cache: Path) -> float:
     run = Path(tempfile.mkdtemp(dir=bench.scratch)) / "run"
     words = ["train", str(data), "--model", str(bench.model), "--out", str(run)]
     words += ["steps=1", "samples=0", "held_out_share=0", "batch_tokens=1000000", f"precision={bench.precision}"]
-    words += ["device=cpu"]
+    words += ["device=cpu", "long=truncate"]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions")}
     metrics = run / "metrics.jsonl"
     begin = time.perf_counter()

@@ -75,11 +75,11 @@ def from_file(data: str, model: Path, max_tokens: int) -> list[Document]:
     return [[int(i) for i in row.ids] for row in made.train]
 
 
-def alpaca_like(number: int, model: Path, seed: int = 0) -> list[Document]:
-    """Documents of lengths like Alpaca's, cut from the text of lorafit's own demo."""
+def alpaca_like(number: int, model: Path, most: int = LONGEST, seed: int = 0) -> list[Document]:
+    """Documents of lengths like Alpaca's, at most `most`, cut from the text of lorafit's own demo."""
     draw = random.Random(seed)
-    lengths = [round(min(LONGEST, max(SHORTEST, draw.lognormvariate(0, SPREAD) * MEDIAN))) for _ in range(number)]
-    return of_lengths(lengths, model, seed)
+    wanted = [draw.lognormvariate(0, SPREAD) * MEDIAN for _ in range(number)]
+    return of_lengths([round(min(LONGEST, most, max(SHORTEST, length))) for length in wanted], model, seed)
 
 
 def of_lengths(lengths: Sequence[int], model: Path, seed: int = 0) -> list[Document]:
