@@ -44,16 +44,18 @@ class Settings:
     max_tokens: int = 512
     timed: int = 3  # steps a case of the grid times, after one that warms up
     grid: Sequence[str] = ()  # names of the grid's cases; all by default
+    both: bool = True  # limit and profile in fp32 too where bf16 is what is trained in
 
 
 def quick(**changes: Any) -> Settings:
     """Settings that take minutes instead of hours."""
     few: dict[str, Any] = {
-        "cases": ("speed", "memory", "loss", "limit", "start"),
+        "cases": ("speed", "memory", "loss", "limit"),
         "peers": ("trainer", "trainer+tuned"),
         "rows": 2 * STEP,
         "held_out": STEP,
         "timed": 1,
+        "both": False,
     }
     return Settings(**(few | changes))
 
@@ -69,6 +71,11 @@ class Bench:
     documents: list[Document]
     scratch: Path
     peers: list[Side] = field(default_factory=list)
+
+    @property
+    def precisions(self) -> list[str]:
+        """What our side is looked at in. bf16 only where the processor computes in it, or the user asks for it."""
+        return ["bf16", "fp32"] if self.precision == "bf16" and self.settings.both else [self.precision]
 
     def work(self, **changes: Any) -> Work:
         """The main work: the first rows to train on, the last to score on."""
@@ -89,6 +96,8 @@ def run(settings: Settings, terminal: Terminal) -> dict[str, Any]:
         raise ConfigError(f"unknown case '{unknown[0]}'; there are {', '.join(CASES)}")
     if settings.repeats < 1 or settings.rows < 2 * STEP:
         raise ConfigError(f"at least 1 repeat and {2 * STEP} rows are needed: one step warms up, the others count")
+    if "loss" in settings.cases and settings.held_out < 1:
+        raise ConfigError("the held-out loss needs rows to score on: --held-out 8, or leave loss out of --cases")
     compares = any(name in WITH_PEERS for name in settings.cases)
     peers = harness.sides(settings.peers) if compares else []
     harness.need(peers, f"--cases {ALONE}")
@@ -196,7 +205,7 @@ def grid(bench: Bench) -> list[dict[str, Any]]:
         raise ConfigError(f"no case '{unknown[0]}' in the grid; there are {', '.join(case.name for case in GRID)}")
     found = []
     for case in GRID:
-        if case.name not in names:
+        if case.name not in names or (case.precision == "bf16" and bench.precision == "fp32"):
             continue
         model = bench.model
         if case.shape:
@@ -222,7 +231,7 @@ def grid(bench: Bench) -> list[dict[str, Any]]:
 def limit(bench: Bench) -> list[dict[str, Any]]:
     """Steps beside their necessary products, measured before and after them in the same process."""
     found = []
-    for precision in ("bf16", "fp32"):
+    for precision in bench.precisions:
         steps = bench.work().steps[: 1 + max(bench.settings.timed, 2)]
         work = bench.work(precision=precision, steps=steps)
         runs = [
@@ -238,7 +247,7 @@ def profile(bench: Bench) -> list[dict[str, Any]]:
     work = bench.work()
     return [
         {"precision": precision, **_alone(bench, f"profile: {precision}", work.but(precision=precision), "--profile")}
-        for precision in ("bf16", "fp32")
+        for precision in bench.precisions
     ]
 
 

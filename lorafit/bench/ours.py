@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ class GivenPlan(Plan):
 
     given: Sequence[list[Tokens]] = ()
 
-    def epoch(self, number: int) -> list[list[Tokens]]:
-        """The given steps, whichever epoch."""
-        return list(self.given)
+    def since(self, step: int) -> Iterator[list[Tokens]]:
+        """The given steps from this one on, over and over."""
+        return islice(cycle(self.given), step, None)
 
 
 def as_tokens(documents: Sequence[Document]) -> list[Tokens]:

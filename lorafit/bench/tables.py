@@ -75,6 +75,9 @@ def speed(runs: Runs) -> Table:
         for name, each in runs.items()
     ]
     note = "Real tokens, padding not counted. 'After warm-up' leaves the first step out. Ratio: ours over theirs."
+    medians = {name: found for name, each in runs.items() if (found := median(each, "tokens_per_second"))}
+    if len(others := {name: found for name, found in medians.items() if name != OURS.name}) > 1:
+        note += f" The fastest of theirs: {max(others, key=lambda name: others[name])}."
     return Table("Training speed", ["side", "tokens/s after warm-up", "tokens/s whole", "ratio", "spread"], rows, note)
 
 
