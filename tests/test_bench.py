@@ -368,3 +368,23 @@ def test_tables_are_written_between_the_markers(tmp_path, monkeypatch):
     written = page.read_text(encoding="utf-8")
     assert written.count("**Training speed**") == 1 and "| ours | 220 |" in written
     assert written.startswith(text[:200]) and written.endswith(text[-200:])
+
+
+def test_a_stopped_sitting_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(settings, terminal):
+        asked.append(list(settings.cases))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        own = "trained" if "speed" in settings.cases else settings.cases[0]
+        found = {key: value for key, value in whole().items() if key not in script["PARTS"] or key == own}
+        return found | {"settings": {**whole()["settings"], "cases": list(settings.cases)}}
+
+    script = runpy.run_path(str(ROOT / "benchmarks" / "all.py"))
+    monkeypatch.setattr(cases, "run", measured)
+    with pytest.raises(KeyboardInterrupt):
+        script["measure"](cases.Settings(), tmp_path / "results.json")
+    found = script["measure"](cases.Settings(), tmp_path / "results.json")
+    assert asked == [["speed", "memory", "loss"], ["cases"], ["limit"], ["limit"], ["profile"], ["start"]]
+    assert found["settings"]["cases"] == list(cases.CASES) and len(tables.tables(found)) == 7

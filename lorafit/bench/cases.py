@@ -101,7 +101,7 @@ def run(settings: Settings, terminal: Terminal) -> dict[str, Any]:
     compares = any(name in WITH_PEERS for name in settings.cases)
     peers = harness.sides(settings.peers) if compares else []
     harness.need(peers, f"--cases {ALONE}")
-    with tempfile.TemporaryDirectory(prefix="lorafit-bench-") as folder:
+    with harness.ended_with_workers(), tempfile.TemporaryDirectory(prefix="lorafit-bench-") as folder:
         bench = _open(settings, terminal, Path(folder), peers)
         found: dict[str, Any] = {
             "machine": harness.machine(),

@@ -6,13 +6,14 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def worker(module: str, words: Sequence[str], env: dict[str, str] | None = None)
         return {"error": "killed, most likely for want of memory"}
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return {"error": lines[-1].strip() if lines else f"exit code {done.returncode}"}
+
+
+@contextmanager
+def ended_with_workers() -> Iterator[None]:
+    """Within it, a SIGTERM ends the program as Ctrl-C does: no worker goes on without anyone to read its line."""
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread, where no signal arrives anyway
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(side: Side, work: Work, held_out: bool = False) -> Result:
