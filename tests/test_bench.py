@@ -335,13 +335,13 @@ def test_a_missing_extra_is_told_and_the_rest_runs_without(monkeypatch):
     harness.need(harness.sides([]), "the rest")
 
 
-def test_a_side_of_theirs_that_fails_is_shown_and_one_of_ours_stops(work, monkeypatch):
+def test_a_side_that_fails_is_not_tried_again_and_a_fault_of_ours_is_told(work, monkeypatch, tiny_model):
     monkeypatch.setattr(harness, "train", lambda side, *a: result(5) if side.ours else {"error": "no memory"})
     runs = harness.compare("x", work, harness.sides(["trainer"]), 2, Terminal(quiet=True))
-    assert runs["trainer"] == [{"error": "no memory"}] * 2
+    assert runs == {"ours": [result(5)] * 2, "trainer": [{"error": "no memory"}]}
     monkeypatch.setattr(harness, "train", lambda *a: {"error": "a fault"})
     with pytest.raises(LorafitError, match="a fault"):
-        harness.compare("x", work, [], 1, Terminal(quiet=True))
+        cases.run(cases.quick(model=str(tiny_model), cases=["speed"], peers=["trainer"]), Terminal(quiet=True))
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)

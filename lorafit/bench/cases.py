@@ -153,7 +153,11 @@ def _described(bench: Bench) -> dict[str, Any]:
 def trained(bench: Bench) -> Runs:
     """The main comparison: speed, memory and loss come from the same runs."""
     held_out = "loss" in bench.settings.cases
-    return harness.compare("training", bench.work(), bench.peers, bench.settings.repeats, bench.terminal, held_out)
+    runs = harness.compare("training", bench.work(), bench.peers, bench.settings.repeats, bench.terminal, held_out)
+    for run in runs[OURS.name]:
+        if "error" in run:
+            raise LorafitError(f"training: {run['error']}")
+    return runs
 
 
 # --- the grid of cases -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bench.work import Work
-from lorafit.errors import ConfigError, LorafitError, MissingExtra
+from lorafit.errors import ConfigError, MissingExtra
 from lorafit.log import Terminal, size
 
 Result = dict[str, Any]  # what a worker printed, or {"error": why it didn't}
@@ -123,16 +123,17 @@ def compare(
 ) -> Runs:
     """Every side in turn, `repeats` times round: what the machine does meanwhile falls on all of them.
 
-    The held-out loss, which doesn't vary with the machine, is taken in the first round alone. LorafitError if ours fails.
+    The held-out loss, which doesn't vary with the machine, is taken in the first round alone. A side that fails isn't
+    tried again.
     """
     runs: Runs = {side.name: [] for side in (OURS, *peers)}
     for turn in range(repeats):
         for side in (OURS, *peers):
             label = f"{name}: {side.name}, {turn + 1} of {repeats}"
+            if any("error" in run for run in runs[side.name]):
+                continue
             with terminal.working(label):
                 found = train(side, work, held_out and turn == 0)
-            if side.ours and "error" in found:
-                raise LorafitError(f"{label}: {found['error']}")
             runs[side.name].append(found)
             terminal.say(f"{label}: {_said(found)}")
     return runs
