@@ -9,7 +9,7 @@ import sys
 
 from lorafit import __version__
 from lorafit.errors import ConfigError, LorafitError
-from lorafit.verbs import chat, check, demo, eval_, merge, methods, plan, runs, train
+from lorafit.verbs import bench, chat, check, demo, eval_, merge, methods, plan, runs, train
 
 VERBS = {
     "demo": demo,
@@ -21,6 +21,7 @@ VERBS = {
     "merge": merge,
     "runs": runs,
     "methods": methods,
+    "bench": bench,
 }
 
 START = """\

@@ -23,6 +23,7 @@ LAYERS = [
     ["generate", "evaluate", "run", "charts", "report", "plan", "session"],
     ["export"],
     ["talk", "fit"],
+    ["bench"],
     ["verbs", "cli", "__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
