@@ -70,6 +70,9 @@ class Config:
         "auto", "the base and the activations; adapters and optimiser stay fp32"
     )
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    native: bool = setting(
+        True, "compile and use the C++ kernels (once, some seconds); false: torch's operations alone"
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
 
     eval_every: int | None = setting(None, "steps between evaluations; default: eight a run", low=1)

@@ -27,7 +27,9 @@ from lorafit.log import Terminal, count, cut, size
 from lorafit.machine import Stop, memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
+from lorafit.model.base import Base
 from lorafit.model.load import context_of, load, load_tokenizer, locate, stop_ids
+from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_chat, base_of
 from lorafit.train import optim
@@ -173,6 +175,7 @@ class _Fit:
             config.model = base_of(source)
         if Path(config.model).expanduser().is_dir():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
+        kernels.switch(config.native)
         with terminal.working("loading the base") as spinner:
             base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
@@ -445,7 +448,9 @@ class _Fit:
         options = " ".join(f"{k}={v}" for k, v in config.options.items())
         rows = self.data.report
         say = self.terminal.say
-        say(f"base      {config.model}: {count(base.parameters())} parameters, {config.precision} on {base.device}")
+        say(
+            f"base      {config.model}: {count(base.parameters())} parameters, {config.precision} on {base.device}{_kernels(base)}"
+        )
         say(
             f"data      {count(len(self.data.train))} rows to train on, {len(self.data.held_out)} held out,"
             f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"
@@ -528,3 +533,8 @@ def _finite(value: float) -> float | None:
 
 def _line(text: str, columns: int) -> str:
     return cut(" ".join(text.split()), columns)
+
+
+def _kernels(base: Base) -> str:
+    """Which kernels do the work, where there is a choice."""
+    return f", kernels {kernels.state()}" if base.device.type == "cpu" else ""

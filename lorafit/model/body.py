@@ -39,6 +39,7 @@ class Body:
 
     def __init__(self, inner: Any, act: str) -> None:
         self.inner, self.act = inner, act
+        self.window: int | None = getattr(inner.config, "sliding_window", None)
         self.checkpointing = False
 
     @staticmethod
@@ -130,7 +131,9 @@ class Body:
             q = rms_norm(q, attn.q_norm.weight, attn.q_norm.variance_epsilon)
             k = rms_norm(k, attn.k_norm.weight, attn.k_norm.variance_epsilon)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        a = attend(q, k, v, lengths, attn.scaling, getattr(attn, "sliding_window", None))
+        # Set layer by layer where only some layers have a window, in the config where all have it.
+        window = attn.sliding_window if hasattr(attn, "sliding_window") else self.window
+        a = attend(q, k, v, lengths, attn.scaling, window)
         (o,) = products([attn.o_proj], a, None)
         h, x, rstd = add_rms_norm(h, o, second.weight, second.variance_epsilon)
         gate, up = products([mlp.gate_proj, mlp.up_proj], x, Remake(again, (h, second.weight, rstd)))

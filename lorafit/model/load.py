@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from lorafit.errors import ModelError
 from lorafit.files import read_json
+from lorafit.machine import keep_memory
 from lorafit.model import attention, embedded, experts
 from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
@@ -146,7 +147,8 @@ def load(
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either."""
-    build.prepare()
+    build.prepare()  # compiling takes as long as what follows
+    keep_memory()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()

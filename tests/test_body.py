@@ -1,0 +1,137 @@
+"""Our own run through a model's layers against the modules it reads its weights from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_train import distance, host_with, loss_and_gradients, rows
+from tiny import base, randomize
+
+from lorafit.host import Host
+from lorafit.model.body import Body
+from lorafit.native import build
+from lorafit.train.loop import Job, Plan, _gradients
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+DOCUMENTS = rows([12, 5, 9, 3, 7, 1, 11])
+
+
+def by_modules(host: Host, documents, accumulate: int = 1):
+    """Loss and gradients with the modules' own forwards, hooks and torch's operations alone."""
+    body, host.base.body = host.base.body, None
+    try:
+        with build.switched(False):
+            return loss_and_gradients(host, documents, accumulate)
+    finally:
+        host.base.body = body
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("native", [True, False])
+def test_gives_what_the_modules_give(family, native):
+    host = host_with(family)
+    assert host.base.body is not None
+    want, gradients = by_modules(host, DOCUMENTS)
+    with build.switched(native):
+        for accumulate in (1, 3):
+            loss, found = loss_and_gradients(host, DOCUMENTS, accumulate)
+            assert abs(loss - want) < 1e-5 * want
+            assert distance(found, gradients) < 1e-5
+
+
+def test_unknown_families_keep_their_modules():
+    for shape in ("gpt2", "mixtral"):
+        assert base(shape).body is None
+
+
+def test_a_layer_that_differs_is_found_out():
+    """A family known by name whose layer does something else is left to its modules."""
+    made = base("llama")
+    assert made.body is not None
+    ids = torch.arange(14) % 50
+    with torch.no_grad():
+        assert made.body.agrees(ids, [9, 5])
+        handle = made.model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 1.01)
+        assert not made.body.agrees(ids, [9, 5])
+        handle.remove()
+        assert made.body.agrees(ids, [9, 5])
+        made.body.act = "gelu_tanh"
+        assert not made.body.agrees(ids, [9, 5])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_dropout_falls_on_the_same_numbers(family):
+    host = Host(base(family))
+    randomize(host.add("a", "lora", r=3, dropout=0.3))
+    want, gradients = by_modules(host, DOCUMENTS)
+    loss, found = loss_and_gradients(host, DOCUMENTS, 1)
+    assert abs(loss - want) < 1e-5 * want
+    assert distance(found, gradients) < 1e-5
+
+
+def test_checkpointing_keeps_less_and_gives_the_same():
+    host = host_with("llama")
+    want, gradients = by_modules(host, DOCUMENTS)
+    host.base.checkpointing(True)
+    loss, found = loss_and_gradients(host, DOCUMENTS, 1)
+    assert abs(loss - want) < 1e-5 * want
+    assert distance(found, gradients) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method="lora", targets=["q_proj"], r=2),
+        dict(method="lora", targets=["down_proj", "v_proj"], r=40),
+        dict(method="lora", targets=["all"], r=3),
+        dict(method="full", targets=["q_proj", "embed_tokens", "up_proj"]),
+        dict(method="lora", targets=["k_proj", "gate_proj"], r=4, rank_pattern={"gate_proj": 9}),
+    ],
+)
+def test_other_targets_and_methods(options):
+    host = Host(base("llama"))
+    randomize(host.add("a", **options))
+    want, gradients = by_modules(host, DOCUMENTS)
+    loss, found = loss_and_gradients(host, DOCUMENTS, 1)
+    assert abs(loss - want) < 1e-5 * want
+    assert distance(found, gradients) < 1e-5
+
+
+def test_several_adapters_in_one_row_and_a_stack():
+    host = Host(base("llama"))
+    for name in ("a", "b"):
+        randomize(host.add(name, r=3, seed=ord(name)))
+    documents = {"a": rows([5, 8]), "b": rows([7, 3, 4])}
+    jobs = [Job(name, Plan(documents[name], 10**9), steps=1, lr=1e-3) for name in documents]
+
+    def run():
+        for adapter in host.adapters.values():
+            adapter.zero_grad()
+        losses = _gradients(host, jobs, documents)
+        grads = {f"{n}.{k}": p.grad.clone() for n, a in host.adapters.items() for k, p in a.named_parameters()}
+        return losses, grads
+
+    fast, found = run()
+    host.base.body = None
+    with build.switched(False):
+        plain, gradients = run()
+    assert max(abs(f - p) for f, p in zip(fast, plain, strict=True)) < 1e-5
+    assert distance(found, gradients) < 1e-5
+    host.base.body = Body.of(host.base.model)
+    ids, lengths = torch.arange(11) % 50, [4, 7]
+    with torch.no_grad(), host.route(("a", "b")):
+        got = host.hidden(ids, lengths)
+        host.base.body = None
+        assert (got - host.hidden(ids, lengths)).abs().max() < 1e-5 * got.abs().max()
+
+
+def test_bf16_is_no_farther_from_fp32_than_the_modules_are():
+    exact_host = host_with("qwen3", scale=0.3)
+    want, exact = by_modules(exact_host, DOCUMENTS)
+    host = host_with("qwen3", scale=0.3, dtype=torch.bfloat16)
+    adapter, source = host.adapters["a"], exact_host.adapters["a"]
+    adapter.float().load_state_dict(source.state_dict())
+    plain_loss, plain = by_modules(host, DOCUMENTS)
+    loss, found = loss_and_gradients(host, DOCUMENTS, 1)
+    assert abs(loss - want) < 2 * abs(plain_loss - want) + 1e-3
+    assert distance(found, exact) < 1.5 * distance(plain, exact)
