@@ -448,9 +448,8 @@ class _Fit:
         options = " ".join(f"{k}={v}" for k, v in config.options.items())
         rows = self.data.report
         say = self.terminal.say
-        say(
-            f"base      {config.model}: {count(base.parameters())} parameters, {config.precision} on {base.device}{_kernels(base)}"
-        )
+        place = f"{base.device}{_kernels(base)}"
+        say(f"base      {config.model}: {count(base.parameters())} parameters, {config.precision} on {place}")
         say(
             f"data      {count(len(self.data.train))} rows to train on, {len(self.data.held_out)} held out,"
             f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"

@@ -29,7 +29,7 @@ def by_modules(host: Host, documents, accumulate: int = 1):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("native", [True, False])
 def test_gives_what_the_modules_give(family, native):
-    host = host_with(family)
+    host = host_with(family, scale=0.15)  # with larger attention scores fp32 itself is off by more than the tolerance
     assert host.base.body is not None
     want, gradients = by_modules(host, DOCUMENTS)
     with build.switched(native):
