@@ -40,6 +40,9 @@ NAME = "adapter"  # of the one adapter that a run trains
 SAMPLE_TOKENS = 48
 MOST_TOKENS = 4096  # of a row, where the user sets no limit
 
+# Tokens x parameters above which kernels save more time than the seconds that compiling takes (4,000 tokens, 135 million).
+WORTH_COMPILING = 5e11
+
 # Settings that a resumed run may change: they decide where things are or what is shown, not what is learned. The rows
 # and the base are compared by their contents.
 _FREE = {"data", "held_out", "out", "model", "start", "samples", "log", "checkpoint_every", "skip_bad_rows", "map"}
@@ -176,7 +179,8 @@ class _Fit:
         if Path(config.model).expanduser().is_dir():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
         kernels.switch(config.native)
-        with terminal.working("loading the base") as spinner:
+        kernels.prepare()
+        with terminal.working("loading the base") as spinner, kernels.switched(config.native and kernels.built()):
             base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
         config.device = str(base.device)
@@ -198,6 +202,7 @@ class _Fit:
         self.host = Host(base)
         self._add_adapter(source)
         self.job = self._job()
+        self._wait_for_kernels()
         self.identity = {
             "data": fingerprint(self.data),
             "base": base.fingerprint,
@@ -231,6 +236,20 @@ class _Fit:
         job = Job(NAME, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
         job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay)
         return job
+
+    def _wait_for_kernels(self) -> None:
+        """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end."""
+        if not self.config.native or kernels.built():
+            return
+        base, job = self.host.base, self.job
+        assert self.config.batch_tokens is not None
+        if base.device.type == "cpu" and job.steps * self.config.batch_tokens * base.parameters() > WORTH_COMPILING:
+            with self.terminal.working("compiling the kernels, once"):
+                kernels.library()
+            return
+        kernels.switch(False)
+        if base.device.type == "cpu":
+            self.terminal.say("the kernels are still being compiled; this short run doesn't wait for them")
 
     # --- the run -----------------------------------------------------------------------------------------------------
 

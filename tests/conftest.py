@@ -13,6 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 WORDS = ["one", "two", "three", "four", "five", "cat", "mat", "sat", "the", "on"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels():
+    """Built before anything is compared bit by bit: a run that finds them half-built goes without."""
+    from lorafit.native import build
+
+    build.library()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     import torch

@@ -147,7 +147,7 @@ def load(
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either."""
-    build.prepare()  # compiling takes as long as what follows
+    build.prepare()
     keep_memory()
     from transformers import AutoConfig, AutoModelForCausalLM
 

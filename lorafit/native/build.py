@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from lorafit.files import cache_folder
 
@@ -52,9 +52,22 @@ def library() -> ctypes.CDLL | None:
 
 
 def prepare() -> None:
-    """Begin building in the background, where that takes time that something else can use."""
-    if not _tried and _on:
-        threading.Thread(target=library, daemon=True).start()
+    """Begin building in a process of its own, which goes on when this one ends, unless that is done already."""
+    if _on and not _tried and not built():
+        command = [sys.executable, "-m", "lorafit.native.build"]
+        nothing = subprocess.DEVNULL
+        with contextlib.suppress(OSError):
+            subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
+def built() -> bool:
+    """Asking for the library won't take long: it is built, or can't be."""
+    if _tried:
+        return True
+    try:
+        return _place()[1].is_file()
+    except _NotBuilt:
+        return True
 
 
 @contextlib.contextmanager
@@ -93,24 +106,41 @@ class _NotBuilt(Exception):
     """Why there are no kernels."""
 
 
-def _find() -> Path:
-    """The library for these sources, this compiler and this processor, from the cache or made now."""
+def _place() -> tuple[str, Path]:
+    """The compiler, and where the library for these sources, that compiler and this processor is kept."""
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise _NotBuilt("no C++ compiler found; installing g++ makes training several times faster")
-    sources = sorted(_HERE.glob("*.cpp"))
     key = hashlib.sha256()
-    for path in [*sorted(_HERE.glob("*.h")), *sources]:
+    for path in [*sorted(_HERE.glob("*.h")), *sorted(_HERE.glob("*.cpp"))]:
         key.update(path.name.encode() + path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     key.update(f"{version} {FLAGS} {WIDE} {_processor()} {_openmp()}".encode())
-    place = cache_folder() / f"native-{key.hexdigest()[:16]}.so"
-    if not place.is_file():
-        _make(compiler, sources, place)
-    return place
+    return compiler, cache_folder() / f"native-{key.hexdigest()[:16]}.so"
 
 
-def _make(compiler: str, sources: list[Path], place: Path) -> None:
+def _find() -> Path:
+    """The library, from the cache or made now."""
+    compiler, place = _place()
+    if place.is_file():
+        return place
+    with _alone(place.with_suffix(".lock")):  # two processes that begin together compile once
+        return place if place.is_file() else _make(compiler, sorted(_HERE.glob("*.cpp")), place)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        yield
+        lock.unlink(missing_ok=True)
+
+
+def _make(compiler: str, sources: list[Path], place: Path) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="native.", dir=place.parent))
@@ -135,6 +165,7 @@ def _make(compiler: str, sources: list[Path], place: Path) -> None:
             first = next((line for text in said for line in text.splitlines() if "error" in line), "no message")
             raise _NotBuilt(f"{Path(compiler).name} can't build the kernels: {first.strip()}")
         (folder / "lib.so").replace(place)
+        return place
     except OSError as error:
         raise _NotBuilt(f"the kernels can't be built: {error}") from None
     finally:
@@ -143,7 +174,9 @@ def _make(compiler: str, sources: list[Path], place: Path) -> None:
 
 def _openmp() -> list[str]:
     """What to link with: the very OpenMP library that torch has loaded."""
-    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    torch = importlib.util.find_spec("torch")
+    folder = Path(torch.origin).parent / "lib" if torch is not None and torch.origin else Path()
+    bundled = sorted(folder.glob("libgomp*"))
     return [str(bundled[0])] if bundled else ["-fopenmp"]
 
 
@@ -155,3 +188,8 @@ def _processor() -> str:
     import platform
 
     return f"{platform.machine()} {platform.processor()}"
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(_NotBuilt):  # whoever asks for the library is told
+        _find()
