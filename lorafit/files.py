@@ -15,6 +15,11 @@ from typing import Any
 from lorafit.errors import RunError, UserError
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/lorafit`, or `~/.cache/lorafit`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:

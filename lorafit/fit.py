@@ -40,7 +40,19 @@ MOST_TOKENS = 4096  # of a row, where the user sets no limit
 
 # Settings that a resumed run may change: they decide where things are or what is shown, not what is learned. The rows
 # and the base are compared by their contents.
-_FREE = {"data", "held_out", "out", "model", "start", "samples", "log", "checkpoint_every", "skip_bad_rows", "map"}
+_FREE = {
+    "data",
+    "held_out",
+    "out",
+    "model",
+    "start",
+    "samples",
+    "log",
+    "checkpoint_every",
+    "skip_bad_rows",
+    "map",
+    "cache",
+}
 
 
 class Interrupted(UserError):
@@ -484,6 +496,8 @@ def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = Tru
             seed=config.seed,
             skip_bad_rows=config.skip_bad_rows,
             strict=strict,
+            cache=config.cache,
+            say=terminal.say,
             progress=lambda done: spinner.update(done, None),
         )
 
@@ -500,7 +514,7 @@ def read_data(config: Config, terminal: Terminal, strict: bool = True) -> tuple[
 def held_out_rows(run: Path, chat: Chat) -> list[Tokens]:
     """The held-out rows of a finished run, read again from its data. A LorafitError where they aren't there any more."""
     config = build(settings.read_yaml(Run.open(run).folder / "config.yaml"))
-    return load_data(config, chat, Terminal(quiet=True)).held_out
+    return list(load_data(config, chat, Terminal(quiet=True)).held_out)
 
 
 def default_lr(host: Host) -> float:

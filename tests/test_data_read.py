@@ -339,8 +339,10 @@ def test_mapping_errors(tmp_path: Path) -> None:
     assert isinstance(fault, Fault) and "no column 'q'; the row has prompt, completion" in fault.reason
 
 
-def test_an_array_is_read_in_parts_with_the_same_rows_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"prompt": f"é🙂 {n}", "completion": "x\\\"]," * (n % 5) + "."} for n in range(30)]
+def test_an_array_is_read_in_parts_with_the_same_rows_and_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"é🙂 {n}", "completion": 'x\\"],' * (n % 5) + "."} for n in range(30)]
     texts = [
         json.dumps(rows, ensure_ascii=False),
         json.dumps(rows, ensure_ascii=False, indent=1).replace("\n", "\r\n"),

@@ -127,7 +127,9 @@ class _Window:
         """A broken row that begins in `line`, and all that comes after it."""
         column = error.colno + (self.column if error.lineno == 1 else 0)
         reason = _NOT_JSON.format(error.msg, column)
-        return line, Fault(self.line + error.lineno - 1, f"{reason}; the rest of the file can't be read, mend this first")
+        return line, Fault(
+            self.line + error.lineno - 1, f"{reason}; the rest of the file can't be read, mend this first"
+        )
 
 
 def _decoder() -> codecs.IncrementalDecoder:

