@@ -79,11 +79,11 @@ def name_of(path: Path, work: Work) -> str | None:
 def find(name: str) -> File | None:
     """The file that was kept under this name, if it is there and whole."""
     place = folder() / name
+    if not place.is_dir():
+        return None
     try:
         made = _open(place)
         os.utime(place)  # the folder that wasn't used for the longest time goes first
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError):
         shutil.rmtree(place, ignore_errors=True)
         return None
