@@ -22,6 +22,10 @@ from typing import Any
 import data_helpers as h
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Regex
+from tokenizers.normalizers import NFC, Lowercase
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
 import lorafit
 from lorafit.batches import Plan, default_tokens
@@ -42,6 +46,7 @@ from lorafit.data import (
 from lorafit.data.parts import Part, Work
 from lorafit.data.read import read_rows
 from lorafit.data.spans import render_row
+from lorafit.data.words import words_of
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 WORDS = ["the", "cat", "one", "", "", "\n\n", "🙂", "识别细胞", "é", "e\u0301", "ﬁ", "don't", "_x_", "1234567", "x\u3000y",
@@ -493,3 +498,53 @@ def test_dates_from_a_table_can_be_kept() -> None:
     example = Example((Message("assistant", "x", tool_calls=(call,)),), line=3)
     found = Example.from_json(example.to_json())
     assert found.messages[0].tool_calls[0]["function"]["arguments"] == {"on": "2020-01-02"} and found.line == 3
+
+
+LATER = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}COUNT| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "llama"])
+def test_words_are_those_of_the_tokenizer(kind: str) -> None:
+    tokenizer = h.tokenizer(h.CHATML).backend_tokenizer
+    if kind != "gpt2":
+        split = Split(Regex(LATER.replace("COUNT", "" if kind == "qwen" else "{1,3}")), "isolated")
+        tokenizer.pre_tokenizer = PreTokenizers([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.normalizer = NFC()
+    words = words_of(tokenizer)
+    assert words is not None
+    draw = random.Random(1)
+    alphabets = ["".join(map(chr, range(128))), "ab1 '\n", "a \t\r\n_.", "'sStTdDlLvVeErRmM ", "0123456789 ,a"]
+    pieces = ["<|im_start|>", "<|im_end|>", "</s>", "<s>", "<|im_", "end|>", "don't", "  ", "\r\n\r\n"]
+    for number in range(4000):
+        letters = draw.choice(alphabets)
+        text = "".join(draw.choice(pieces) if draw.random() < 0.1 else draw.choice(letters) for _ in range(number % 60))
+        assert words.ids(text) == tokenizer.encode(text, add_special_tokens=False).ids, repr(text)
+    assert words.ids("é") is None
+
+
+def test_words_of_other_tokenizers_are_unknown() -> None:
+    assert words_of(h.sentencepiece(h.CHATML).backend_tokenizer) is None
+    for change in ("prefix", "normal", "strips", "dropout", "split"):
+        tokenizer = h.tokenizer(h.CHATML).backend_tokenizer
+        if change == "prefix":
+            tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+        elif change == "normal":
+            tokenizer.normalizer = Lowercase()
+        elif change == "strips":
+            tokenizer.add_tokens([AddedToken("<new>", lstrip=True)])
+        elif change == "dropout":
+            tokenizer.model.dropout = 0.5
+        else:
+            tokenizer.pre_tokenizer = PreTokenizers([Split(" ", "isolated"), ByteLevel(False, use_regex=False)])
+        assert words_of(tokenizer) is None, change
+
+
+def test_the_dictionary_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafit.data.words.MOST", 50)
+    tokenizer = h.tokenizer(h.CHATML).backend_tokenizer
+    words = words_of(tokenizer)
+    assert words is not None
+    for number in range(200):
+        text = f"one {number} two{number:b}"
+        assert words.ids(text) == tokenizer.encode(text, add_special_tokens=False).ids
+        assert len(words) <= 50

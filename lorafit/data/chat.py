@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import jinja2
 
 from lorafit.data.example import Message, RowFault
 from lorafit.data.jinja import compile_template
+from lorafit.data.words import Words, words_of
 from lorafit.errors import DataError
 
 # For a tokenizer without a template: plain headings, and the end-of-sequence token after every answer.
@@ -105,9 +107,15 @@ class Chat:
         self.stops = tuple(sorted({*self.ends, *words}))
         self.walls = tuple(word for word in self.stops if self._is_wall(word))
 
+    @cached_property
+    def words(self) -> Words | None:
+        """The quick way to the ids of ASCII text, where the tokenizer has one."""
+        return words_of(self.tokenizer.backend_tokenizer)
+
     def light(self) -> Chat:
         """The same for another process, which needn't import transformers: it tokenises, but can't be made anew."""
         other = copy.copy(self)
+        vars(other).pop("words", None)
         other.tokenizer = Backend(self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id)
         return other
 

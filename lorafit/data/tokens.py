@@ -122,18 +122,28 @@ def _cuts(row: Rendered, chat: Chat) -> _Cut:
 
 
 def _tokenise(texts: Sequence[str], chat: Chat, offsets: bool) -> Iterator[Any]:
-    """One `tokenizers.Encoding` a text. The wrapper of transformers is left out: it takes as long as the work itself."""
+    """One `tokenizers.Encoding` a text, or without `offsets` its ids.
+
+    The wrapper of transformers is left out: it takes as long as the work itself.
+    """
     tokenizer = chat.tokenizer.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    encode = tokenizer.encode_batch if offsets else tokenizer.encode_batch_fast
-    yield from encode(list(texts), add_special_tokens=False)
+    if offsets:
+        yield from tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return
+    words = chat.words
+    known = [words.ids(text) for text in texts] if words is not None else [None] * len(texts)
+    rest = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+    others = iter(tokenizer.encode_batch_fast(rest, add_special_tokens=False))
+    for ids in known:
+        yield next(others).ids if ids is None else ids
 
 
 def _assemble(
     row: Rendered, cut: _Cut, encoded: Sequence[Any], chat: Chat, plain: bool
 ) -> tuple[list[int], np.ndarray]:
-    pieces = [encoding.ids for encoding in encoded]
+    pieces = [encoding.ids for encoding in encoded] if cut.learn is None else encoded
     ids = [id_ for piece in pieces for id_ in piece]
     if cut.learn is not None:
         learn = np.repeat(cut.learn, [len(piece) for piece in pieces])
