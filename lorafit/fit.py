@@ -7,7 +7,7 @@ import importlib.util
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -511,10 +511,10 @@ def read_data(config: Config, terminal: Terminal, strict: bool = True) -> tuple[
     return path, chat, load_data(config, chat, terminal, strict)
 
 
-def held_out_rows(run: Path, chat: Chat) -> list[Tokens]:
+def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
     """The held-out rows of a finished run, read again from its data. A LorafitError where they aren't there any more."""
     config = build(settings.read_yaml(Run.open(run).folder / "config.yaml"))
-    return list(load_data(config, chat, Terminal(quiet=True)).held_out)
+    return load_data(config, chat, Terminal(quiet=True)).held_out
 
 
 def default_lr(host: Host) -> float:
