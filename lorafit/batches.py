@@ -9,11 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.data.store import lengths_of
 from lorafit.data.tokens import Tokens
 
 
@@ -86,6 +89,26 @@ def fill(lengths: Sequence[int], tokens: int) -> list[range]:
     return runs
 
 
+class Epoch(Sequence[list[Tokens]]):
+    """The steps of an epoch; a step's rows are read when it is asked for, so that only its tokens are in memory."""
+
+    def __init__(self, rows: Sequence[Tokens], order: np.ndarray, runs: Sequence[range]) -> None:
+        self._rows, self._order, self._runs = rows, order, runs
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    @overload
+    def __getitem__(self, key: int) -> list[Tokens]: ...
+    @overload
+    def __getitem__(self, key: slice) -> Epoch: ...
+    def __getitem__(self, key: Any) -> Any:
+        """A step's documents, or some steps."""
+        if isinstance(key, slice):
+            return Epoch(self._rows, self._order, self._runs[key])
+        return [self._rows[self._order[i]] for i in self._runs[key]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The steps of a job: `rows` in a new order each epoch, about `tokens` tokens a step, in `accumulate` micro-batches."""
@@ -95,11 +118,17 @@ class Plan:
     accumulate: int = 1
     seed: int = 0
 
-    def epoch(self, number: int) -> list[list[Tokens]]:
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each row."""
+        return lengths_of(self.rows)
+
+    def epoch(self, number: int) -> Epoch:
         """The documents of each step of an epoch."""
-        order = list(range(len(self.rows)))
-        random.Random(f"{self.seed}:{number}").shuffle(order)
-        return [[self.rows[order[i]] for i in run] for run in fill([len(self.rows[i].ids) for i in order], self.tokens)]
+        shuffled = list(range(len(self.rows)))
+        random.Random(f"{self.seed}:{number}").shuffle(shuffled)
+        order = np.array(shuffled, np.int64)
+        return Epoch(self.rows, order, fill(self.lengths[order].tolist(), self.tokens))
 
     def micros(self, documents: Sequence[Tokens]) -> list[list[Tokens]]:
         """A step's documents in micro-batches. Their gradients are summed, so the cut changes memory alone."""
@@ -119,12 +148,13 @@ class Plan:
         number = 0
         while True:
             steps = self.epoch(number)
-            yield from steps[max(0, step) :]
+            for at in range(max(0, step), len(steps)):
+                yield steps[at]
             step -= len(steps)
             number += 1
 
 
 def default_tokens(rows: Sequence[Tokens]) -> int:
     """Tokens a step when the user names none: small data needs many small steps to learn at all, large data full ones."""
-    total = sum(len(row.ids) for row in rows)
+    total = int(lengths_of(rows).sum())
     return max(256, min(2048, total // 32))

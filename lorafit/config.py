@@ -49,6 +49,10 @@ class Config:
     long: Literal["error", "truncate", "skip"] = setting("error", "what to do with a row over max_tokens")
     skip_bad_rows: bool = setting(False, "leave out rows that can't be used (counted) instead of stopping")
 
+    cache: bool = setting(
+        True, "keep a large file's tokens in the user's cache folder, so that the next start is quick"
+    )
+
     method: str = setting("lora", "how the weights are adapted; see `lorafit methods`")
     targets: list[str] = setting([], "sites to adapt: names, globs, attention, all-linear; default: the method's own")
     rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,19 @@ WORTH_COMPILING = 5e11
 
 # Settings that a resumed run may change: they decide where things are or what is shown, not what is learned. The rows
 # and the base are compared by their contents.
-_FREE = {"data", "held_out", "out", "model", "start", "samples", "log", "checkpoint_every", "skip_bad_rows", "map"}
+_FREE = {
+    "data",
+    "held_out",
+    "out",
+    "model",
+    "start",
+    "samples",
+    "log",
+    "checkpoint_every",
+    "skip_bad_rows",
+    "map",
+    "cache",
+}
 
 
 class Interrupted(UserError):
@@ -507,6 +519,8 @@ def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = Tru
             seed=config.seed,
             skip_bad_rows=config.skip_bad_rows,
             strict=strict,
+            cache=config.cache,
+            say=terminal.say,
             progress=lambda done: spinner.update(done, None),
         )
 
@@ -520,7 +534,7 @@ def read_data(config: Config, terminal: Terminal, strict: bool = True) -> tuple[
     return path, chat, load_data(config, chat, terminal, strict)
 
 
-def held_out_rows(run: Path, chat: Chat) -> list[Tokens]:
+def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
     """The held-out rows of a finished run, read again from its data. A LorafitError where they aren't there any more."""
     config = build(settings.read_yaml(Run.open(run).folder / "config.yaml"))
     return load_data(config, chat, Terminal(quiet=True)).held_out

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lorafit.batches import Plan as Batches
-from lorafit.batches import default_tokens
+from lorafit.batches import default_tokens, targets
 from lorafit.config import Config
 from lorafit.data import Tokens
 from lorafit.methods import find
@@ -82,10 +82,10 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
     total = sum(p.numel() for p in model.parameters())
     text = shape.get_text_config()
     batches = Batches(rows, config.batch_tokens or default_tokens(rows), config.accumulate, config.seed)
-    steps = batches.epoch(0)
-    micros = [micro for step in steps for micro in batches.micros(step)]
-    largest = max((sum(len(row.ids) for row in micro) for micro in micros), default=0)
-    targets = max((sum(int(row.learn[1:].sum()) for row in micro) for micro in micros), default=0)
+    largest = most = 0
+    for micro in (micro for step in batches.epoch(0) for micro in batches.micros(step)):
+        largest = max(largest, sum(len(row.ids) for row in micro))
+        most = max(most, targets(micro))
     return Estimate(
         runtime=RUNTIME,
         weights=total * wide,
@@ -93,7 +93,7 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
         gradients=number * 4,
         optimizer=number * 8,
         activations=activations(text, largest, wide, config.checkpointing),
-        logits=min(CHUNK, targets) * text.vocab_size * (wide + 12),
+        logits=min(CHUNK, most) * text.vocab_size * (wide + 12),
         micro_batch_tokens=largest,
         steps=config.steps or batches.steps(config.epochs),
         trainable_parameters=number,

@@ -10,6 +10,7 @@ import data_helpers as h
 import pytest
 
 from lorafit.data import Example, Fault, Message, read
+from lorafit.data.rows import READERS
 from lorafit.errors import DataError
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -336,3 +337,29 @@ def test_mapping_errors(tmp_path: Path) -> None:
     path = h.write(tmp_path / "rows.jsonl", {"q": "q", "a": "a"}, GOOD)
     fault = list(read(path, {"user": "q", "assistant": "a"}))[1]
     assert isinstance(fault, Fault) and "no column 'q'; the row has prompt, completion" in fault.reason
+
+
+def test_an_array_is_read_in_parts_with_the_same_rows_and_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"é🙂 {n}", "completion": 'x\\"],' * (n % 5) + "."} for n in range(30)]
+    texts = [
+        json.dumps(rows, ensure_ascii=False),
+        json.dumps(rows, ensure_ascii=False, indent=1).replace("\n", "\r\n"),
+        "\ufeff\n\n" + ",\n".join(["[", *[json.dumps(row) for row in rows]]).replace("[,", "[", 1) + "]\n trailing",
+        json.dumps(rows, indent=2)[:-40],
+        json.dumps(rows).replace('"prompt": "\\u00e9\\ud83d\\ude42 20"', '"prompt" "7"'),
+        json.dumps(rows, indent=3).replace('20",', '20" 1,'),
+        "[]",
+        "[1, 23 , 4]",
+        "[1 2]",
+    ]
+    path = tmp_path / "rows.json"
+    for text in texts:
+        for data in (text.encode(), text.encode().replace(b" 11", b" \xff11")):
+            path.write_bytes(data)
+            found = []
+            for part in (1 << 20, 64, 1):
+                monkeypatch.setattr("lorafit.data.rows.PART", part)
+                found.append(list(READERS[".json"](path)))
+            assert found[0] == found[1] == found[2]

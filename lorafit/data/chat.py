@@ -7,17 +7,20 @@ are the ids that stood before the answer in training.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import jinja2
 
 from lorafit.data.example import Message, RowFault
 from lorafit.data.jinja import compile_template
+from lorafit.data.words import Words, words_of
 from lorafit.errors import DataError
 
 # For a tokenizer without a template: plain headings, and the end-of-sequence token after every answer.
@@ -42,7 +45,8 @@ class Chat:
     is how the template begins the last answer; `fits_early`: an earlier one. `parts`: whether the template wants the
     content as a list of parts. `splits`: whether texts can be tokenised piece by piece. `around`: the ids
     that the tokenizer itself puts before and after plain text. `added`: matches any added token; `controls`:
-    the special ones.
+    the special ones; `stops`: the ones that end an answer; `walls`: those of them that keep apart what stands before
+    and behind, so that a text may be cut after one.
     """
 
     tokenizer: Any
@@ -59,6 +63,8 @@ class Chat:
     around: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, default=((), ()))
     added: re.Pattern[str] = field(init=False, repr=False, default=re.compile("(?!)"))
     controls: tuple[str, ...] = field(init=False, repr=False, default=())
+    stops: tuple[str, ...] = field(init=False, repr=False, default=())
+    walls: tuple[str, ...] = field(init=False, repr=False, default=())
     _variables: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     @classmethod
@@ -97,6 +103,21 @@ class Chat:
         at = next((i for i in range(len(whole)) if whole[i : i + len(second)] == second), 0)
         self.around = (tuple(whole[:at]), tuple(whole[at + len(second) :]))
         self._probe()
+        words = self.tokenizer.convert_ids_to_tokens(list(self.stop))
+        self.stops = tuple(sorted({*self.ends, *words}))
+        self.walls = tuple(word for word in self.stops if self._is_wall(word))
+
+    @cached_property
+    def words(self) -> Words | None:
+        """The quick way to the ids of ASCII text, where the tokenizer has one."""
+        return words_of(self.tokenizer.backend_tokenizer)
+
+    def light(self) -> Chat:
+        """The same for another process, which needn't import transformers: it tokenises, but can't be made anew."""
+        other = copy.copy(self)
+        vars(other).pop("words", None)
+        other.tokenizer = Backend(self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id)
+        return other
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), generation: bool = False
@@ -186,6 +207,29 @@ class Chat:
         optional = {"name": message.name, "tool_call_id": message.tool_call_id}
         return row | {key: value for key, value in optional.items() if value is not None}
 
+    def _is_wall(self, word: str) -> bool:
+        """Whether a text can be cut behind every occurrence of this token without a change to its ids.
+
+        Tokenizers take the added tokens out of a text first, leftmost and longest, and look at what is between them by
+        itself. So an occurrence is that token unless another one overlaps it, begins earlier or is longer.
+        """
+        tokens = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
+        token = tokens.pop(word, None)
+        strips = token is not None and (token.lstrip or token.rstrip or token.normalized)
+        if token is None or strips or not self.splits or word != word.strip():
+            return False
+        if any(other.single_word for other in (token, *tokens.values())):
+            return False
+        overlaps = any(word.startswith(other[at:]) for other in (word, *tokens) for at in range(1, len(other)))
+        if overlaps or any(word in other for other in tokens):
+            return False
+        sides = ("a", "a "), ("\n", "a", " a", "\na")
+        return all(
+            self.ids(f"{before}{word}{after}") == self.ids(before + word) + self.ids(after)
+            for before in sides[0]
+            for after in sides[1]
+        )
+
     def _probe(self) -> None:
         """Renders a conversation of known words to see what follows an answer and whether the prompt fits."""
         question, answer, again, last = _PROBE
@@ -213,6 +257,14 @@ class Chat:
         self.ends = tuple(sorted(ends))
         if final:
             self.stop = tuple(dict.fromkeys([*self.stop, self.tokenizer.convert_tokens_to_ids(final.group())]))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What is left of a tokenizer in another process."""
+
+    backend_tokenizer: Any
+    eos_token_id: int | None
 
 
 def _template_of(tokenizer: Any) -> str | None:

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import random
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from lorafit.data.cache import File, Writer, find, name_of
 from lorafit.data.chat import Chat
-from lorafit.data.example import Example, Fault, RowFault
-from lorafit.data.read import read
-from lorafit.data.report import Report, histogram, pieces, shared_system, template_notes
-from lorafit.data.tokens import Learn, Long, Tokens, encode_all
+from lorafit.data.example import Fault
+from lorafit.data.parts import Work
+from lorafit.data.read import check, read_rows
+from lorafit.data.report import CONVERSATION, Report, histogram, pieces, shared_system, template_notes
+from lorafit.data.store import Rows, decoded
+from lorafit.data.tokens import CUTS, Learn, Long, Tokens
+from lorafit.data.workers import spread
 from lorafit.errors import DataError
 
+SMALL = 1_000_000  # bytes of a file that is prepared faster than a cache is worth
 LEAST, MOST = 8, 500  # held-out rows of a split
 SMALLEST = 16  # usable rows below which nothing is held out
 
 
 @dataclass
 class Dataset:
-    """Rows to train on and to evaluate on, in the order of the file."""
+    """Rows to train on and to evaluate on, in the order of the file. A row is read when it is asked for."""
 
-    train: list[Tokens]
-    held_out: list[Tokens]
+    train: Sequence[Tokens]
+    held_out: Sequence[Tokens]
     report: Report
-
-
-@dataclass
-class _File:
-    """What one file holds."""
-
-    tokens: list[Tokens] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    notes: list[Fault] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list)
-    rows: int = 0
-    skipped: int = 0
 
 
 def prepare(
@@ -56,17 +49,26 @@ def prepare(
     seed: int = 0,
     skip_bad_rows: bool = False,
     strict: bool = True,
+    cache: bool = True,
     progress: Callable[[int], None] | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Dataset:
     """Reads, checks, tokenises and splits a data file.
 
     Raises DataError for a file that can't be read; with `strict` also for rows that can't be used (unless
     `skip_bad_rows`) and for a file without a usable row. `progress` is called with the number of rows done so far.
-    A row that has duplicates always stays in training.
+    A row that has duplicates always stays in training. With `cache`, a large file's tokens are kept in the user's cache
+    folder and read from there the next time; `say` is told when that isn't possible.
     """
 
-    def load(file: str | Path, mapping: Mapping[str, str] | None) -> _File:
-        return _load(file, chat, mapping, learn, max_tokens, long, progress)
+    told: list[str] = []
+
+    def load(file: str | Path, mapping: Mapping[str, str] | None) -> File:
+        found, trouble = _load(Path(file), Work(chat, mapping, learn, max_tokens, long), cache, progress)
+        if trouble and say and not told:
+            told.append(trouble)
+            say(f"no cache for {Path(file).name}: {trouble}; cache=false doesn't try")
+        return found
 
     main = load(path, mapping)
     other = None
@@ -82,17 +84,19 @@ def prepare(
             if file is not None:
                 _refuse(file, str(name), skip_bad_rows)
     report = Report(str(path), rows=main.rows, by_format=dict(main.formats.most_common()))
-    report.faults, report.notes = main.faults, main.notes + template_notes([row.example for row in main.tokens], chat)
-    repeated = _find_duplicates(main.tokens, report)
+    report.faults = main.faults
+    report.notes = main.notes + template_notes(main.table["flags"], main.table["line"], chat)
+    repeated = _find_duplicates(main.table, report)
     if other is None:
-        train, held = _split(main.tokens, repeated, report, held_out_share, seed)
+        train, held = _split(main, repeated, report, held_out_share, seed)
     else:
-        train, held = main.tokens, other.tokens
+        train, held = _Some(main, np.arange(len(main.table))), _Some(other, np.arange(len(other.table)))
         report.faults = report.faults + [_named(fault, str(held_out)) for fault in other.faults]
         report.notes = report.notes + [_named(note, str(held_out)) for note in other.notes]
     held = _without_leaks(train, held, report)
-    _count(report, train, held, main, other, max_tokens, chat)
-    return Dataset(train, held, report)
+    made = Dataset(Rows(train.file.store, train.index), Rows(held.file.store, held.index), report)
+    _count(made, train, held, [main] if other is None else [main, other], max_tokens, chat)
+    return made
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -100,153 +104,145 @@ def fingerprint(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for rows in (dataset.train, dataset.held_out):
         digest.update(len(rows).to_bytes(8, "little"))
-        for row in rows:
-            digest.update(len(row.ids).to_bytes(8, "little"))
-            digest.update(row.ids.astype("<i4").tobytes())
-            digest.update(row.learn.tobytes())
+        for ids, learn, lengths in _runs(rows):
+            ids_bytes, learn_bytes = memoryview(ids.astype("<i4").tobytes()), memoryview(learn.tobytes())
+            at = 0
+            for length in lengths.tolist():
+                digest.update(length.to_bytes(8, "little"))
+                digest.update(ids_bytes[at * 4 : (at + length) * 4])
+                digest.update(learn_bytes[at : at + length])
+                at += length
     return digest.hexdigest()
 
 
-def _load(
-    path: str | Path,
-    chat: Chat,
-    mapping: Mapping[str, str] | None,
-    learn: Learn,
-    max_tokens: int,
-    long: Long,
-    progress: Callable[[int], None] | None,
-) -> _File:
-    file = _File()
-    waiting: deque[Example] = deque()  # read, not yet back from the tokenizer
-
-    def examples() -> Iterator[Example]:
-        for item in read(path, mapping):
-            if isinstance(item, Fault):
-                file.rows += not item.note
-                (file.notes if item.note else file.faults).append(item)
-                continue
-            file.rows += 1
-            file.formats[item.format] += 1
-            waiting.append(item)
-            yield item
-
-    for done, result in enumerate(encode_all(examples(), chat, learn=learn, max_tokens=max_tokens, long=long), 1):
-        example = waiting.popleft()
-        if isinstance(result, Tokens):
-            file.tokens.append(result)
-            file.lengths.append(result.full)
-        else:
-            _bad(file, example.line, result, long)
-        if progress:
-            progress(done)
-    file.faults.sort(key=lambda fault: fault.line)
-    return file
-
-
-def _bad(file: _File, line: int, fault: RowFault, long: Long) -> None:
-    if fault.length:
-        file.lengths.append(fault.length)
-    if fault.length and long == "skip":
-        file.skipped += 1
+def _runs(rows: Sequence[Tokens]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ids, mask and lengths of many rows at a time."""
+    if isinstance(rows, Rows):
+        for codes, lengths in rows.runs():
+            yield *decoded(codes), lengths
     else:
-        file.faults.append(Fault(line, fault.reason))
+        for row in rows:
+            yield row.ids, row.learn, np.array([len(row.ids)])
 
 
-def _refuse(file: _File, path: str, skip_bad_rows: bool) -> None:
+@dataclass(frozen=True)
+class _Some:
+    """Some rows of a file, by number."""
+
+    file: File
+    index: np.ndarray
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.file.table[name][self.index]  # type: ignore[no-any-return]
+
+
+def _load(path: Path, work: Work, kept: bool, progress: Callable[[int], None] | None) -> tuple[File, str]:
+    """What a file holds, from the cache if it is there; and why it couldn't be kept, if so."""
+    check(path, work.mapping)
+    before = path.stat()
+    name = name_of(path, work) if kept and before.st_size >= SMALL else None
+    found = find(name) if name else None
+    if found is not None:
+        return found, ""
+    done = 0
+    with Writer(name) as writer, contextlib.closing(spread(work, read_rows(path, work.mapping))) as parts:
+        for part in parts:
+            writer.add(part)
+            done += part.examples
+            if progress:
+                progress(done)
+        after = path.stat()
+        same = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+        return writer.finish(keep=same), writer.trouble
+
+
+def _refuse(file: File, path: str, skip_bad_rows: bool) -> None:
     shown = "; ".join(f"line {fault.line}: {fault.reason}" for fault in file.faults[:3])
     if file.faults and not skip_bad_rows:
         raise DataError(
             f"{path}: {len(file.faults)} of {file.rows} rows can't be used: {shown}; "
             f"`lorafit check {path}` shows them all, --skip-bad-rows leaves them out"
         )
-    if not file.tokens:
+    if not len(file.table):
         skipped = f"{file.skipped} are over max_tokens" if file.skipped else shown
         raise DataError(f"{path}: none of the {file.rows} rows can be used: {skipped}; see `lorafit check {path}`")
 
 
-def _key(example: Example, prompt: bool = False) -> bytes:
-    """The same for equal rows; with `prompt`, for rows that are equal up to the last answer."""
-    messages = list(example.messages)
-    if prompt:
-        last = max((n for n, message in enumerate(messages) if message.role == "assistant"), default=0)
-        messages = messages[:last]
-    turns = [[m.role, m.content, m.reasoning, m.tool_calls, m.name] for m in messages]
-    whole = json.dumps([turns, example.text, example.tools], sort_keys=True, default=str)
-    return hashlib.sha256(whole.encode("utf-8")).digest()
-
-
-def _find_duplicates(rows: list[Tokens], report: Report) -> set[int]:
-    """The indices of all rows that are there more than once; notes and pairs of lines go to the report."""
+def _find_duplicates(table: np.ndarray, report: Report) -> set[int]:
+    """The numbers of all rows that are there more than once; notes and pairs of lines go to the report."""
     first: dict[bytes, int] = {}
     repeated = set()
-    for number, row in enumerate(rows):
-        index = first.setdefault(_key(row.example), number)
+    for number, key in enumerate(table["key"].tolist()):
+        index = first.setdefault(key, number)
         if index != number:
-            line = rows[index].line
+            line, earlier = int(table["line"][number]), int(table["line"][index])
             repeated |= {index, number}
-            report.duplicates.append((row.line, line))
-            report.notes.append(Fault(row.line, f"the same as line {line}", note=True))
+            report.duplicates.append((line, earlier))
+            report.notes.append(Fault(line, f"the same as line {earlier}", note=True))
     return repeated
 
 
-def _split(
-    rows: list[Tokens], repeated: set[int], report: Report, share: float, seed: int
-) -> tuple[list[Tokens], list[Tokens]]:
-    if share <= 0 or not rows:
-        return rows, []
-    if len(rows) < SMALLEST:
-        reason = (
-            f"only {len(rows)} usable rows: nothing is held out, so there is no evaluation (from {SMALLEST} rows on)"
-        )
+def _split(file: File, repeated: set[int], report: Report, share: float, seed: int) -> tuple[_Some, _Some]:
+    size = len(file.table)
+    everything, nothing = _Some(file, np.arange(size)), _Some(file, np.arange(0))
+    if share <= 0 or not size:
+        return everything, nothing
+    if size < SMALLEST:
+        reason = f"only {size} usable rows: nothing is held out, so there is no evaluation (from {SMALLEST} rows on)"
         report.notes.append(Fault(1, reason, note=True))
-        return rows, []
-    single = [number for number in range(len(rows)) if number not in repeated]
-    count = min(max(LEAST, min(MOST, round(len(rows) * share))), len(rows) // 2, len(single))
+        return everything, nothing
+    single = [number for number in range(size) if number not in repeated]
+    count = min(max(LEAST, min(MOST, round(size * share))), size // 2, len(single))
     if count < LEAST:
         reason = f"only {count} rows can be held out, because the others are duplicates"
         report.notes.append(Fault(1, reason, note=True))
-    chosen = set(random.Random(seed).sample(single, count))
-    return [r for n, r in enumerate(rows) if n not in chosen], [r for n, r in enumerate(rows) if n in chosen]
+    chosen = np.zeros(size, dtype=bool)
+    chosen[random.Random(seed).sample(single, count)] = True
+    return _Some(file, np.flatnonzero(~chosen)), _Some(file, np.flatnonzero(chosen))
 
 
-def _without_leaks(train: list[Tokens], held: list[Tokens], report: Report) -> list[Tokens]:
-    whole = {_key(row.example): row.line for row in reversed(train)}
-    prompts = {_key(row.example, prompt=True): row.line for row in reversed(train) if row.example.messages}
-    kept = []
-    for row in held:
-        line = whole.get(_key(row.example))
-        if line is not None:
-            report.leaks.append((row.line, line))
-            continue
-        kept.append(row)
-        line = prompts.get(_key(row.example, prompt=True)) if row.example.messages else None
-        if line is not None:
-            report.same_prompt.append((row.line, line))
-    return kept
+def _without_leaks(train: _Some, held: _Some, report: Report) -> _Some:
+    """The held-out rows that aren't among the training rows."""
+    talks = (train["flags"] & CONVERSATION) != 0
+    whole = _first_lines(train["key"], train["line"], held["key"])
+    prompts = _first_lines(train["prompt"][talks], train["line"][talks], held["prompt"])
+    kept = np.ones(len(held.index), dtype=bool)
+    found = zip(
+        held["key"].tolist(), held["prompt"].tolist(), held["line"].tolist(), held["flags"].tolist(), strict=True
+    )
+    for number, (key, prompt, line, flags) in enumerate(found):
+        if key in whole:
+            report.leaks.append((line, whole[key]))
+            kept[number] = False
+        elif flags & CONVERSATION and prompt in prompts:
+            report.same_prompt.append((line, prompts[prompt]))
+    return _Some(held.file, held.index[kept])
 
 
-def _count(
-    report: Report,
-    train: list[Tokens],
-    held: list[Tokens],
-    main: _File,
-    other: _File | None,
-    max_tokens: int,
-    chat: Chat,
-) -> None:
-    rows = [*train, *held]
-    report.train_rows, report.held_out_rows = len(train), len(held)
-    report.tokens = sum(len(row.ids) for row in rows)
-    report.target_tokens = sum(int(row.learn.sum()) for row in rows)
+def _first_lines(keys: np.ndarray, lines: np.ndarray, wanted: np.ndarray) -> dict[bytes, int]:
+    """The first line of each wanted key that is there."""
+    asked = set(wanted.tolist())
+    found: dict[bytes, int] = {}
+    for number, key in enumerate(keys.tolist()):
+        if key in asked:
+            found.setdefault(key, int(lines[number]))
+    return found
+
+
+def _count(made: Dataset, train: _Some, held: _Some, files: list[File], max_tokens: int, chat: Chat) -> None:
+    report, parts = made.report, (train, held)
+    report.train_rows, report.held_out_rows = len(train.index), len(held.index)
+    report.tokens = sum(int(part["tokens"].sum()) for part in parts)
+    report.target_tokens = sum(int(part["learned"].sum()) for part in parts)
     report.share = report.target_tokens / report.tokens if report.tokens else 0.0
-    lengths = main.lengths + (other.lengths if other else [])
+    lengths = [length for file in files for length in (*file.table["full"].tolist(), *file.long)]
     report.lengths = histogram(lengths)
     report.over_length = sum(length > max_tokens for length in lengths)
-    report.skipped = main.skipped + (other.skipped if other else 0)
-    report.truncated = sum(row.cut != "" for row in rows)
-    report.truncated_end = sum(row.cut == "answer" for row in rows)
-    report.text_example = pieces(train[0], chat) if train else []
-    report.system = shared_system(row.example for row in train)
+    report.skipped = sum(file.skipped for file in files)
+    report.truncated = sum(int((part["cut"] != 0).sum()) for part in parts)
+    report.truncated_end = sum(int((part["cut"] == CUTS.index("answer")).sum()) for part in parts)
+    report.text_example = pieces(made.train[0], chat) if made.train else []
+    report.system = shared_system(made.train, train["system"])
 
 
 def _named(fault: Fault, path: str) -> Fault:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,24 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
     format: str = "messages"
     line: int = 0
+
+    def to_json(self) -> bytes:
+        """The row as JSON, to be read again with `from_json`."""
+        messages = [
+            [m.role, m.content, m.learn, m.tool_calls, m.name, m.tool_call_id, m.reasoning] for m in self.messages
+        ]
+        values = [messages, self.text, self.tools, self.format, self.line]
+        return _ENCODER.encode(values).encode("utf-8", "surrogatepass")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Example:
+        """The row that `to_json` wrote."""
+        messages, text, tools, format_, line = json.loads(data.decode("utf-8", "surrogatepass"))
+        made = tuple(Message(r, c, learn, tuple(calls), *rest) for r, c, learn, calls, *rest in messages)
+        return cls(made, text, tuple(tools), format_, line)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)  # Parquet holds dates, too
 
 
 @dataclass(frozen=True)

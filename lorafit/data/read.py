@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from lorafit.data.example import Example, Fault, RowFault
 from lorafit.data.formats import MAPPED, parse
@@ -13,33 +13,43 @@ from lorafit.data.turns import columns, kind
 from lorafit.errors import DataError
 
 
+class Row(NamedTuple):
+    """A row as its file holds it: any value, or the Fault that spoils it. `where` tells rows on one line apart."""
+
+    line: int
+    value: Any
+    where: str = ""
+
+
 def read(path: str | Path, mapping: Mapping[str, str] | None = None) -> Iterator[Example | Fault]:
     """Every row of a .jsonl, .json, .csv, .parquet or .txt file, in order, as an Example or the Fault that spoils it.
 
     A note (`Fault.note`) comes before the row it belongs to. `mapping` names columns, see `formats.parse`. Raises
     DataError for a file that can't be read at all, holds no rows, or lacks a mapped column in every row.
     """
+    for row in read_rows(path, mapping):
+        yield from examples(row, mapping)
+
+
+def read_rows(path: str | Path, mapping: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """Every row of a file in order, not yet looked into. Raises DataError as `read` does."""
     path = Path(path)
-    _check_file(path)
-    _check_mapping(mapping or {})
+    check(path, mapping)
     missing = dict.fromkeys((mapping or {}).values())
     seen, before, names = 0, 0, ""
-    for line, row in READERS[path.suffix.lower()](path):
-        if isinstance(row, Fault):
-            seen += not row.note
-            yield row
+    for line, value in READERS[path.suffix.lower()](path):
+        if isinstance(value, Fault):
+            seen += not value.note
+            yield Row(line, value)
             continue
         seen += 1
         where = f"row {seen}: " if line == before else ""  # several rows on one line, as in minified JSON
         before = line
-        if not isinstance(row, Mapping):
-            yield Fault(line, f"{where}the row is {kind(row)}, not an object with columns")
-            continue
-        names = names or columns(row)
-        if missing:
-            missing = {column: None for column in missing if column not in row}
-        for item in _example(row, line, mapping):
-            yield replace(item, reason=where + item.reason) if isinstance(item, Fault) and where else item
+        if isinstance(value, Mapping):
+            names = names or columns(value)
+            if missing:
+                missing = {column: None for column in missing if column not in value}
+        yield Row(line, value, where)
     if not seen:
         raise DataError(f"{path}: line 1: the file has no rows; a row is one example, such as {_SAMPLE}")
     if missing and names:
@@ -49,15 +59,29 @@ def read(path: str | Path, mapping: Mapping[str, str] | None = None) -> Iterator
 _SAMPLE = '{"prompt": "…", "completion": "…"}'
 
 
-def _example(row: Mapping[str, object], line: int, mapping: Mapping[str, str] | None) -> Iterator[Example | Fault]:
+def examples(row: Row, mapping: Mapping[str, str] | None = None) -> Iterator[Example | Fault]:
+    """What a row holds: an example, with a note before it if there is something to tell, or the row's fault."""
+    line, value, where = row
+    if isinstance(value, Fault):
+        yield value
+        return
+    if not isinstance(value, Mapping):
+        yield Fault(line, f"{where}the row is {kind(value)}, not an object with columns")
+        return
     try:
-        example = parse(row, line, mapping)
+        example = parse(value, line, mapping)
     except RowFault as fault:
-        yield Fault(line, fault.reason)
+        yield Fault(line, where + fault.reason)
         return
     if example.messages and example.messages[-1].role == "user":
-        yield Fault(line, "ends with a user turn: nothing is learned from that turn", note=True)
+        yield Fault(line, f"{where}ends with a user turn: nothing is learned from that turn", note=True)
     yield example
+
+
+def check(path: Path, mapping: Mapping[str, str] | None = None) -> None:
+    """Raises DataError for a file that can't be read at all, or a mapping that can't be meant."""
+    _check_file(path)
+    _check_mapping(mapping or {})
 
 
 def _check_file(path: Path) -> None:

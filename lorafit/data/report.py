@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from lorafit.data.chat import Chat, any_of
 from lorafit.data.example import Example, Fault, Message, RowFault
@@ -75,37 +77,70 @@ def pieces(row: Tokens, chat: Chat) -> list[tuple[str, bool]]:
     return [(chat.text(ids[a:b]), learn[a]) for a, b in zip(starts, ends, strict=True)]
 
 
-def shared_system(examples: Iterable[Example]) -> str | None:
-    """The system message that all rows have, or None."""
-    found = {next((m.content for m in example.messages if m.role == "system"), None) for example in examples}
-    return found.pop() if len(found) == 1 else None
+def shared_system(rows: Sequence[Tokens], digests: np.ndarray) -> str | None:
+    """The system message that all rows have, or None. `digests` are those of the rows' system messages, 0 for none."""
+    if not len(digests) or not digests[0] or (digests != digests[0]).any():
+        return None
+    return system_of(rows[0].example)
 
 
-def template_notes(examples: list[Example], chat: Chat) -> list[Fault]:
-    """What the chat template does with these rows that their author may not expect."""
-    control = any_of(chat.controls)
-    checks = [
-        (_has_reasoning, not (chat.uses("reasoning_content") or chat.uses("thinking")), "the chat template leaves out "
-         "reasoning_content"),
-        (_has_early_reasoning, drops_reasoning(chat), "the chat template leaves out the reasoning of all but the last "
-         "answer; learn=last learns only whole answers"),
-        (_has_early_answer, chat.fits and not chat.fits_early, "the chat template begins earlier answers otherwise than "
-         "the last; learn=last learns only answers that begin as at inference"),
-        (_has_calls, not chat.uses("tool_calls"), "the chat template has no tool calls; they are written into the "
-         "answer as <tool_call>{…}</tool_call>"),
-        (lambda example: bool(example.tools), not chat.uses("tools"), "the chat template doesn't show the tools; "
-         "describe them in a system message"),
-        (lambda example: bool(example.messages), not chat.fits, "the template begins an answer otherwise than its "
-         "generation prompt; the prompt at inference will differ from training"),
-        (lambda example: _has_control(example, control), True, "the content holds the text of a special token, which is "
-         "read as that token"),
-    ]  # fmt: skip
+def system_of(example: Example) -> str | None:
+    """The first system message of a row."""
+    return next((message.content for message in example.messages if message.role == "system"), None)
+
+
+class Traits:
+    """What a row has that its author may want to hear about, as the bits of a number, in the order of `NOTES`."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._control = any_of(chat.controls)
+
+    def of(self, example: Example) -> int:
+        """The bits of a row."""
+        found = (
+            _has_reasoning(example),
+            _has_early_reasoning(example),
+            _has_early_answer(example),
+            _has_calls(example),
+            bool(example.tools),
+            bool(example.messages),
+            _has_control(example, self._control),
+        )
+        return sum(has << bit for bit, has in enumerate(found))
+
+
+CONVERSATION = 1 << 5  # the bit of rows that have messages
+
+NOTES = (
+    "the chat template leaves out reasoning_content",
+    "the chat template leaves out the reasoning of all but the last answer; learn=last learns only whole answers",
+    "the chat template begins earlier answers otherwise than the last; learn=last learns only answers that begin as at "
+    "inference",
+    "the chat template has no tool calls; they are written into the answer as <tool_call>{…}</tool_call>",
+    "the chat template doesn't show the tools; describe them in a system message",
+    "the template begins an answer otherwise than its generation prompt; the prompt at inference will differ from "
+    "training",
+    "the content holds the text of a special token, which is read as that token",
+)
+
+
+def template_notes(flags: np.ndarray, lines: np.ndarray, chat: Chat) -> list[Fault]:
+    """What the chat template does with rows of these traits that their author may not expect."""
+    wanted = (
+        not (chat.uses("reasoning_content") or chat.uses("thinking")),
+        drops_reasoning(chat),
+        chat.fits and not chat.fits_early,
+        not chat.uses("tool_calls"),
+        not chat.uses("tools"),
+        not chat.fits,
+        True,
+    )
     notes = []
-    for applies, wanted, reason in checks:
-        lines = [example.line for example in examples if applies(example)] if wanted else []
-        if lines:
-            count = f" ({len(lines)} rows, the first is here)" if len(lines) > 1 else ""
-            notes.append(Fault(lines[0], reason + count, note=True))
+    for bit, (applies, reason) in enumerate(zip(wanted, NOTES, strict=True)):
+        found = np.flatnonzero(flags & (1 << bit)) if applies else np.empty(0)
+        if len(found):
+            count = f" ({len(found)} rows, the first is here)" if len(found) > 1 else ""
+            notes.append(Fault(int(lines[found[0]]), reason + count, note=True))
     return notes
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lorafit.data.example import Fault
 from lorafit.data.formats import recognised
@@ -16,6 +17,7 @@ from lorafit.errors import DataError
 Rows = Iterator[tuple[int, Any]]
 
 BOM = b"\xef\xbb\xbf"
+PART = 1 << 20  # bytes of a file read at a time
 _BAD_BYTES = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that aren't UTF-8
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NOT_UTF8 = "not valid UTF-8; save the file as UTF-8"
@@ -40,15 +42,18 @@ def _bom(path: Path) -> Rows:
 def read_json(path: Path) -> Rows:
     """JSON Lines, one JSON array, or one object that holds one array, told apart by what the file holds."""
     yield from _bom(path)
-    first = next((text for _, text in lines_of(path) if text.strip()), "")
-    if _is_json(first) and not _alone(path):
+    if not _alone(path) and _is_json(next((text for _, text in lines_of(path) if text.strip()), "")):
         yield from _json_lines(path)
         return
+    with path.open("rb") as file:
+        window = _Window(file)
+        start = window.skip(0)
+        if window.text[start : start + 1] == "[":
+            yield from _elements(window, start)
+            return
+    del window
     text = path.read_bytes().removeprefix(BOM).decode("utf-8", "surrogateescape")
     start = _skip(text, 0)
-    if text[start : start + 1] == "[":
-        yield from _elements(text, start, 1 + text.count("\n", 0, start))
-        return
     try:
         value, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -72,10 +77,63 @@ def _is_json(text: str) -> bool:
 
 
 def _alone(path: Path) -> bool:
-    """Whether the file holds a single line that isn't blank."""
-    filled = (number for number, text in lines_of(path) if text.strip())
-    next(filled, None)
-    return next(filled, None) is None
+    """Whether the file holds a single line that isn't blank. Reads parts, for that line may be as long as the file."""
+    count, filled = 0, False
+    with path.open("rb") as file:
+        decoder = _decoder()
+        while data := file.read(PART):
+            first, *lines = decoder.decode(data).split("\n")
+            filled = filled or bool(first.strip())
+            for line in lines:
+                count += filled
+                filled = bool(line.strip())
+            if count + filled > 1:
+                return False
+    return True
+
+
+class _Window:
+    """A part of a file's text, so that a file larger than memory can be read.
+
+    `text` begins in `line`, after `column` of its characters. Bytes that aren't UTF-8 become surrogates.
+    """
+
+    def __init__(self, file: BinaryIO | None = None, text: str = "") -> None:
+        self.text, self.line, self.column = text, 1, 0
+        self._file, self._decoder = file, _decoder()
+        self.more()
+
+    def more(self) -> bool:
+        """Reads on, as much again as there is; False at the end of the file."""
+        data = self._file.read(max(PART, len(self.text))) if self._file else b""
+        self.text += self._decoder.decode(data, final=not data)
+        return bool(data)
+
+    def drop(self, end: int) -> None:
+        """Forgets the text before `end`."""
+        lines = self.text.count("\n", 0, end)
+        self.column = end - 1 - self.text.rfind("\n", 0, end) if lines else self.column + end
+        self.line += lines
+        self.text = self.text[end:]
+
+    def skip(self, at: int) -> int:
+        """Past the whitespace at `at`."""
+        at = _skip(self.text, at)
+        while at == len(self.text) and self.more():
+            at = _skip(self.text, at)
+        return at
+
+    def fault(self, line: int, error: json.JSONDecodeError) -> tuple[int, Fault]:
+        """A broken row that begins in `line`, and all that comes after it."""
+        column = error.colno + (self.column if error.lineno == 1 else 0)
+        reason = _NOT_JSON.format(error.msg, column)
+        return line, Fault(
+            self.line + error.lineno - 1, f"{reason}; the rest of the file can't be read, mend this first"
+        )
+
+
+def _decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
 
 
 def _skip(text: str, at: int) -> int:
@@ -98,25 +156,29 @@ def _json_lines(path: Path) -> Rows:
             yield number, Fault(number, "not valid JSON: nested too deeply")
 
 
-def _elements(text: str, start: int, line: int) -> Rows:
-    """The elements of the array that opens at `start`, which is on `line`."""
-    at = _skip(text, start + 1)
-    line += text.count("\n", start, at)
-    while text[at : at + 1] != "]":
+def _elements(window: _Window, at: int) -> Rows:
+    """The elements of the array that opens at `at`."""
+    at = window.skip(at + 1)
+    line = window.line + window.text.count("\n", 0, at)
+    while window.text[at : at + 1] != "]":
         try:
-            value, end = _DECODER.raw_decode(text, at)
-            stop = _skip(text, end)
-            if text[stop : stop + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, stop)
+            value, end = _DECODER.raw_decode(window.text, at)
+            stop = window.skip(end)
+            if window.text[stop : stop + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", window.text, stop)
         except json.JSONDecodeError as error:
-            reason = _NOT_JSON.format(error.msg, error.colno)
-            yield line, Fault(error.lineno, f"{reason}; the rest of the file can't be read, mend this first")
+            if window.more():
+                continue  # the row was cut off where the window ends
+            yield window.fault(line, error)
             return
-        bad = _BAD_BYTES.search(text, at, end)
-        yield line, Fault(line + text.count("\n", at, bad.start()), _NOT_UTF8) if bad else value
-        after = _skip(text, stop + 1) if text[stop] == "," else stop
-        line += text.count("\n", at, after)
+        bad = _BAD_BYTES.search(window.text, at, end)
+        yield line, Fault(line + window.text.count("\n", at, bad.start()), _NOT_UTF8) if bad else value
+        after = window.skip(stop + 1) if window.text[stop] == "," else stop
+        line += window.text.count("\n", at, after)
         at = after
+        if at > PART:
+            window.drop(at)
+            at = 0
 
 
 def _objects(text: str, at: int) -> Rows:
@@ -146,7 +208,7 @@ def _single(text: str, start: int, value: Any) -> Rows:
         yield line, Fault(line, f"the file holds several lists of rows ({names}); write each to a file of its own")
     else:
         at = _value_at(text, start, lists[0])
-        yield from _elements(text, at, 1 + text.count("\n", 0, at))
+        yield from _elements(_Window(text=text), at)
 
 
 def _is_rows(value: Any) -> bool:

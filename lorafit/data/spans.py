@@ -58,11 +58,7 @@ def render_row(example: Example, chat: Chat, learn: str) -> Rendered:
 
 def _ended(text: str, span: Span, chat: Chat) -> bool:
     """Whether the span's last thing is a special token."""
-    return text.endswith((*chat.controls, *_stops(chat)), *span)
-
-
-def _stops(chat: Chat) -> set[str]:
-    return {*chat.ends, *chat.tokenizer.convert_ids_to_tokens(list(chat.stop))}
+    return text.endswith(chat.controls, *span) or text.endswith(chat.stops, *span)
 
 
 def _locate(example: Example, chat: Chat, number: int, text: str) -> Span:
@@ -149,11 +145,11 @@ def _end(text: str, after: str, chat: Chat, calls: bool) -> int | None:
     end = len(text) - len(after)
     lead = len(after) - len(after.lstrip())
     token = chat.added.match(after, lead)
-    if token is not None and token.group() not in _stops(chat):
+    if token is not None and token.group() not in chat.stops:
         token = None  # the heading of the next turn
     if end >= 0 and text.endswith(after):
         if calls:  # they stand between the content and the end of the turn
-            stops = [after.find(stop) + len(stop) for stop in _stops(chat) if stop in after]
+            stops = [after.find(stop) + len(stop) for stop in chat.stops if stop in after]
             return end + min(stops) if stops else None
         return end + (token.end() if token else 0)
     if token is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal
+from itertools import islice, pairwise
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lorafit.data.spans import Rendered, render_row
 Learn = Literal["assistant", "completion", "all", "last"]
 Long = Literal["error", "truncate", "skip"]
 Cut = Literal["", "answer", "end"]
+CUTS: tuple[Cut, ...] = ("", "answer", "end")
 
 BATCH = 512  # texts per call of the tokenizer
 
@@ -64,13 +65,18 @@ def encode_all(
     rows = iter(examples)
     while batch := list(islice(rows, BATCH)):
         rendered = [_render(example, chat, learn) for example in batch]
-        pieces = [[] if isinstance(row, RowFault) else _pieces(row, chat) for row in rendered]
-        encoded = iter(_tokenise([piece for row in pieces for piece in row], chat))
-        for example, row, parts in zip(batch, rendered, pieces, strict=True):
-            if isinstance(row, RowFault):
-                yield row
+        cuts = [None if isinstance(row, RowFault) else _cuts(row, chat) for row in rendered]
+        texts: dict[bool, list[str]] = {False: [], True: []}  # by whether their offsets are needed
+        for row, cut in zip(rendered, cuts, strict=True):
+            if not isinstance(row, RowFault) and cut is not None:
+                texts[cut.learn is None] += [row.text[a:b] for a, b in pairwise(cut.at)]
+        encoded = {offsets: _tokenise(found, chat, offsets) for offsets, found in texts.items()}
+        for example, row, cut in zip(batch, rendered, cuts, strict=True):
+            if isinstance(row, RowFault) or cut is None:
+                yield cast("RowFault", row)
                 continue
-            ids, mask = _assemble(row, parts, list(islice(encoded, len(parts))), chat, example.text is not None)
+            parts = list(islice(encoded[cut.learn is None], len(cut.at) - 1))
+            ids, mask = _assemble(row, cut, parts, chat, example.text is not None)
             yield _fit(ids, mask, example, max_tokens, long)
 
 
@@ -83,36 +89,71 @@ def _render(example: Example, chat: Chat, learn: Learn) -> Rendered | RowFault:
         return fault
 
 
-def _pieces(row: Rendered, chat: Chat) -> list[str]:
-    starts = sorted({start for start, _ in row.spans if 0 < start < len(row.text)}) if chat.splits else []
-    return [row.text[a:b] for a, b in zip([0, *starts], [*starts, len(row.text)], strict=True)]
+@dataclass(frozen=True)
+class _Cut:
+    """Where a text is cut (its two ends among them) and, for each piece, whether all of it is learned.
+
+    `learn` is None where a piece is learned in part, so that the place of its tokens in the text must be known.
+    """
+
+    at: tuple[int, ...]
+    learn: tuple[bool, ...] | None
 
 
-def _tokenise(texts: Sequence[str], chat: Chat) -> Iterator[Any]:
-    """One `tokenizers.Encoding` a text. The wrapper of transformers is left out: it takes as long as the work itself."""
+def _cuts(row: Rendered, chat: Chat) -> _Cut:
+    size = len(row.text)
+    starts = sorted({start for start, _ in row.spans if 0 < start < size}) if chat.splits else []
+    plain = _Cut((0, *starts, size), None)
+    if row.holes or not chat.splits:
+        return plain
+    ends = set()
+    for _, end in row.spans:
+        begin = max((start for start in starts if start < end), default=0)
+        if 0 < end < size and row.text.endswith(chat.walls, begin, end):
+            ends.add(end)
+    at = (0, *sorted({*starts, *ends}), size)
+    learn = []
+    for start, end in pairwise(at):
+        covered = [min(end, last) - max(start, first) for first, last in row.spans]
+        if any(0 < shared < end - start for shared in covered):
+            return plain
+        learn.append(any(shared == end - start for shared in covered))
+    return _Cut(at, tuple(learn))
+
+
+def _tokenise(texts: Sequence[str], chat: Chat, offsets: bool) -> Iterator[Any]:
+    """One `tokenizers.Encoding` a text, or without `offsets` its ids.
+
+    The wrapper of transformers is left out: it takes as long as the work itself.
+    """
     tokenizer = chat.tokenizer.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    yield from tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    if offsets:
+        yield from tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return
+    words = chat.words
+    known = [words.ids(text) for text in texts] if words is not None else [None] * len(texts)
+    rest = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+    others = iter(tokenizer.encode_batch_fast(rest, add_special_tokens=False))
+    for ids in known:
+        yield next(others).ids if ids is None else ids
 
 
 def _assemble(
-    row: Rendered, parts: Sequence[str], encoded: Sequence[Any], chat: Chat, plain: bool
+    row: Rendered, cut: _Cut, encoded: Sequence[Any], chat: Chat, plain: bool
 ) -> tuple[list[int], np.ndarray]:
-    ids: list[int] = []
-    masks = []
-    base = 0
-    for part, encoding in zip(parts, encoded, strict=True):
-        piece = encoding.ids
-        ids += piece
-        mask = np.zeros(len(piece), dtype=bool)
-        for value, spans in ((True, row.spans), (False, row.holes)):
-            for start, end in spans:
-                first, past = _touched(encoding, start - base, end - base, len(part))
-                mask[first:past] = value
-        masks.append(mask)
-        base += len(part)
-    learn = np.concatenate(masks)
+    pieces = [encoding.ids for encoding in encoded] if cut.learn is None else encoded
+    ids = [id_ for piece in pieces for id_ in piece]
+    if cut.learn is not None:
+        learn = np.repeat(cut.learn, [len(piece) for piece in pieces])
+    else:
+        masks = [np.zeros(len(piece), dtype=bool) for piece in pieces]
+        for mask, encoding, (start, end) in zip(masks, encoded, pairwise(cut.at), strict=True):
+            for value, spans in ((True, row.spans), (False, row.holes)):
+                for first, last in spans:
+                    mask[slice(*_touched(encoding, first - start, last - start, end - start))] = value
+        learn = np.concatenate(masks)
     if plain:
         ids = [*chat.around[0], *ids, *chat.around[1]]
         learn = np.ones(len(ids), dtype=bool)

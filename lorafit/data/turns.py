@@ -193,3 +193,12 @@ def columns(row: Mapping[str, Any]) -> str:
     """The row's columns, for a message."""
     names = [str(name) for name in row]
     return ", ".join(names[:12]) + (", …" if len(names) > 12 else "") if names else "no columns"
+
+
+def weight(value: Any) -> int:
+    """About how many letters a value read from a file holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(weight, value.values()))
+    return sum(map(weight, value)) if isinstance(value, list) else 8
