@@ -14,7 +14,8 @@ datasets  `load_dataset`, then a map that gives each row's messages to `tokenize
   + mask  the same twice for each row, as TRL does for prompt and completion: the prompt alone, with the generation prompt,
           tells where the learned part of the whole begins.
 
-The second run is timed with the cache that the first has left: both libraries find it by content and read it.
+The second run is timed with the cache that the first has left. lorafit reads the file and the cache to see that both are
+what they were; datasets trusts the file's name and time.
 """
 
 from __future__ import annotations
