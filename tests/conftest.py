@@ -22,6 +22,25 @@ def kernels():
 
 
 @pytest.fixture(scope="session")
+def generic(tmp_path_factory):
+    """The kernels for any processor of this kind, as they are where there are no tiles and no wide vectors."""
+    import ctypes
+    import shutil
+    import subprocess
+
+    from lorafit.native import build
+
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None or build.library() is None:
+        pytest.skip("no C++ compiler that builds the kernels")
+    to = tmp_path_factory.mktemp("generic") / "kernels.so"
+    sources = map(str, sorted(Path(build.__file__).parent.glob("*.cpp")))
+    flags = ["-O1", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w"]
+    subprocess.run([compiler, *flags, *sources, "-o", str(to)], check=True)
+    return ctypes.CDLL(str(to))
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     import torch
     from data_helpers import CHATML, tokenizer

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import lorafit.native.attention as native
+from lorafit.native import kernel
 from lorafit.native.attention import attend, plain_attend
 from lorafit.native.build import library
 
@@ -114,24 +110,11 @@ def test_bf16_equals_fp32_of_the_same_inputs(lengths, heads, dim, window):
         assert error < BF16[name], name
 
 
-@pytest.fixture(scope="session")
-def generic(tmp_path_factory) -> ctypes.CDLL:
-    """The kernel for any processor of this kind, as it is where there are no tiles and no wide vectors."""
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    if compiler is None or library() is None:
-        pytest.skip("no C++ compiler that builds the kernels")
-    to = tmp_path_factory.mktemp("generic") / "attention.so"
-    source = Path(native.__file__).with_suffix(".cpp")
-    flags = ["-O1", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-w"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(to)], check=True)
-    return ctypes.CDLL(str(to))
-
-
 @pytest.mark.parametrize("dim", [24, 64])
 @pytest.mark.parametrize("window", [None, 40])
 def test_the_kernel_for_any_processor(generic, monkeypatch, dim, window):
     lengths = [1, 17, 300, 64]
-    monkeypatch.setattr(native, "library", lambda: generic)
+    monkeypatch.setattr(kernel, "library", lambda: generic)
     for dtype, tolerance in ((torch.float32, dict.fromkeys(BF16, FP32)), (torch.bfloat16, BF16)):
         given = inputs(sum(lengths), (4, 2), dim, dtype)
         got = run(attend, *given, lengths, dim**-0.5, window)

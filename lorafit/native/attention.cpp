@@ -13,46 +13,19 @@
 //
 // The result doesn't depend on the number of threads: a unit of work owns what it writes. The one sum shared by units, a
 // query's gradient over its document's chunks of keys, is added up in the order of the chunks.
+#include "common.h"
+
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <vector>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define WIDE_VECTORS 1
-#endif
-#if defined(WIDE_VECTORS) && defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define TILES 1
-#endif
 #if defined(__linux__) || defined(__APPLE__)
 #include <sched.h>
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
-
-#define KERNEL extern "C" __attribute__((visibility("default")))
-#define INLINE inline __attribute__((always_inline))
-#define APART __attribute__((noinline))  // long and called from many places: compiled once
-
 namespace {
-
-struct bf16 {
-    uint16_t bits;
-};
-
-// Sixteen floats, however many registers that takes.
-typedef float Floats __attribute__((vector_size(64), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(32), may_alias, aligned(2)));
-typedef float LooseFloats __attribute__((vector_size(64), may_alias, aligned(4)));
 
 constexpr int64_t SUB = 32;           // tokens: the grain of everything
 constexpr int64_t QUERIES = 128;      // of a backward block; the longer, the fewer passes over the chunk's dK and dV
@@ -61,9 +34,6 @@ constexpr int64_t KEYS = 256;         // of a forward block; the running softmax
 constexpr int64_t FORWARD_ROWS = 768; // about so many rows (queries x heads of a group) share one packing of the keys
 
 constexpr float LOG2E = 1.44269504f;
-
-INLINE Floats all(float x) { return Floats{} + x; }
-INLINE Floats greater(Floats a, Floats b) { return a > b ? a : b; }
 
 // 2^x to 3e-7 relative: 2^n times a polynomial on [-1/2, 1/2]. At -127 and below it is 0 exactly; NaN stays NaN.
 INLINE Floats exp2(Floats x) {
@@ -76,84 +46,6 @@ INLINE Floats exp2(Floats x) {
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
     return (Floats)((Ints)p + ((Ints)shifted << 23));
-}
-
-INLINE float sum(Floats x) {
-#ifdef WIDE_VECTORS
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float s = 0;
-    for (int i = 0; i < 16; i++) s += x[i];
-    return s;
-#endif
-}
-
-INLINE float largest(Floats x) {
-#ifdef WIDE_VECTORS
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float m = x[0];
-    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
-    return m;
-#endif
-}
-
-INLINE Floats widen(const float* p) { return *(const LooseFloats*)p; }
-INLINE Floats widen(const bf16* p) { return (Floats)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
-
-// Round to nearest, ties to even; a NaN stays one.
-INLINE void narrow(Floats x, float* p) { *(LooseFloats*)p = x; }
-INLINE void narrow(Floats x, bf16* p) {
-    Words bits = (Words)x, nan = all(0) == all(0) ? Words{} + 0x7fc00000u : Words{};
-    bits += 0x7fffu + ((bits >> 16) & 1u);
-    bits = x == x ? bits : nan;
-    *(Halves*)p = __builtin_convertvector(bits >> 16, Halves);
-}
-
-// Fewer than sixteen numbers, the others zero.
-template <typename X>
-INLINE Floats widen_some(const X* p, int64_t count) {
-    X buffer[16] = {};
-    std::memcpy(buffer, p, count * sizeof(X));
-    return widen(buffer);
-}
-template <typename X>
-INLINE void narrow_some(Floats x, X* p, int64_t count) {
-    X buffer[16];
-    narrow(x, buffer);
-    std::memcpy(p, buffer, count * sizeof(X));
-}
-
-// 16 x 16 words of 32 bits: `from` and `to` are sixteen lines each, `step` bytes apart.
-APART void transpose(const void* from, int64_t from_step, void* to, int64_t to_step) {
-    const char* a = (const char*)from;
-    char* b = (char*)to;
-#ifdef WIDE_VECTORS
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(a + i * from_step);
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {  // r[i + c]: in quarter q, column 4q + c of the rows i to i + 3
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 8)
-        for (int c = 0; c < 4; c++) {
-            t[i + c] = _mm512_shuffle_i32x4(r[i + c], r[i + 4 + c], 0x88);
-            t[i + 4 + c] = _mm512_shuffle_i32x4(r[i + c], r[i + 4 + c], 0xdd);
-        }
-    for (int c = 0; c < 8; c++) {
-        _mm512_storeu_si512(b + c * to_step, _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88));
-        _mm512_storeu_si512(b + (8 + c) * to_step, _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd));
-    }
-#else
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) std::memcpy(b + j * to_step + 4 * i, a + i * from_step + 4 * j, 4);
-#endif
 }
 
 // Products in float with vectors, for float tensors and for bf16 ones where there are no tiles.
@@ -218,28 +110,16 @@ struct VectorEngine {
     }
 };
 
-#ifdef TILES
+#ifdef LORAFIT_AMX
 // Products of bf16 with AMX tiles: 16 rows of 64 bytes, two tiles by two so that every load is used twice.
 struct TileEngine {
     using Number = bf16;
     static constexpr int64_t K = 32;
 
-    static bool permitted() {  // asked of the operating system once a process
-        static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-        return granted;
-    }
-
     // Tiles are configured per thread, and released because other libraries set their own shapes.
     struct Session {
-        Session() {
-            struct alignas(64) {
-                uint8_t palette = 1, start = 0, reserved[14] = {};
-                uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-            } config;
-            __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
-        }
-        ~Session() { __asm__ volatile("tilerelease" : : : "memory"); }
+        Session() { tiles::configure(); }
+        ~Session() { tiles::release(); }
     };
 
     static INLINE void load(const bf16* from, int64_t count, bf16* line) {
@@ -274,23 +154,6 @@ struct TileEngine {
             }
     }
 
-    template <int T>
-    static INLINE void zero() {
-        __asm__ volatile("tilezero %%tmm%c0" : : "i"(T));
-    }
-    template <int T>
-    static INLINE void load_tile(const void* p) {
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(int64_t{64}), "i"(T) : "memory");
-    }
-    template <int T>
-    static INLINE void store_tile(void* p) {
-        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(int64_t{64}), "i"(T) : "memory");
-    }
-    template <int C, int A, int B>
-    static INLINE void product() {
-        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
-    }
-
     // Rows and panels are even numbers of tiles, thanks to the padding.
     template <bool ADD>
     static APART void multiply(int64_t rows, int64_t panels, int64_t lines, const bf16* a, int64_t a_step, const bf16* b,
@@ -299,16 +162,16 @@ struct TileEngine {
             for (int64_t r = 0; r < rows; r += 32) {
                 float *left = c + p * c_step + r * 16, *right = left + c_step;
                 if (ADD) {
-                    load_tile<0>(left), load_tile<1>(right), load_tile<2>(left + 256), load_tile<3>(right + 256);
+                    tiles::load<0>(left, 64), tiles::load<1>(right, 64), tiles::load<2>(left + 256, 64), tiles::load<3>(right + 256, 64);
                 } else {
-                    zero<0>(), zero<1>(), zero<2>(), zero<3>();
+                    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
                 }
                 const bf16 *x = a + r * 32, *y = b + p * b_step;
                 for (int64_t line = 0; line < lines; line++, x += a_step, y += 512) {
-                    load_tile<4>(x), load_tile<6>(y), load_tile<7>(y + b_step), load_tile<5>(x + 512);
-                    product<0, 4, 6>(), product<1, 4, 7>(), product<2, 5, 6>(), product<3, 5, 7>();
+                    tiles::load<4>(x, 64), tiles::load<6>(y, 64), tiles::load<7>(y + b_step, 64), tiles::load<5>(x + 512, 64);
+                    tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>(), tiles::multiply<2, 5, 6>(), tiles::multiply<3, 5, 7>();
                 }
-                store_tile<0>(left), store_tile<1>(right), store_tile<2>(left + 256), store_tile<3>(right + 256);
+                tiles::store<0>(left, 64), tiles::store<1>(right, 64), tiles::store<2>(left + 256, 64), tiles::store<3>(right + 256, 64);
             }
     }
 };
@@ -727,8 +590,8 @@ void backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
 }
 
 Shape shape(const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
-            int64_t threads) {
-    return {starts, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, (int)std::max<int64_t>(threads, 1)};
+            int threads) {
+    return {starts, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
 }
 
 }  // namespace
@@ -737,48 +600,56 @@ Shape shape(const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads
 // out (n, heads, dim) contiguous; lse (heads, n): the base-2 logarithm of each row's sum of 2^(score * scale * log2 e).
 // Document d is the tokens starts[d] to starts[d + 1]. Query i sees key j if 0 <= i - j, and < window where that isn't 0.
 // scale > 0.
-KERNEL void attention_forward_f32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
+KERNEL int attention_forward_f32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
                                   int64_t v_stride, float* out, float* lse, const int64_t* starts, int64_t docs,
                                   int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
-                                  int64_t threads) {
+                                  int threads) {
     Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
     forward<VectorEngine, float>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
+    return 0;
 }
 
-KERNEL void attention_forward_bf16(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_stride, const bf16* v,
+KERNEL int attention_forward_bf16(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_stride, const bf16* v,
                                    int64_t v_stride, bf16* out, float* lse, const int64_t* starts, int64_t docs,
                                    int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
-                                   int64_t threads) {
+                                   int threads) {
     Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
-#ifdef TILES
-    if (TileEngine::permitted())
-        return forward<TileEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
+#ifdef LORAFIT_AMX
+    if (tiles::permitted()) {
+        forward<TileEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
+        return 0;
+    }
 #endif
     forward<VectorEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
+    return 0;
 }
 
 // The same, with what the forward wrote and dout, laid out as out. dq, dk and dv have strides of their own.
-KERNEL void attention_backward_f32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
+KERNEL int attention_backward_f32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
                                    int64_t v_stride, const float* out, const float* lse, const float* dout, float* dq,
                                    int64_t dq_stride, float* dk, int64_t dk_stride, float* dv, int64_t dv_stride,
                                    const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim,
-                                   float scale, int64_t window, int64_t threads) {
+                                   float scale, int64_t window, int threads) {
     Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
     backward<VectorEngine, float>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
                                   {dk, dk_stride}, {dv, dv_stride});
+    return 0;
 }
 
-KERNEL void attention_backward_bf16(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_stride, const bf16* v,
+KERNEL int attention_backward_bf16(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_stride, const bf16* v,
                                     int64_t v_stride, const bf16* out, const float* lse, const bf16* dout, bf16* dq,
                                     int64_t dq_stride, bf16* dk, int64_t dk_stride, bf16* dv, int64_t dv_stride,
                                     const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim,
-                                    float scale, int64_t window, int64_t threads) {
+                                    float scale, int64_t window, int threads) {
     Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
-#ifdef TILES
-    if (TileEngine::permitted())
-        return backward<TileEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
+#ifdef LORAFIT_AMX
+    if (tiles::permitted()) {
+        backward<TileEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
                                           {dk, dk_stride}, {dv, dv_stride});
+        return 0;
+    }
 #endif
     backward<VectorEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
                                  {dk, dk_stride}, {dv, dv_stride});
+    return 0;
 }

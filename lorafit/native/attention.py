@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -17,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.native.build import library
+from lorafit.native.kernel import Kernel, usable
 
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_TAIL = "piiiifi"  # starts, documents, heads, kv heads, dim, scale, window
+_forward = Kernel("attention_forward", "pi" * 3 + "pp" + _TAIL)
+_backward = Kernel("attention_backward", "pi" * 3 + "ppp" + "pi" * 3 + _TAIL)
 
 
 def attend(
@@ -32,9 +33,9 @@ def attend(
     query heads shares a kv head. Products are of the tensors' type; sums and the softmax are fp32.
     """
     scale = _check(q, k, v, lengths, scale, window)
-    if not _runs_native(q, k, v) or (lib := library()) is None:
+    if q.numel() == 0 or not usable(q, k, v):
         return plain_attend(q, k, v, lengths, scale, window)
-    out: Tensor = _Attention.apply(_functions(lib, q.dtype), q, k, v, tuple(lengths), scale, window or 0)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -81,25 +82,19 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
     return (distance >= 0) & (distance < window)
 
 
-def _runs_native(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    same = all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
-    return same and q.dtype in _NAMES and q.numel() > 0
-
-
 class _Attention(torch.autograd.Function):
     """Keeps q, k, v, the output and one float a row; the backward makes the probabilities anew."""
 
     @staticmethod
     def forward(
-        ctx: Any, functions: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int
     ) -> Tensor:
         n, heads, dim = q.shape
         q, k, v = (_heads_together(x) for x in (q, k, v))
         out, lse = q.new_empty(n, heads * dim), torch.empty(heads, n)
         starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
         ctx.tail = (starts, len(lengths), heads, k.shape[1], dim, scale, window)
-        functions[0](*_rows(q, k, v), out.data_ptr(), lse.data_ptr(), *ctx.tail, torch.get_num_threads())
-        ctx.functions = functions
+        _forward(q.dtype, *_rows(q, k, v), out, lse, *ctx.tail)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -109,9 +104,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        given = (out.data_ptr(), lse.data_ptr(), dout.data_ptr())
-        ctx.functions[1](*_rows(q, k, v), *given, *_rows(*grads), *ctx.tail, torch.get_num_threads())
-        return None, *grads, None, None, None
+        _backward(q.dtype, *_rows(q, k, v), out, lse, dout, *_rows(*grads), *ctx.tail)
+        return *grads, None, None, None
 
 
 def _heads_together(x: Tensor) -> Tensor:
@@ -119,18 +113,6 @@ def _heads_together(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _rows(*tensors: Tensor) -> list[int]:
-    """Address and elements from row to row of each tensor."""
-    return [number for x in tensors for number in (x.data_ptr(), x.stride(0))]
-
-
-@lru_cache(maxsize=4)
-def _functions(lib: ctypes.CDLL, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The library's forward and backward for tensors of `dtype`, their arguments declared."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    tail = [ctypes.POINTER(number), number, number, number, number, ctypes.c_float, number, number]
-    forward, backward = (getattr(lib, f"attention_{way}_{_NAMES[dtype]}") for way in ("forward", "backward"))
-    forward.argtypes = [pointer, number] * 3 + [pointer] * 2 + tail
-    backward.argtypes = [pointer, number] * 3 + [pointer] * 3 + [pointer, number] * 3 + tail
-    forward.restype = backward.restype = None
-    return forward, backward
+def _rows(*tensors: Tensor) -> list[Any]:
+    """Each tensor and its elements from row to row."""
+    return [part for x in tensors for part in (x, x.stride(0))]

@@ -15,6 +15,14 @@
 #define LORAFIT_AMX 1
 #endif
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define WIDE_VECTORS 1
+#endif
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+
+#define INLINE inline __attribute__((always_inline))
+#define APART __attribute__((noinline))  // long and called from many places: compiled once
 #define KERNEL extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -48,76 +56,123 @@ inline bf16 narrow<bf16>(float x) {  // round to nearest, ties to even; a NaN st
 // Sixteen numbers at once, in the compiler's own vector types: one register with AVX512, several with less. Loops that
 // only add and multiply are left to the compiler; it does poorly on those that take exponentials.
 constexpr int64_t LANES = 16;
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Words __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(64), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), may_alias, aligned(2)));
+typedef float LooseFloats __attribute__((vector_size(64), may_alias, aligned(4)));
 
-inline Lanes get(const float* p) {
-    Lanes x;
-    std::memcpy(&x, p, 64);
-    return x;
-}
-inline Lanes get(const bf16* p) {
-    Halves h;
-    std::memcpy(&h, p, 32);
-    return (Lanes)(__builtin_convertvector(h, Bits) << 16);
-}
-inline void put(float* p, Lanes x) { std::memcpy(p, &x, 64); }
-inline void put(bf16* p, Lanes x) {
-#ifdef __AVX512BF16__
-    __m256bh h = _mm512_cvtneps_pbh((__m512)x);
-    std::memcpy(p, &h, 32);
+INLINE Floats all(float x) { return Floats{} + x; }
+INLINE Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float sum(Floats x) {
+#ifdef WIDE_VECTORS
+    return _mm512_reduce_add_ps((__m512)x);
 #else
-    Bits bits = (Bits)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    Halves h = __builtin_convertvector(x != x ? Bits{} + 0x7fc0u : rounded, Halves);
-    std::memcpy(p, &h, 32);
+    float s = 0;
+    for (int i = 0; i < 16; i++) s += x[i];
+    return s;
 #endif
 }
 
-// The last numbers of a row, fewer than LANES: the rest of the register is `fill`.
-template <typename T>
-Lanes get(const T* p, int64_t count, float fill) {
-    float some[LANES];
-    for (int64_t i = 0; i < LANES; i++) some[i] = i < count ? widen(p[i]) : fill;
-    return get(some);
+INLINE float largest(Floats x) {
+#ifdef WIDE_VECTORS
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float m = x[0];
+    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
+    return m;
+#endif
 }
-template <typename T>
-void put(T* p, Lanes x, int64_t count) {
-    for (int64_t i = 0; i < count; i++) p[i] = narrow<T>(x[i]);
+
+INLINE Floats widen(const float* p) { return *(const LooseFloats*)p; }
+INLINE Floats widen(const bf16* p) { return (Floats)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
+
+// Round to nearest, ties to even; a NaN stays one.
+INLINE void narrow(Floats x, float* p) { *(LooseFloats*)p = x; }
+INLINE void narrow(Floats x, bf16* p) {
+#ifdef __AVX512BF16__
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(p, &halves, 32);
+#else
+    Words bits = (Words)x, nan = Words{} + 0x7fc00000u;
+    bits += 0x7fffu + ((bits >> 16) & 1u);
+    bits = x == x ? bits : nan;
+    *(Halves*)p = __builtin_convertvector(bits >> 16, Halves);
+#endif
+}
+
+// Fewer than sixteen numbers, the others zero.
+template <typename X>
+INLINE Floats widen_some(const X* p, int64_t count) {
+    X buffer[16] = {};
+    std::memcpy(buffer, p, count * sizeof(X));
+    return widen(buffer);
+}
+template <typename X>
+INLINE void narrow_some(Floats x, X* p, int64_t count) {
+    X buffer[16];
+    narrow(x, buffer);
+    std::memcpy(p, buffer, count * sizeof(X));
+}
+
+// 16 x 16 words of 32 bits: `from` and `to` are sixteen lines each, `step` bytes apart.
+APART void transpose(const void* from, int64_t from_step, void* to, int64_t to_step) {
+    const char* a = (const char*)from;
+    char* b = (char*)to;
+#ifdef WIDE_VECTORS
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(a + i * from_step);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // r[i + c]: in quarter q, column 4q + c of the rows i to i + 3
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int c = 0; c < 4; c++) {
+            t[i + c] = _mm512_shuffle_i32x4(r[i + c], r[i + 4 + c], 0x88);
+            t[i + 4 + c] = _mm512_shuffle_i32x4(r[i + c], r[i + 4 + c], 0xdd);
+        }
+    for (int c = 0; c < 8; c++) {
+        _mm512_storeu_si512(b + c * to_step, _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88));
+        _mm512_storeu_si512(b + (8 + c) * to_step, _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd));
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) std::memcpy(b + j * to_step + 4 * i, a + i * from_step + 4 * j, 4);
+#endif
 }
 
 // exp(x) to about 2e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2]. Below -87 it is 1e-38 and not 0; NaN stays NaN.
-inline Lanes exponential(Lanes x) {
-    x = x < -87.0f ? Lanes{} - 87.0f : x;
-    x = x > 88.0f ? Lanes{} + 88.0f : x;
-    Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest whole number
-    Lanes n = shifted - 12582912.0f;
-    Lanes r = x - n * 0.693145752f;
+INLINE Floats exponential(Floats x) {
+    x = x < -87.0f ? Floats{} - 87.0f : x;
+    x = x > 88.0f ? Floats{} + 88.0f : x;
+    Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest whole number
+    Floats n = shifted - 12582912.0f;
+    Floats r = x - n * 0.693145752f;
     r = r - n * 1.42860677e-6f;
-    Lanes p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + (r + 1.0f);
-    return p * (Lanes)(((Words)shifted - 0x4b400000 + 127) << 23);
+    return p * (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
 }
 
 // 1/x for x of ordinary size: an estimate and one step of Newton's, four times as fast as the processor's division.
-inline Lanes reciprocal(Lanes x) {
+INLINE Floats reciprocal(Floats x) {
 #ifdef __AVX512F__
-    Lanes r = (Lanes)_mm512_rcp14_ps((__m512)x);
+    Floats r = (Floats)_mm512_rcp14_ps((__m512)x);
     return r * (2.0f - x * r);
 #else
     return 1.0f / x;
 #endif
-}
-
-inline float sum(Lanes x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
 }
 
 }  // namespace

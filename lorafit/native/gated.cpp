@@ -4,17 +4,17 @@
 namespace {
 
 struct Silu {  // x sigmoid(x)
-    static void of(Lanes x, Lanes& value, Lanes& slope) {
-        Lanes s = reciprocal(1.0f + exponential(-x));
+    static void of(Floats x, Floats& value, Floats& slope) {
+        Floats s = reciprocal(1.0f + exponential(-x));
         value = x * s;
         slope = s * (1.0f + x * (1.0f - s));
     }
 };
 
 struct GeluTanh {  // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
-    static void of(Lanes x, Lanes& value, Lanes& slope) {
-        Lanes inner = 0.7978845608f * (x + 0.044715f * x * x * x);
-        Lanes s = reciprocal(1.0f + exponential(-2.0f * inner));  // (1 + tanh(inner)) / 2
+    static void of(Floats x, Floats& value, Floats& slope) {
+        Floats inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+        Floats s = reciprocal(1.0f + exponential(-2.0f * inner));  // (1 + tanh(inner)) / 2
         value = x * s;
         slope = s + x * 2.0f * s * (1.0f - s) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
     }
@@ -23,34 +23,34 @@ struct GeluTanh {  // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 template <typename Act, typename T>
 void forward(const T* gate, const T* up, T* out, int64_t count, int threads) {
     int64_t whole = count / LANES * LANES, rest = count - whole;
-    Lanes value, slope;
+    Floats value, slope;
 #pragma omp parallel for num_threads(threads) schedule(static) private(value, slope)
     for (int64_t i = 0; i < whole; i += LANES) {
-        Act::of(get(gate + i), value, slope);
-        put(out + i, value * get(up + i));
+        Act::of(widen(gate + i), value, slope);
+        narrow(value * widen(up + i), out + i);
     }
     if (rest) {
-        Act::of(get(gate + whole, rest, 0.0f), value, slope);
-        put(out + whole, value * get(up + whole, rest, 0.0f), rest);
+        Act::of(widen_some(gate + whole, rest), value, slope);
+        narrow_some(value * widen_some(up + whole, rest), out + whole, rest);
     }
 }
 
 template <typename Act, typename T>
 void backward(const T* dout, const T* gate, const T* up, T* dgate, T* dup, int64_t count, int threads) {
     int64_t whole = count / LANES * LANES, rest = count - whole;
-    Lanes value, slope;
+    Floats value, slope;
 #pragma omp parallel for num_threads(threads) schedule(static) private(value, slope)
     for (int64_t i = 0; i < whole; i += LANES) {
-        Lanes d = get(dout + i);
-        Act::of(get(gate + i), value, slope);
-        put(dgate + i, d * get(up + i) * slope);
-        put(dup + i, d * value);
+        Floats d = widen(dout + i);
+        Act::of(widen(gate + i), value, slope);
+        narrow(d * widen(up + i) * slope, dgate + i);
+        narrow(d * value, dup + i);
     }
     if (rest) {
-        Lanes d = get(dout + whole, rest, 0.0f);
-        Act::of(get(gate + whole, rest, 0.0f), value, slope);
-        put(dgate + whole, d * get(up + whole, rest, 0.0f) * slope, rest);
-        put(dup + whole, d * value, rest);
+        Floats d = widen_some(dout + whole, rest);
+        Act::of(widen_some(gate + whole, rest), value, slope);
+        narrow_some(d * widen_some(up + whole, rest) * slope, dgate + whole, rest);
+        narrow_some(d * value, dup + whole, rest);
     }
 }
 

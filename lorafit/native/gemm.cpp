@@ -54,30 +54,10 @@ inline __m512i row_of(const bf16* p, int64_t numbers) {  // up to 32 numbers, ze
 
 // A tile from 16 rows of b (columns, k): pairs along k are whole 32-bit words, so this is a 16 x 16 transposition.
 inline void pack_across(const bf16* b, int64_t ldb, int64_t columns, bf16* tile) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = i < columns ? _mm512_loadu_si512(b + i * ldb) : _mm512_setzero_si512();
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_store_si512(tile + 32 * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_store_si512(tile + 32 * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-        _mm512_store_si512(tile + 32 * (i + 4), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        _mm512_store_si512(tile + 32 * (i + 12), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-    }
+    if (columns >= 16) return transpose(b, ldb * 2, tile, 64);
+    alignas(64) bf16 padded[TILE] = {};
+    for (int64_t i = 0; i < columns; i++) std::memcpy(padded + i * DEEP, b + i * ldb, 64);
+    transpose(padded, 64, tile, 64);
 }
 
 // Two tiles from up to 32 rows of b (k, columns), 32 columns wide: pairs of rows are interleaved. `quick` leaves the columns

@@ -3,6 +3,14 @@
 
 namespace {
 
+// The last logits of a row, and so small ones after them that they count for nothing.
+template <typename T>
+Floats tail(const T* row, int64_t count) {
+    Floats x = widen_some(row, count);
+    for (int64_t j = count; j < LANES; j++) x[j] = -INFINITY;
+    return x;
+}
+
 // Row i: loss = log(sum exp(x)) - x[label]; x becomes exp(x - max), less their sum at the label; inverse = 1 / that sum.
 // So x * inverse is the gradient of the loss, and the difference at the label is taken before anything is rounded.
 template <typename T>
@@ -13,28 +21,28 @@ void exponentials(T* logits, const int64_t* labels, float* loss, float* inverse,
         T* row = logits + i * width;
         int64_t whole = width / LANES * LANES, rest = width - whole;
         float target = widen(row[labels[i]]), top = -INFINITY;
-        Lanes most = Lanes{} - INFINITY, sums = {};
+        Floats most = Floats{} - INFINITY, sums = {};
         for (int64_t j = 0; j < whole; j += LANES) {
-            Lanes x = get(row + j);
+            Floats x = widen(row + j);
             most = x > most ? x : most;
         }
         if (rest) {
-            Lanes x = get(row + whole, rest, -INFINITY);
+            Floats x = tail(row + whole, rest);
             most = x > most ? x : most;
         }
         for (int j = 0; j < LANES; j++) top = most[j] > top ? most[j] : top;
         for (int64_t j = 0; j < whole; j += LANES) {
-            Lanes e = exponential(get(row + j) - top);
+            Floats e = exponential(widen(row + j) - top);
             sums += e;
-            put(row + j, e);
+            narrow(e, row + j);
         }
         if (rest) {
-            Lanes e = exponential(get(row + whole, rest, -INFINITY) - top);
+            Floats e = exponential(tail(row + whole, rest) - top);
             for (int j = rest; j < LANES; j++) e[j] = 0;
             sums += e;
-            put(row + whole, e, rest);
+            narrow_some(e, row + whole, rest);
         }
-        float total = sum(sums), own = exponential(Lanes{} + (target - top))[0];
+        float total = sum(sums), own = exponential(Floats{} + (target - top))[0];
         row[labels[i]] = narrow<T>(own - total);
         loss[i] = std::log(total) + top - target;
         inverse[i] = 1.0f / total;
