@@ -1,14 +1,32 @@
-"""What the operating system tells and asks: memory, and the wish that the program stop."""
+"""What the operating system tells and asks: memory and its limits, and the wish that the program stop."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SPARE = 0.05  # of the memory that is left, kept for the system and for whatever else grows
+
+# How those that allocate say no. "a primitive" is oneDNN's: it has one message for a kernel that it can't make, whatever
+# the reason, and the reason met in practice is memory (measured: bf16 products under a limit).
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a primitive",
+    "could not execute a primitive",
+    "could not create a memory",
+)
 
 
 def memory() -> int:
@@ -23,6 +41,115 @@ def peak_memory() -> int:
     """The most resident memory this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory couldn't be had: Python's, torch's (on any device), C++'s or oneDNN's."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """`work()` and "", or None and the error's first line where memory wasn't enough; all that it held is free then."""
+    error = ""
+    try:
+        return work(), ""
+    except Exception as caught:
+        if not out_of_memory(caught):
+            raise
+        error = next(iter(str(caught).splitlines()), "")[:200] or type(caught).__name__
+    # Only here, after the except clause, is the error gone, and with its traceback the tensors of the attempt.
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim: nothing to do
+        ctypes.CDLL(None).malloc_trim(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None, error
+
+
+def private_memory() -> int:
+    """Bytes of this process's private writable memory, as the system counts them against RLIMIT_DATA; 0 if unknown."""
+    return _field("/proc/self/status", "VmData")
+
+
+@contextlib.contextmanager
+def memory_limit(most: int | None = None) -> Iterator[None]:
+    """Inside `with`, an allocation that would take more than `most` bytes, or more than the machine has left, fails.
+
+    Linux gives out memory that it doesn't have and kills the process that then touches it, which nothing can catch. With a
+    soft RLIMIT_DATA the allocation itself fails, which can be caught. That limit (since Linux 4.7) counts private
+    writable mappings, so heap and mmap alike; not reservations without access, such as glibc's unused arenas, and not
+    files mapped read-only. RLIMIT_AS would count those too. What does count without being used (thread stacks, 8 MB
+    each) is there before training begins, and the machine's limit is set relative to that: now plus what is left.
+
+    A tighter limit that is there already stays; nothing is ever raised. Where the system knows no such limit, nothing
+    happens. `most` None: the machine's limit alone.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [before[0]] if before[0] != resource.RLIM_INFINITY else []
+    limits += [n for n in (most, _machine()) if n is not None]
+    with contextlib.suppress(ValueError, OSError):
+        if limits and sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _machine() -> int | None:
+    """The private memory that this process may have: what it has now, and what the machine or its group has left."""
+    left = [n for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
+    ours = private_memory()
+    return ours + int(min(left) * (1 - SPARE)) if left and ours else None
+
+
+def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes left in this process's control groups and those above them, version 2 and 1; file cache counts as left."""
+    found = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        names = (
+            (("memory.max", "memory.high"), "memory.current", "inactive_file")
+            if not kinds
+            else (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+        )
+        for top in (root, root / "unified") if not kinds else (root / "memory",):
+            place = top / path.strip("/")
+            # In a container the path may be the host's, of which only the upper end is there.
+            for folder in [place, *place.parents]:
+                if folder.is_relative_to(top):
+                    found += _left(folder, *names)
+    return found
+
+
+def _left(folder: Path, limits: tuple[str, ...], usage: str, cache: str) -> list[int]:
+    found = []
+    for name in limits:
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no limit
+            most = int((folder / name).read_text())
+            if most < 1 << 60:  # what version 1 writes for none
+                used = int((folder / usage).read_text()) - _field(str(folder / "memory.stat"), cache, 1)
+                found.append(max(1, most - used))
+    return found
+
+
+def _field(path: str, name: str, unit: int = 1024) -> int:
+    """A number in a file of `name value` lines, 0 if it isn't there."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(path).read_text().splitlines():
+            if line.split()[:1] in ([name], [f"{name}:"]):
+                return int(line.split()[1]) * unit
+    return 0
 
 
 class Stop:
