@@ -19,6 +19,7 @@ from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.machine import attempt
 from lorafit.route import StackLike
+from lorafit.train.loop import watched
 from lorafit.train.loss import losses
 
 TOKENS = 2048  # of a forward, where memory allows
@@ -77,7 +78,7 @@ def evaluate(
 
 @torch.no_grad()
 def _sum(host: Host, rows: Sequence[Tokens], spec: StackLike) -> tuple[float, int]:
-    with host.route(spec):
+    with host.route(spec), watched(host):
         each = losses(host, pack(rows))
     return each.cpu().double().sum().item(), len(each)
 

@@ -24,7 +24,7 @@ from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, cut, size
-from lorafit.machine import Stop, memory, memory_limit, out_of_memory, peak_memory, private_memory
+from lorafit.machine import Stop, memory, memory_limit, out_of_memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.load import context_of, load, load_tokenizer, locate, stop_ids
@@ -197,10 +197,8 @@ class _Fit:
         self._add_adapter(source)
         self.job = self._job()
         self.memory = settings.byte_count("memory", config.memory) if config.memory else None
-        if self.memory is not None and self.memory <= private_memory():
-            raise ConfigError(
-                f"memory={config.memory}: the base and the rows alone take {size(private_memory())}; allow more"
-            )
+        if self.memory is not None and self.memory <= memory():
+            raise ConfigError(f"memory={config.memory}: the base and the rows alone take {size(memory())}; allow more")
         self.identity = {
             "data": fingerprint(self.data),
             "base": base.fingerprint,
@@ -514,7 +512,7 @@ class _Fit:
             f" evaluation every {config.eval_every}; run folder {run.folder}"
         )
         if self.memory is not None:
-            say(f"memory    at most {size(self.memory)}; now {size(private_memory())}")
+            say(f"memory    at most {size(self.memory)}; now {size(memory())}")
 
 
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SPARE = 0.05  # of the memory that is left, kept for the system and for whatever else grows
+SPARE = 0.1  # of the memory that is left, kept for the system and for whatever else grows
+RESERVE = 64_000_000  # see Gauge
 
 # How those that allocate say no. "a primitive" is oneDNN's: it has one message for a kernel that it can't make, whatever
 # the reason, and the reason met in practice is memory (measured: bf16 products under a limit).
@@ -26,6 +27,7 @@ _NO_MEMORY = (
     "could not create a primitive",
     "could not execute a primitive",
     "could not create a memory",
+    "can't start new thread",  # its stack is private memory too
 )
 
 
@@ -63,10 +65,47 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim: nothing to do
         ctypes.CDLL(None).malloc_trim(0)
+    _frugal()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None, error
+
+
+class Gauge:
+    """Raises MemoryError while there is still some memory left under RLIMIT_DATA; call it between the layers of a model.
+
+    A tensor that can't be had is an error like any other. The kernels that oneDNN writes for new shapes are not: where it
+    gets no memory for one, it makes none ever after in that thread, or the process crashes (measured with bf16 attention
+    and products under a limit). So tensors have to stop short of the limit. What is kept for kernels is twice what memory
+    grew by between two calls, at least RESERVE, and never more than half of what there was at first.
+    """
+
+    def __init__(self) -> None:
+        for renew in _limits[-1:]:
+            renew()
+        limit = resource.getrlimit(resource.RLIMIT_DATA)[0] if sys.platform == "linux" else resource.RLIM_INFINITY
+        self._limit = 0 if limit == resource.RLIM_INFINITY else limit
+        self._start = self._last = self._now()
+        self._growth = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._limit and self._start)
+
+    def __call__(self) -> None:
+        """Look now."""
+        now = self._now()
+        self._growth, self._last = max(self._growth, now - self._last), now
+        kept = min(max(RESERVE, 2 * self._growth), (self._limit - self._start) // 2)
+        # Memory that the C library holds from before may be used whatever is left; it counts already.
+        if now > self._start and self._limit - now < kept:
+            raise MemoryError(f"{max(0, self._limit - now)} bytes are left under the limit of {self._limit}")
+
+    def _now(self) -> int:
+        try:
+            return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        except (OSError, IndexError):
+            return 0
 
 
 def private_memory() -> int:
@@ -76,35 +115,56 @@ def private_memory() -> int:
 
 @contextlib.contextmanager
 def memory_limit(most: int | None = None) -> Iterator[None]:
-    """Inside `with`, an allocation that would take more than `most` bytes, or more than the machine has left, fails.
+    """Inside `with`, an allocation fails that would take more than `most` bytes, or more than the machine has left.
 
     Linux gives out memory that it doesn't have and kills the process that then touches it, which nothing can catch. With a
     soft RLIMIT_DATA the allocation itself fails, which can be caught. That limit (since Linux 4.7) counts private
     writable mappings, so heap and mmap alike; not reservations without access, such as glibc's unused arenas, and not
-    files mapped read-only. RLIMIT_AS would count those too. What does count without being used (thread stacks, 8 MB
-    each) is there before training begins, and the machine's limit is set relative to that: now plus what is left.
+    files mapped read-only. RLIMIT_AS would count those too. It does count what is mapped and never touched: thread stacks
+    (8 MB each), oneDNN's buffers for kernels (0.3 GB after a step, measured). So it isn't set to an amount, but to what
+    is mapped now and what may still be added, and anew before each micro-batch.
 
-    A tighter limit that is there already stays; nothing is ever raised. Where the system knows no such limit, nothing
-    happens. `most` None: the machine's limit alone.
+    A tighter limit that is there already stays; nothing is ever raised over it. Where the system knows no such limit,
+    nothing happens. `most` is of resident memory; None: the machine's limit alone.
     """
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [before[0]] if before[0] != resource.RLIM_INFINITY else []
-    limits += [n for n in (most, _machine()) if n is not None]
-    with contextlib.suppress(ValueError, OSError):
-        if limits and sys.platform == "linux":
-            resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    given = before[0] != resource.RLIM_INFINITY
+
+    def renew() -> None:
+        ours = private_memory()
+        rooms = [] if most is None else [max(0, most - memory())]
+        rooms += [int(n * (1 - SPARE)) for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
+        limits = [ours + room for room in rooms if ours] + ([before[0]] if given else [])
+        with contextlib.suppress(ValueError, OSError):
+            if limits and sys.platform == "linux":
+                resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+
+    if most is not None or given:
+        _frugal()
+    renew()
+    _limits.append(renew)
     try:
         yield
     finally:
+        _limits.remove(renew)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _machine() -> int | None:
-    """The private memory that this process may have: what it has now, and what the machine or its group has left."""
-    left = [n for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
-    ours = private_memory()
-    return ours + int(min(left) * (1 - SPARE)) if left and ours else None
+_limits: list[Callable[[], None]] = []  # those that are in force, the innermost last
+
+
+def _frugal() -> None:
+    """Have glibc map every larger block by itself, so that it is gone once it is freed.
+
+    Otherwise freed tensors stay in a heap that anything small above them keeps from shrinking, and its addresses count
+    against the limit although nothing is in them: after a failed attempt nearly all of the limit was taken up by air
+    (measured). Mapping costs time, so this is done only where a limit is set or has been met.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 1 << 30)  # M_MMAP_MAX: any number of them
+        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -13,18 +13,21 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.batches import Micro, Plan, fill, join, targets
 from lorafit.data.tokens import Tokens
 from lorafit.errors import OutOfMemory
 from lorafit.host import Host
-from lorafit.machine import attempt
+from lorafit.machine import Gauge, attempt
 from lorafit.route import Route
 from lorafit.train import optim
 from lorafit.train.loss import losses
@@ -131,7 +134,7 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
                 taken[owner] += 1
             micro = _joined(piece)
             route = Route.of((tokens, live[owner].name) for owner, tokens in micro.segments)
-            with host.route(route):  # open until backward ends: a recomputed forward reads it again
+            with host.route(route), watched(host):  # open until backward ends: a recomputed forward reads it again
                 each = losses(host, micro)
                 owners = micro.owners.to(each.device)
                 (each / counts.to(each)[owners]).sum().backward()
@@ -144,6 +147,30 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
         for adapter in adapters:
             adapter.eval()
     return (totals / counts).tolist()
+
+
+@contextmanager
+def watched(host: Host) -> Iterator[None]:
+    """Inside `with`, a forward and its backward fail between two layers of the base before memory's limit is reached."""
+    gauge = Gauge()
+    lists = [module for module in host.base.model.modules() if isinstance(module, torch.nn.ModuleList)]
+    hooks = []
+
+    def before(module: Any, args: Any) -> None:
+        gauge()
+
+    def after(module: Any, args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gauge())
+
+    for layer in lists[0] if gauge and lists else ():  # the outermost list: the layers of the body
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _micros(live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: int) -> list[Piece]:
