@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ class Config:
         True, "compile and use the C++ kernels (once, some seconds); false: torch's operations alone"
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    memory: str | None = setting(None, "most memory to take, such as 6G (Linux); default: what the machine has left")
 
     eval_every: int | None = setting(None, "steps between evaluations; default: eight a run", low=1)
     patience: int = setting(3, "stop after this many evaluations without improvement; 0 for never", low=0)
@@ -142,6 +144,8 @@ def build(values: Mapping[str, Any], extra: Extra | None = None) -> Config:
             raise ConfigError(f"unknown setting '{key}'; {nearest(key, [*known, *extra])}")
     for key, (_, default) in extra.items():
         config.options.setdefault(key, default)
+    if config.memory is not None:
+        byte_count("memory", config.memory)
     return config
 
 
@@ -180,6 +184,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The settings as YAML, every one written out."""
     return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
+
+
+def byte_count(key: str, text: str) -> int:
+    """`6G`, `500M`, `1.5 GB` in powers of 1000, `6GiB` in powers of 1024. Raises ConfigError naming the key."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if not found or (found[3] and not found[2]):
+        raise ConfigError(f"{key}={text}: must be an amount of memory, for example {key}=6G or {key}=500M")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
 
 
 def _bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:

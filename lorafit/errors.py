@@ -36,5 +36,9 @@ class RunError(UserError):
     """A run folder can't be created, opened or resumed."""
 
 
+class OutOfMemory(UserError):
+    """There isn't enough memory, however small the pieces."""
+
+
 class MissingExtra(UserError):
     """An optional dependency isn't installed; the message holds the exact `pip install`."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from lorafit.batches import fill, pack
 from lorafit.data import Chat, Message, Tokens
+from lorafit.errors import OutOfMemory
 from lorafit.generate import answer
 from lorafit.host import Host
+from lorafit.machine import attempt
 from lorafit.route import StackLike
+from lorafit.train.loop import watched
 from lorafit.train.loss import losses
 
-TOKENS = 2048  # of a forward
+TOKENS = 2048  # of a forward, where memory allows
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,45 @@ class Scores:
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
-@torch.no_grad()
 def evaluate(
-    host: Host, rows: Sequence[Tokens], spec: StackLike = None, *, progress: Callable[[int, int], object] | None = None
+    host: Host,
+    rows: Sequence[Tokens],
+    spec: StackLike = None,
+    *,
+    tokens: int = TOKENS,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Scores:
-    """Loss and perplexity of these rows through a stack of adapters (None: the plain base)."""
+    """Loss and perplexity of these rows through a stack of adapters (None: the plain base).
+
+    A forward takes at most `tokens` tokens, or one row; half of them from where memory isn't enough. OutOfMemory where it
+    isn't enough for a single row.
+    """
     total, count = 0.0, 0
-    for run in fill([len(row.ids) for row in rows], TOKENS):
-        micro = pack([rows[i] for i in run])
-        with host.route(spec):
-            each = losses(host, micro)
-        total += each.cpu().double().sum().item()
-        count += len(each)
+    lengths = [len(row.ids) for row in rows]
+    runs = deque(fill(lengths, tokens))
+    while runs:
+        run = runs[0]
+        found, error = attempt(partial(_sum, host, [rows[i] for i in run], spec))
+        if found is None:
+            held = sum(lengths[i] for i in run)
+            if len(run) == 1:
+                raise OutOfMemory(f"out of memory while one row of {held} tokens was scored ({error})")
+            at, tokens = run.start, max(1, held // 2)
+            runs = deque(range(at + r.start, at + r.stop) for r in fill(lengths[at:], tokens))
+            continue
+        total, count = total + found[0], count + found[1]
+        runs.popleft()
         if progress:
             progress(run.stop, len(rows))
     mean = total / count if count else math.nan
     return Scores(mean, math.exp(min(mean, 700.0)) if mean == mean else math.nan, len(rows), count)
+
+
+@torch.no_grad()
+def _sum(host: Host, rows: Sequence[Tokens], spec: StackLike) -> tuple[float, int]:
+    with host.route(spec), watched(host):
+        each = losses(host, pack(rows))
+    return each.cpu().double().sum().item(), len(each)
 
 
 def score_answers(

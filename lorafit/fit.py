@@ -7,7 +7,7 @@ import importlib.util
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from lorafit import files, report
 from lorafit.batches import Plan, default_tokens
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
-from lorafit.errors import ConfigError, DataError, MissingExtra, RunError, UserError
-from lorafit.evaluate import evaluate, prompt_of
+from lorafit.errors import ConfigError, DataError, MissingExtra, OutOfMemory, RunError, UserError
+from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, cut, size
-from lorafit.machine import Stop, memory, peak_memory
+from lorafit.machine import Stop, memory, memory_limit, out_of_memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
@@ -33,7 +33,7 @@ from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_chat, base_of
 from lorafit.train import optim
-from lorafit.train.loop import Figures, Job, train
+from lorafit.train.loop import Job, Step, train
 from lorafit.train.watch import Watch
 
 NAME = "adapter"  # of the one adapter that a run trains
@@ -43,21 +43,10 @@ MOST_TOKENS = 4096  # of a row, where the user sets no limit
 # Tokens x parameters above which kernels save more time than the seconds that compiling takes (4,000 tokens, 135 million).
 WORTH_COMPILING = 5e11
 
-# Settings that a resumed run may change: they decide where things are or what is shown, not what is learned. The rows
-# and the base are compared by their contents.
-_FREE = {
-    "data",
-    "held_out",
-    "out",
-    "model",
-    "start",
-    "samples",
-    "log",
-    "checkpoint_every",
-    "skip_bad_rows",
-    "map",
-    "cache",
-}
+# Settings that a resumed run may change: they decide where things are, what is shown or what memory is taken, not what is
+# learned. The rows and the base are compared by their contents.
+_FREE = {"data", "held_out", "out", "model", "start", "samples", "log", "checkpoint_every", "skip_bad_rows", "map"}
+_FREE |= {"cache", "memory", "checkpointing"}
 
 
 class Interrupted(UserError):
@@ -215,6 +204,9 @@ class _Fit:
         self._add_adapter(source)
         self.job = self._job()
         self._wait_for_kernels()
+        self.memory = settings.byte_count("memory", config.memory) if config.memory else None
+        if self.memory is not None and self.memory <= memory():
+            raise ConfigError(f"memory={config.memory}: the base and the rows alone take {size(memory())}; allow more")
         self.identity = {
             "data": fingerprint(self.data),
             "base": base.fingerprint,
@@ -270,22 +262,38 @@ class _Fit:
         self.watch = Watch(self.config.patience)
         self.seconds = self.busy = 0.0
         self.tokens = 0
-        self.peak = 0
+        self.peak = self.halvings = 0
         self.say_what(run)
         if newest is not None:
             self._restore(run, newest)
         self.began = time.monotonic() - self.seconds
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
-        with stop, self.terminal.progress() as progress:
-            if newest is None:
-                run.rewind(-1)
-                self._first(run)
-            ended = newest.state.get("finished", "") if newest is not None else ""
-            # A run that had ended early, and was killed before its adapter was written, ends there again.
-            over = bool(ended) and newest is not None and newest.step < self.job.steps
-            reason = ended if over else self._steps(run, progress, stop, writer)
+        try:
+            with memory_limit(self.memory), stop, self.terminal.progress() as progress:
+                if newest is None:
+                    run.rewind(-1)
+                    self._first(run)
+                ended = newest.state.get("finished", "") if newest is not None else ""
+                # A run that had ended early, and was killed before its adapter was written, ends there again.
+                over = bool(ended) and newest is not None and newest.step < self.job.steps
+                reason = ended if over else self._steps(run, progress, stop, writer)
+        except Exception as error:
+            if not isinstance(error, OutOfMemory) and not out_of_memory(error):
+                raise
+            raise OutOfMemory(self._too_little(run, str(error).splitlines()[0] if str(error) else "")) from None
         return self._finish(run, reason)
+
+    def _too_little(self, run: Run, error: str) -> str:
+        """What to say, and to try, when there isn't enough memory for anything less."""
+        config, newest = self.config, run.newest()
+        now = [] if config.checkpointing else ["checkpointing=true"]
+        now += [f"memory={config.memory} raised"] if config.memory else ["more memory"]
+        anew = ["a smaller max_tokens", "a smaller r", *(["precision=bf16"] if config.precision != "bf16" else [])]
+        return (
+            f"{error}; {f'step {newest.step} is saved' if newest else 'no step is done yet'}, go on with {' or '.join(now)}:"
+            f" lorafit train --resume --out {run.folder}; or start anew with {' or '.join(anew)}"
+        )
 
     def _restore(self, run: Run, newest: Checkpoint) -> None:
         adapter = self.host.adapters[NAME]
@@ -303,6 +311,8 @@ class _Fit:
         self.watch.patience = self.config.patience
         self.seconds, self.busy = newest.state["seconds"], newest.state["busy"]
         self.tokens, self.peak = newest.state["tokens"], newest.state["peak_rss_bytes"]
+        if newest.state.get("memory") == self.config.memory:  # with another limit the size is found anew
+            self.halvings = newest.state.get("halvings", 0)
         run.rewind(newest.step)
         self.terminal.say(f"resuming after step {newest.step} of {self.job.steps}")
 
@@ -317,13 +327,19 @@ class _Fit:
         config, job = self.config, self.job
         assert config.eval_every is not None
         last = time.monotonic()
-        for step in train(self.host, [job]):
+        for step in self._train(run):
             now = time.monotonic()
             figures = step.jobs[NAME]
             if figures.failed:
                 return figures.failed
+            self.halvings = step.halvings
+            if step.too_large:
+                self.terminal.say(
+                    f"out of memory at step {step.number}: micro-batches of {step.micro_tokens} tokens instead of"
+                    f" {step.too_large[0]} from here on; the result is the same"
+                )
             self.busy, self.tokens = self.busy + now - last, self.tokens + step.tokens
-            self._record(run, step.number, step.tokens, figures, now - last, writer)
+            self._record(run, step, now - last, writer)
             reason = self.watch.loss(figures.loss)
             progress.update(
                 step.number,
@@ -352,25 +368,39 @@ class _Fit:
             last = time.monotonic()
         return ""
 
-    def _record(self, run: Run, number: int, tokens: int, figures: Figures, seconds: float, writer: Any) -> None:
-        values = {
-            "step": number,
+    def _train(self, run: Run) -> Iterator[Step]:
+        try:
+            yield from train(self.host, [self.job], self.halvings)
+        except OutOfMemory:  # the adapter is as the last step left it, and that step may have no checkpoint yet
+            self._checkpoint(run)
+            raise
+
+    def _record(self, run: Run, step: Step, seconds: float, writer: Any) -> None:
+        figures = step.jobs[NAME]
+        values: dict[str, Any] = {
+            "step": step.number,
             "loss": figures.loss,
             "lr": figures.lr,
             "target_tokens": figures.target_tokens,
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / seconds, 2),
+            "tokens": step.tokens,
+            "micro_tokens": step.micro_tokens,
+            "tokens_per_second": round(step.tokens / seconds, 2),
             "grad_norm": figures.grad_norm,
             "seconds": round(seconds, 4),
         }
+        if step.too_large:
+            values["too_large"] = list(step.too_large)
         run.record("metrics", values)
         if writer is not None:
             for key in ("loss", "lr", "tokens_per_second", "grad_norm"):
-                writer.add_scalar(f"train/{key}", values[key], number)
+                writer.add_scalar(f"train/{key}", values[key], step.number)
 
     def _evaluate(self, run: Run, step: int, writer: Any = None) -> tuple[float, str]:
         """Held-out loss and sample answers; whether to stop, and why."""
-        loss = evaluate(self.host, self.data.held_out, NAME).loss
+        # No larger than a training forward, so that it never needs more memory than training does.
+        assert self.config.batch_tokens is not None
+        tokens = math.ceil(self.config.batch_tokens / self.config.accumulate / 2**self.halvings)
+        loss = evaluate(self.host, self.data.held_out, NAME, tokens=min(TOKENS, tokens)).loss
         if step == 0:
             self.watch.before = loss
         best, stop = self.watch.evaluation(step, loss)
@@ -408,6 +438,8 @@ class _Fit:
             "busy": self.busy,
             "tokens": self.tokens,
             "peak_rss_bytes": self.peak,
+            "halvings": self.halvings,
+            "memory": self.config.memory,
             "finished": finished,
         }
         weights = {name: p.detach().cpu() for name, p in adapter.state_dict().items()}
@@ -502,6 +534,8 @@ class _Fit:
             f"training  {job.steps} steps of about {config.batch_tokens} tokens, lr {config.lr:.2g} {config.schedule},"
             f" evaluation every {config.eval_every}; run folder {run.folder}"
         )
+        if self.memory is not None:
+            say(f"memory    at most {size(self.memory)}; now {size(memory())}")
 
 
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:

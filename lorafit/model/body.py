@@ -41,6 +41,7 @@ class Body:
         self.inner, self.act = inner, act
         self.window: int | None = getattr(inner.config, "sliding_window", None)
         self.checkpointing = False
+        self.between: Callable[[], object] | None = None  # called before each layer, and after it on the way back
 
     @staticmethod
     def of(model: Any) -> Body | None:
@@ -67,6 +68,8 @@ class Body:
         cos, sin = self._angles(h, lengths)
         y: Tensor | None = None  # what the layer before adds to h
         for layer in inner.layers:
+            if self.between is not None:
+                self._call_between(h)
             run = partial(self._layer, layer, cos=cos, sin=sin, lengths=lengths, products=products)
             if self.checkpointing and torch.is_grad_enabled():
                 h, y = checkpoint(run, h, y, use_reentrant=False)
@@ -75,6 +78,17 @@ class Body:
         norm = inner.norm
         assert y is not None
         return add_rms_norm(h, y, norm.weight, norm.variance_epsilon)[1]
+
+    def _call_between(self, h: Tensor) -> None:
+        between = self.between
+        assert between is not None
+
+        def on_the_way_back(gradient: Tensor) -> None:
+            between()
+
+        between()
+        if h.requires_grad:
+            h.register_hook(on_the_way_back)
 
     def agrees(self, ids: Tensor, lengths: Sequence[int]) -> bool:
         """Whether each layer, given what the module before it gave, gives what its module gives, up to rounding. Layer by

@@ -2,21 +2,32 @@
 
 Jobs share the base's forward and nothing else: each has its own documents, loss normalisation, clipping, schedule, optimiser
 and failure, so N jobs together compute what N runs alone do.
+
+A step that runs out of memory is thrown away and repeated in smaller micro-batches. The documents are the same and the loss
+is a sum divided once, so only rounding (and, with dropout, the draw) can tell.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorafit.adapter import Adapter
-from lorafit.batches import Micro, Plan, join, targets
+from lorafit.batches import Micro, Plan, fill, join, targets
 from lorafit.data.tokens import Tokens
+from lorafit.errors import OutOfMemory
 from lorafit.host import Host
+from lorafit.machine import Gauge, attempt
 from lorafit.route import Route
 from lorafit.train import optim
 from lorafit.train.loss import losses
@@ -52,18 +63,28 @@ class Figures:
 
 @dataclass(frozen=True)
 class Step:
-    """`number` counts from 1. `jobs` by name; `tokens` of all of them."""
+    """`number` counts from 1. `jobs` by name; `tokens` of all of them.
+
+    `micro_tokens` are those of the largest micro-batch, `halvings` how often micro-batches have been halved so far, and
+    `too_large` the sizes that this step was tried with before, and that memory wasn't enough for.
+    """
 
     number: int
     tokens: int
     jobs: dict[str, Figures] = field(default_factory=dict)
+    micro_tokens: int = 0
+    halvings: int = 0
+    too_large: tuple[int, ...] = ()
 
 
-def train(host: Host, jobs: Sequence[Job]) -> Iterator[Step]:
+def train(host: Host, jobs: Sequence[Job], halvings: int = 0) -> Iterator[Step]:
     """Train each job's adapter to its number of steps, one step of every unfinished job at a time.
 
     A job whose loss or gradient isn't finite is left as it was before that step, marked `failed`, and takes no further
     part. The generator may be dropped after any step: adapters and optimisers hold everything.
+
+    Each micro-batch is cut into 2^`halvings` pieces. Where memory isn't enough for a step, that number grows and stays;
+    OutOfMemory if single documents are too large: adapters and optimisers are then as the last step left them.
     """
     for job in jobs:
         adapter = host.adapters[job.name]
@@ -74,39 +95,123 @@ def train(host: Host, jobs: Sequence[Job]) -> Iterator[Step]:
         if not live:
             return
         documents = {job.name: next(feeds[job.name]) for job in live}
-        sums = _gradients(host, live, documents)
+        too_large: list[int] = []
+        while True:
+            sums, error = attempt(partial(_gradients, host, live, documents, halvings))
+            if sums is not None:
+                break
+            too_large.append(_largest(_micros(live, documents, halvings)))
+            halvings = _smaller(live, documents, halvings, error)
         figures = {
             job.name: _update(host.adapters[job.name], job, sums[i], documents[job.name]) for i, job in enumerate(live)
         }
         yield Step(
-            max(job.done for job in live), sum(len(row.ids) for rows in documents.values() for row in rows), figures
+            max(job.done for job in live),
+            sum(len(row.ids) for rows in documents.values() for row in rows),
+            figures,
+            _largest(_micros(live, documents, halvings)),
+            halvings,
+            tuple(too_large),
         )
 
 
-def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens]]) -> list[float]:
-    """Add up every job's gradient of its mean loss over the step; returns each job's mean loss."""
+Piece = list[tuple[int, Tokens]]  # a micro-batch: documents and whose they are, each owner's side by side
+
+
+def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: int = 0) -> list[float]:
+    """Add up every job's gradient of its mean loss over the step; returns each job's mean loss. An error leaves none."""
     counts = torch.tensor([max(1, targets(documents[job.name])) for job in live], dtype=torch.float64)
     totals = torch.zeros(len(live), dtype=torch.float64)
-    for number, micro in enumerate(_micros(live, documents)):
-        for job in live:
-            adapter = host.adapters[job.name]
+    adapters = [host.adapters[job.name] for job in live]
+    taken: Counter[int] = Counter()  # micro-batches so far, of each job: what it draws doesn't depend on the others
+    try:
+        for adapter in adapters:
             adapter.train()
-            adapter.reseed(zlib.crc32(f"{job.plan.seed}:{job.done}:{number}".encode()))
-        route = Route.of((tokens, live[owner].name) for owner, tokens in micro.segments)
-        with host.route(route):  # open until backward ends: a recomputed forward reads it again
-            each = losses(host, micro)
-            owners = micro.owners.to(each.device)
-            (each / counts.to(each)[owners]).sum().backward()
-        totals.index_add_(0, micro.owners, each.detach().cpu().double())
-    for job in live:
-        host.adapters[job.name].eval()
+        for piece in _micros(live, documents, halvings):
+            for owner in {owner for owner, _ in piece}:
+                job = live[owner]
+                adapters[owner].reseed(zlib.crc32(f"{job.plan.seed}:{job.done}:{taken[owner]}".encode()))
+                taken[owner] += 1
+            micro = _joined(piece)
+            route = Route.of((tokens, live[owner].name) for owner, tokens in micro.segments)
+            with host.route(route), watched(host):  # open until backward ends: a recomputed forward reads it again
+                each = losses(host, micro)
+                owners = micro.owners.to(each.device)
+                (each / counts.to(each)[owners]).sum().backward()
+            totals.index_add_(0, micro.owners, each.detach().cpu().double())
+    except BaseException:
+        for adapter in adapters:
+            adapter.zero_grad(set_to_none=True)
+        raise
+    finally:
+        for adapter in adapters:
+            adapter.eval()
     return (totals / counts).tolist()
 
 
-def _micros(live: Sequence[Job], documents: dict[str, list[Tokens]]) -> Iterator[Micro]:
+@contextmanager
+def watched(host: Host) -> Iterator[None]:
+    """Inside `with`, a forward and its backward fail between two layers of the base before memory's limit is reached."""
+    gauge = Gauge()
+    body = host.base.body
+    if body is not None:
+        body.between = gauge if gauge else None
+        try:
+            yield
+        finally:
+            body.between = None
+        return
+    lists = [module for module in host.base.model.modules() if isinstance(module, torch.nn.ModuleList)]
+    hooks = []
+
+    def before(module: Any, args: Any) -> None:
+        gauge()
+
+    def after(module: Any, args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gauge())
+
+    for layer in lists[0] if gauge and lists else ():  # the outermost list: the layers of the body
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _micros(live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: int) -> list[Piece]:
+    """The step's micro-batches: those of the jobs' plans side by side, each cut into 2^halvings pieces."""
     cut = [job.plan.micros(documents[job.name]) for job in live]
+    found = []
     for number in range(max(len(parts) for parts in cut)):
-        yield join([(i, parts[number]) for i, parts in enumerate(cut) if number < len(parts)])
+        whole = [(i, row) for i, parts in enumerate(cut) if number < len(parts) for row in parts[number]]
+        lengths = [len(row.ids) for _, row in whole]
+        found += [[whole[k] for k in run] for run in fill(lengths, max(1, -(-sum(lengths) // 2**halvings)))]
+    return found
+
+
+def _joined(piece: Piece) -> Micro:
+    return join([(owner, [row for _, row in rows]) for owner, rows in groupby(piece, key=lambda item: item[0])])
+
+
+def _largest(pieces: Sequence[Piece]) -> int:
+    return max(sum(len(row.ids) for _, row in piece) for piece in pieces)
+
+
+def _smaller(live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: int, error: str) -> int:
+    """The next number of halvings that makes a difference to this step."""
+    now = [len(piece) for piece in _micros(live, documents, halvings)]
+    if max(now) == 1:
+        longest = max(len(row.ids) for rows in documents.values() for row in rows)
+        raise OutOfMemory(
+            f"out of memory at step {max(job.done for job in live) + 1} with one document at a time; its longest has"
+            f" {longest} tokens ({error})"
+        )
+    while [len(piece) for piece in _micros(live, documents, halvings)] == now:
+        halvings += 1
+    return halvings
 
 
 def _update(adapter: Adapter, job: Job, loss: float, documents: Sequence[Tokens]) -> Figures:

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.data import prepare
     from lorafit.errors import ConfigError
     from lorafit.log import count, table
+    from lorafit.machine import memory_limit
     from lorafit.session import open_session
 
     if args.limit is not None and args.limit < 1:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         data = sets[key]
         rows = data.train[: args.limit]
         label = name or "base"
-        with out.working(f"scoring {label}") as spinner:
+        with memory_limit(), out.working(f"scoring {label}") as spinner:
             scores = evaluate.evaluate(host, rows, name, progress=spinner.update)
             if args.answers:
                 spinner.rename(f"answering as {label}")
