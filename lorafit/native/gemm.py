@@ -72,14 +72,12 @@ def plain_sum_products(
     parts: Sequence[Part], *, out: Tensor | None = None, add: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """The twin, in torch's own operations."""
-    total: Tensor | None = None
-    for part in parts:
-        b = part.b.t() if part.across else part.b
-        total = part.a @ b if total is None else total.addmm_(part.a, b)
-    assert total is not None
+    sides = [(part.a, part.b.t() if part.across else part.b) for part in parts]
+    total = sides[0][0] @ sides[0][1] if out is None else torch.mm(*sides[0], out=out)
+    for a, b in sides[1:]:
+        total.addmm_(a, b)
     total = total if add is None else total.add_(add)
-    total = total if bias is None else total.add_(bias)
-    return total if out is None else out.copy_(total)
+    return total if bias is None else total.add_(bias)
 
 
 def outer(p: Tensor, q: Tensor) -> Tensor:

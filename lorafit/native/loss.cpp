@@ -14,11 +14,11 @@ Floats tail(const T* row, int64_t count) {
 // Row i: loss = log(sum exp(x)) - x[label]; x becomes exp(x - max), less their sum at the label; inverse = 1 / that sum.
 // So x * inverse is the gradient of the loss, and the difference at the label is taken before anything is rounded.
 template <typename T>
-void exponentials(T* logits, const int64_t* labels, float* loss, float* inverse, int64_t rows, int64_t width,
-                  int threads) {
+void exponentials(T* logits, int64_t stride, const int64_t* labels, float* loss, float* inverse, int64_t rows,
+                  int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rows; i++) {
-        T* row = logits + i * width;
+        T* row = logits + i * stride;
         int64_t whole = width / LANES * LANES, rest = width - whole;
         float target = widen(row[labels[i]]), top = -INFINITY;
         Floats most = Floats{} - INFINITY, sums = {};
@@ -51,10 +51,10 @@ void exponentials(T* logits, const int64_t* labels, float* loss, float* inverse,
 
 }  // namespace
 
-#define LOSS(NAME, T)                                                                                                  \
-    KERNEL int exponentials_##NAME(T* logits, const int64_t* labels, float* loss, float* inverse, int64_t rows,       \
-                                    int64_t width, int threads) {                                                      \
-        exponentials(logits, labels, loss, inverse, rows, width, threads);                                            \
+#define LOSS(NAME, T)                                                                                                 \
+    KERNEL int exponentials_##NAME(T* logits, int64_t stride, const int64_t* labels, float* loss, float* inverse,     \
+                                   int64_t rows, int64_t width, int threads) {                                        \
+        exponentials(logits, stride, labels, loss, inverse, rows, width, threads);                                    \
         return 0;                                                                                                     \
     }
 

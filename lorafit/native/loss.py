@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.native.gemm import Part, native, sum_products
+from lorafit.native.gemm import Part, sum_products
 from lorafit.native.kernel import Kernel, usable
 
-_exponentials = Kernel("exponentials", "ppppii")
+APART = 32  # numbers between two rows of logits
+
+_exponentials = Kernel("exponentials", "pipppii")
 
 
 def head_loss(
@@ -20,9 +22,12 @@ def head_loss(
     if not usable(h, weight):
         return plain_head_loss(h, weight, bias, labels, gradient)
     h = h.contiguous()
-    logits = sum_products([Part(h, weight)], bias=bias) if native(h, h.shape[1]) else F.linear(h, weight, bias)
+    words = weight.shape[0]
+    # Rows a multiple of a page apart would all fall on the same few lines of the processor's first cache.
+    logits = torch.empty(len(h), words + APART, dtype=h.dtype)[:, :words]
+    sum_products([Part(h, weight)], bias=bias, out=logits)
     loss, inverse = (torch.empty(len(h), dtype=torch.float32) for _ in range(2))
-    _exponentials(h.dtype, logits, labels, loss, inverse, *logits.shape)
+    _exponentials(h.dtype, logits, logits.stride(0), labels, loss, inverse, len(h), words)
     if not gradient:
         return loss, None
     dh = sum_products([Part(logits, weight, False)])
