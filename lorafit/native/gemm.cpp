@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t DEEP = 32, WIDE = 32, TALL = 32;  // of a step of four tile products
 constexpr int64_t TILE = 512;                       // numbers in a tile: 16 rows of 32
 constexpr int64_t DEPTH = 1024;                     // of a slice of B, so that slice and A's rows stay in the caches
-constexpr int64_t SLICE = 384 * 1024;               // numbers in a slice
+constexpr int64_t SLICE = 256 * 1024;               // numbers in a slice
 
 template <typename T>
 struct Buffer {  // aligned scratch of a thread, kept between calls
@@ -144,7 +144,9 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
             steps[at++] = {part.a + k, part.lda, part.across ? part.b + k : part.b + k * part.ldb, part.ldb, part.across};
     }
     int64_t slices = (depth + DEPTH / DEEP - 1) / (DEPTH / DEEP), deep = (depth + slices - 1) / slices;
-    int64_t panels_each = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE));
+    // As few slices as the size allows, all alike.
+    int64_t most = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE)), panels_all = (n1 - n0 + WIDE - 1) / WIDE;
+    int64_t rounds = (panels_all + most - 1) / most, panels_each = (panels_all + rounds - 1) / rounds;
     int64_t short_rows = (m1 - m0) % TALL, full = m1 - short_rows;
     bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE);
     float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : TALL * WIDE);
