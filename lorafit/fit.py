@@ -281,14 +281,14 @@ class _Fit:
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
                 raise
-            raise OutOfMemory(self._too_little(run, str(error).splitlines()[0] if str(error) else "")) from None
+            raise OutOfMemory(self._too_little(run, next(iter(str(error).splitlines()), "out of memory"))) from None
         return self._finish(run, reason)
 
     def _too_little(self, run: Run, error: str) -> str:
         """What to say, and to try, when there isn't enough memory for anything less."""
         config, newest = self.config, run.newest()
         now = [] if config.checkpointing else ["checkpointing=true"]
-        now += [f"memory={config.memory} raised"] if config.memory else ["more memory"]
+        now += [f"a larger memory than {config.memory}"] if config.memory else ["more memory"]
         anew = ["a smaller max_tokens", "a smaller r", *(["precision=bf16"] if config.precision != "bf16" else [])]
         return (
             f"{error}; {f'step {newest.step} is saved' if newest else 'no step is done yet'}, go on with {' or '.join(now)}:"
@@ -334,9 +334,10 @@ class _Fit:
                 return figures.failed
             self.halvings = step.halvings
             if step.too_large:
+                draws = " and what dropout draws" if config.options.get("dropout") else ""
                 self.terminal.say(
                     f"out of memory at step {step.number}: micro-batches of {step.micro_tokens} tokens instead of"
-                    f" {step.too_large[0]} from here on; the result is the same"
+                    f" {step.too_large[0]} from here on; the result is the same but for rounding{draws}"
                 )
             self.busy, self.tokens = self.busy + now - last, self.tokens + step.tokens
             self._record(run, step, now - last, writer)

@@ -33,7 +33,7 @@ class Host:
     def __init__(self, base: Base) -> None:
         self.base = base
         self.sites = find_sites(base.model)
-        self._site_of = {site.module: site for site in self.sites.values() if site.kind != "experts"}
+        self.site_of = {site.module: site for site in self.sites.values() if site.kind != "experts"}
         self.adapters: dict[str, Adapter] = {}
         self._route: Route | None = None
         self._hooks: dict[str, list[Any]] = {}
@@ -209,7 +209,7 @@ class Host:
     def _products(self, modules: Sequence[Any], x: Tensor, remake: Remake | None) -> Sequence[Tensor]:
         """What these modules, which share the input x (n, in), give under the open route: base product and deltas at once
         where every delta is one of low rank, else one after the other."""
-        sites = [self._site_of[module] for module in modules]
+        sites = [self.site_of[module] for module in modules]
         frozen = [Frozen(module.weight, module.bias) for module in modules]
         stacks = {names for _, names in self._route.runs} if self._route else {()}
         found = {site.path: [layer for names in stacks for layer in self._layers(site.path, names)] for site in sites}

@@ -60,7 +60,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
     except Exception as caught:
         if not out_of_memory(caught):
             raise
-        error = next(iter(str(caught).splitlines()), "")[:200] or type(caught).__name__
+        error = _reason(caught)
     # Only here, after the except clause, is the error gone, and with its traceback the tensors of the attempt.
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim: nothing to do
@@ -70,6 +70,12 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None, error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, without the place in torch's source and what follows the number of bytes."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line.rpartition("DefaultCPUAllocator: ")[2].partition(". Error code")[0][:200]
 
 
 class Gauge:
@@ -99,7 +105,9 @@ class Gauge:
         kept = min(max(RESERVE, 2 * self._growth), (self._limit - self._start) // 2)
         # Memory that the C library holds from before may be used whatever is left; it counts already.
         if now > self._start and self._limit - now < kept:
-            raise MemoryError(f"{max(0, self._limit - now)} bytes are left under the limit of {self._limit}")
+            raise MemoryError(
+                f"{(self._limit - now) // 10**6} MB are left under the limit of {self._limit // 10**6} MB"
+            )
 
     def _now(self) -> int:
         try:

@@ -25,7 +25,9 @@ def head_loss(
     words = weight.shape[0]
     # Rows a multiple of a page apart would all fall on the same few lines of the processor's first cache.
     wide = torch.empty(len(h), words + APART, dtype=h.dtype)
-    wide[:, words:] = 0  # oneDNN reads past the end of a bf16 row, to a multiple of 32 (torch 2.13): NaN there would spread
+    wide[:, words:] = (
+        0  # oneDNN reads past the end of a bf16 row, to a multiple of 32 (torch 2.13): NaN there would spread
+    )
     logits = wide[:, :words]
     sum_products([Part(h, weight)], bias=bias, out=logits)
     loss, inverse = (torch.empty(len(h), dtype=torch.float32) for _ in range(2))
