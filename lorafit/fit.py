@@ -251,7 +251,7 @@ class _Fit:
             with self.terminal.working("compiling the kernels, once"):
                 kernels.library()
             return
-        kernels.switch(False)
+        kernels.switch(False, "not compiled yet")
         if base.device.type == "cpu":
             self.terminal.say("the kernels are still being compiled; this short run doesn't wait for them")
 

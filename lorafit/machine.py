@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import resource
 import signal
@@ -47,7 +48,7 @@ def peak_memory() -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory couldn't be had: Python's, torch's (on any device), C++'s or oneDNN's."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
 

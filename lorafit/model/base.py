@@ -127,6 +127,9 @@ def probe(base: Base) -> None:
         base.packs = kinds <= {"full_attention", "sliding_attention"} and bool((packed - want).abs().max() < tolerance)
     except (TypeError, ValueError, RuntimeError):
         base.packs = False
+    # These kinds of rotary angles depend on the longest position of a call: a document would change its neighbours' angles.
+    rope = str(getattr(getattr(base.model.base_model, "rotary_emb", None), "rope_type", ""))
+    base.packs = base.packs and "dynamic" not in rope and "longrope" not in rope
     if base.body is not None and not (base.packs and base.body.agrees(ids, lengths)):
         base.body = None
     head = base.head

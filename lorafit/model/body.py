@@ -39,7 +39,9 @@ class Body:
 
     def __init__(self, inner: Any, act: str) -> None:
         self.inner, self.act = inner, act
-        self.window: int | None = getattr(inner.config, "sliding_window", None)
+        # Mistral's layers all have the window of the config. Others ignore it there, or say it layer by layer.
+        mistral = type(inner.layers[0]).__name__ == "MistralDecoderLayer"
+        self.window: int | None = inner.config.sliding_window if mistral else None
         self.checkpointing = False
         self.between: Callable[[], object] | None = None  # called before each layer, and after it on the way back
 
@@ -145,7 +147,6 @@ class Body:
             q = rms_norm(q, attn.q_norm.weight, attn.q_norm.variance_epsilon)
             k = rms_norm(k, attn.k_norm.weight, attn.k_norm.variance_epsilon)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Set layer by layer where only some layers have a window, in the config where all have it.
         window = attn.sliding_window if hasattr(attn, "sliding_window") else self.window
         a = attend(q, k, v, lengths, attn.scaling, window)
         (o,) = products([attn.o_proj], a, None)

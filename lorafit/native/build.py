@@ -30,6 +30,7 @@ _lock = threading.Lock()
 _built: ctypes.CDLL | None = None
 _tried = False
 _on = True
+_off = "switched off"
 _why = ""  # there is no library
 
 
@@ -65,8 +66,9 @@ def built() -> bool:
     if _tried:
         return True
     try:
-        return _place()[1].is_file()
-    except _NotBuilt:
+        place = _place()[1]
+        return place.is_file() or _failed(place).is_file()
+    except (_NotBuilt, OSError):
         return True
 
 
@@ -81,10 +83,10 @@ def switched(on: bool) -> Iterator[None]:
         _on = before
 
 
-def switch(on: bool) -> None:
-    """Kernels on or off from here on."""
-    global _on
-    _on = on
+def switch(on: bool, why: str = "switched off") -> None:
+    """Kernels on or off from here on; `why` is what `state` says of it."""
+    global _on, _off
+    _on, _off = on, why
 
 
 def has_amx() -> bool:
@@ -96,7 +98,7 @@ def has_amx() -> bool:
 def state() -> str:
     """What is in use, in words."""
     if not _on:
-        return "plain (switched off)"
+        return f"plain ({_off})"
     if library() is None:
         return f"plain ({_why})"
     return "native, AMX" if has_amx() else "native"
@@ -114,7 +116,10 @@ def _place() -> tuple[str, Path]:
     key = hashlib.sha256()
     for path in [*sorted(_HERE.glob("*.h")), *sorted(_HERE.glob("*.cpp"))]:
         key.update(path.name.encode() + path.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _NotBuilt(f"{compiler} can't be started: {error}") from None
     key.update(f"{version} {FLAGS} {WIDE} {_processor()} {_openmp()}".encode())
     return compiler, cache_folder() / f"native-{key.hexdigest()[:16]}.so"
 
@@ -124,8 +129,15 @@ def _find() -> Path:
     compiler, place = _place()
     if place.is_file():
         return place
+    if _failed(place).is_file():
+        raise _NotBuilt(_failed(place).read_text(encoding="utf-8"))
     with _alone(place.with_suffix(".lock")):  # two processes that begin together compile once
         return place if place.is_file() else _make(compiler, sorted(_HERE.glob("*.cpp")), place)
+
+
+def _failed(place: Path) -> Path:
+    """Where the reason is kept that there is no library."""
+    return place.with_suffix(".failed")
 
 
 @contextlib.contextmanager
@@ -137,7 +149,8 @@ def _alone(lock: Path) -> Iterator[None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
         yield
-        lock.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            lock.unlink(missing_ok=True)
 
 
 def _make(compiler: str, sources: list[Path], place: Path) -> Path:
@@ -146,7 +159,7 @@ def _make(compiler: str, sources: list[Path], place: Path) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="native.", dir=place.parent))
     except OSError:  # a cache that can't be written: build for this process alone
         folder = Path(tempfile.mkdtemp(prefix="lorafit-native."))
-        place = folder.with_suffix(".so")
+        place = folder.with_name(f"{folder.name}.so")
     try:
         wide = [WIDE] if "clang" not in Path(os.path.realpath(compiler)).name else []
         objects = [folder / f"{path.stem}.o" for path in sources]
@@ -163,7 +176,10 @@ def _make(compiler: str, sources: list[Path], place: Path) -> Path:
             steps[0].returncode, said = done.returncode, [done.stderr]
         if any(step.returncode for step in steps):
             first = next((line for text in said for line in text.splitlines() if "error" in line), "no message")
-            raise _NotBuilt(f"{Path(compiler).name} can't build the kernels: {first.strip()}")
+            why = f"{Path(compiler).name} can't build the kernels: {first.strip()}"
+            with contextlib.suppress(OSError):  # the same compiler needn't be asked at every start
+                _failed(place).write_text(why, encoding="utf-8")
+            raise _NotBuilt(why)
         (folder / "lib.so").replace(place)
         return place
     except OSError as error:
