@@ -28,6 +28,26 @@ _MODULES = [  # of the base, by the end of their class's name
     (re.compile(r"(Norm\d*|RotaryEmbedding|MLP)$"), POINTWISE),
 ]
 _PRODUCT = re.compile(r"^aten::(mm|addmm|linear)$")
+# A frozen product and its low-rank addition are one sum, counted as the product.
+_KERNELS = dict.fromkeys(
+    [
+        "rms_norm",
+        "rms_norm_again",
+        "rms_norm_backward",
+        "rotary",
+        "silu",
+        "silu_backward",
+        "gelu_tanh",
+        "gelu_tanh_backward",
+    ],
+    POINTWISE,
+) | {
+    "sum_products": FROZEN,
+    "outer": ADAPTER,
+    "attention_forward": ATTENTION,
+    "attention_backward": ATTENTION,
+    "exponentials": HEAD,
+}
 _NAMES = [  # of operations
     (re.compile(r"scaled_dot_product|ScaledDotProduct|flash_attention"), ATTENTION),
     (re.compile(r"^Optimizer\.|_foreach_"), OPTIMISER),
@@ -98,7 +118,9 @@ def kind(event: Any, r: int, vocabulary: int, forward: dict[int, str]) -> str:
     around = list(_around(event))
     for each in around:
         if each.name.startswith(NATIVE):
-            return str(each.name)
+            if any("HeadLoss" in outer.name for outer in around):
+                return HEAD
+            return _KERNELS.get(each.name.removeprefix(NATIVE), str(each.name))
     for each in around:
         if each.name.startswith(SCOPE):
             return str(each.name.removeprefix(SCOPE))
