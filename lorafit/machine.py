@@ -42,6 +42,8 @@ def memory() -> int:
 
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes."""
+    if own := _field("/proc/self/status", "VmHWM"):
+        return own  # Linux hands ru_maxrss on to the programs that a process starts, so there it may be the starter's
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -51,26 +51,25 @@ def same_gradients(fast, plain, inputs: list[Tensor], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [2, 7, 64, 576])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_norms(dtype, width, offset):
+def test_norms(dtype, width):
     torch.manual_seed(width)
     gain = randn(width, dtype=dtype)
     x, y = randn(13, width, dtype=dtype, grad=True), randn(13, width, dtype=dtype, grad=True)
     same_gradients(
-        lambda x: norm.rms_norm(x, gain, 1e-5, offset),
-        lambda x: norm.plain_rms_norm(x, gain.double(), 1e-5, offset),
+        lambda x: norm.rms_norm(x, gain, 1e-5),
+        lambda x: norm.plain_rms_norm(x, gain.double(), 1e-5),
         [x],
         dtype,
     )
 
     def plain(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         both = x + y if dtype == torch.float32 else (x + y).to(dtype).double()
-        return both, norm.plain_rms_norm(both, gain.double(), 1e-5, offset)
+        return both, norm.plain_rms_norm(both, gain.double(), 1e-5)
 
     x.grad = None
-    same_gradients(lambda x, y: norm.add_rms_norm(x, y, gain, 1e-5, offset)[:2], plain, [x, y], dtype)
-    both, out, rstd = norm.add_rms_norm(x, y, gain, 1e-5, offset)
-    assert torch.equal(norm.again(both, gain, rstd, offset), out)
+    same_gradients(lambda x, y: norm.add_rms_norm(x, y, gain, 1e-5)[:2], plain, [x, y], dtype)
+    both, out, rstd = norm.add_rms_norm(x, y, gain, 1e-5)
+    assert torch.equal(norm.again(both, gain, rstd), out)
 
 
 def test_a_norm_that_nobody_asks_for_passes_the_gradient_on():
@@ -167,12 +166,12 @@ def test_sums_of_products(rows, k, columns):
     b16 = torch.bfloat16
     x, w, wt = randn(rows, k, dtype=b16), randn(columns, k, dtype=b16), randn(k, columns, dtype=b16)
     thin, b = randn(rows, 96, dtype=b16)[:, 32:64], randn(columns, 32, dtype=b16)
-    add, bias = randn(rows, columns, dtype=b16), randn(columns, dtype=b16)
+    bias = randn(columns, dtype=b16)
     parts = [Part(x, w), Part(x, wt, False), Part(thin, b)]
     wide = torch.full((rows, columns + 7), 5.0).bfloat16()
-    got = gemm.sum_products(parts, out=wide[:, 3 : 3 + columns], add=add, bias=bias)
+    got = gemm.sum_products(parts, out=wide[:, 3 : 3 + columns], bias=bias)
     exact = [Part(p.a.double(), p.b.double(), p.across) for p in parts]
-    close(got, gemm.plain_sum_products(exact, add=add.double(), bias=bias.double()), b16)
+    close(got, gemm.plain_sum_products(exact, bias=bias.double()), b16)
     assert (wide[:, :3] == 5).all()
     assert (wide[:, 3 + columns :] == 5).all()  # nothing beside the slice is touched
     q = randn(rows, columns, dtype=b16)
@@ -253,7 +252,7 @@ def test_the_kernels_for_any_processor(generic, monkeypatch):
     monkeypatch.setattr(kernel, "library", lambda: generic)
     monkeypatch.setattr(gemm, "has_amx", lambda: False)
     for dtype in (torch.float32, torch.bfloat16):
-        test_norms(dtype, 64, 1.0)
+        test_norms(dtype, 64)
         test_rotary(dtype, 3, 24)
         test_gated(dtype, "silu", (37, 129))
         test_gated(dtype, "gelu_tanh", (37, 129))

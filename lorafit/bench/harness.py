@@ -27,6 +27,7 @@ Runs = dict[str, list[Result]]  # by side, one for each repeat
 
 # Memory given back to the system has to be cleared anew when it is next asked for; these keep it, in huge pages.
 TUNED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.hugetlb=1"
+MODES = ("trainer", "script", "trl", "trlpack")  # of the peers' worker, which says what they are
 INSTALL = "pip install 'lorafit[bench]'"
 
 
@@ -57,10 +58,9 @@ OURS = Side("ours")
 
 def sides(names: Sequence[str]) -> list[Side]:
     """The peers' sides by name ('trainer', 'trl+tuned', …). ConfigError for one that isn't."""
-    modes = ("trainer", "script", "trl", "trlpack")
     for name in names:
-        if Side(name).mode not in modes:
-            raise ConfigError(f"unknown peer '{name}'; there are {', '.join(modes)}, each also as NAME+tuned")
+        if Side(name).mode not in MODES:
+            raise ConfigError(f"unknown peer '{name}'; there are {', '.join(MODES)}, each also as NAME+tuned")
     return [Side(name) for name in names]
 
 

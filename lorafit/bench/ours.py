@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -84,7 +83,7 @@ def run(work: Work, *, held_out: bool = False, limit: bool = False, began: float
         if limit and len(tokens) == 1:
             measured.append(_products(host, work))
             marks[-1] = time.perf_counter()
-    peak = own_peak()
+    peak = peak_memory()
     found = figures(tokens, marks, peak, first, work.targets) | {"losses": losses}
     if limit:
         measured.append(_products(host, work))
@@ -124,17 +123,6 @@ def figures(tokens: Sequence[int], marks: Sequence[float], peak: int, first: flo
         "first_step_seconds": first,
         "peak_rss_bytes": peak,
     }
-
-
-def own_peak() -> int:
-    """The most resident memory of this process in bytes, without that of the one that started it.
-
-    Linux hands a process's peak on to the programs it starts, so a large harness would show in small workers.
-    """
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-    return peak_memory()
 
 
 def _steps(host: Host, job: Job) -> Iterator[Step]:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from lorafit.bench.ours import figures, own_peak
+from lorafit.bench.harness import MODES
+from lorafit.bench.ours import figures
 from lorafit.bench.work import Work, read
+from lorafit.machine import peak_memory
 from lorafit.model.load import quiet
 
-MODES = ("trainer", "script", "trl", "trlpack")
 PACKED = 2048
 
 
@@ -72,7 +73,7 @@ def run(
         begin = time.perf_counter()
         trainer.train()
     steps = len(marks)
-    found = figures(counted.tokens[:steps], [begin, *marks], own_peak(), first[0], sum(counted.targets[:steps]))
+    found = figures(counted.tokens[:steps], [begin, *marks], peak_memory(), first[0], sum(counted.targets[:steps]))
     found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if held_out:
         found["held_out_loss"] = score(trainer.model, work)

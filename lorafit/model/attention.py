@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorafit.native.attention import attend
+from lorafit.native.attention import attend, band
+from lorafit.native.kernel import wide
 
 NAME = "lorafit"
 
@@ -50,19 +51,15 @@ def attention(
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # one row: (n, heads, dim)
         return attend(q, k, v, lengths, scaling, window).view(1, *q.shape), None
     parts = [
-        one(module, q, k, v, _band(q.shape[2], window, q.device), dropout, scaling, **kwargs)
+        one(module, q, k, v, _four(band(q.shape[2], window, q.device)), dropout, scaling, **kwargs)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The causal mask of a sliding window, or None where the plain causal one is enough."""
-    if window is None or length <= window:
-        return None
-    i = torch.arange(length, device=device)
-    distance = i[:, None] - i[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+def _four(mask: Tensor | None) -> Tensor | None:
+    """A mask as transformers takes it, (batch, heads, n, m)."""
+    return mask if mask is None else mask[None, None]
 
 
 def _fused(
@@ -77,7 +74,7 @@ def _explicit(
 ) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = _wide(q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = wide(q @ k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     cap, sinks = kw.get("softcap"), kw.get("s_aux")
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
@@ -91,10 +88,6 @@ def _explicit(
         scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = F.dropout(scores.softmax(-1)[..., :m], p=p).to(v.dtype)
     return (weights @ v).transpose(1, 2)
-
-
-def _wide(scores: Tensor) -> Tensor:
-    return scores.float() if scores.dtype.itemsize < 4 else scores
 
 
 AttentionInterface.register(NAME, attention)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.native.attention import attend
 from lorafit.native.gated import ACTIVATIONS, gated
+from lorafit.native.kernel import wide
 from lorafit.native.lowrank import Remake
 from lorafit.native.norm import add_rms_norm, again, rms_norm
 from lorafit.native.rotary import rotate
@@ -116,9 +117,7 @@ class Body:
     def _angles(self, h: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, head width) of each token's place in its document."""
         positions = torch.cat([torch.arange(n, device=h.device) for n in lengths])
-        cos, sin = (
-            t[0].float() if h.dtype.itemsize < 4 else t[0] for t in self.inner.rotary_emb(h[None], positions[None])
-        )
+        cos, sin = (wide(t[0]) for t in self.inner.rotary_emb(h[None], positions[None]))
         return cos, sin
 
     def _layer(

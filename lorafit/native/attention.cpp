@@ -19,6 +19,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__) || defined(__APPLE__)
@@ -594,62 +595,51 @@ Shape shape(const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads
     return {starts, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
 }
 
+// With tiles where there are any for this type of number.
+template <typename X>
+void best_forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
+#ifdef LORAFIT_AMX
+    if constexpr (std::is_same_v<X, bf16>)
+        if (tiles::permitted()) return forward<TileEngine, X>(s, q, k, v, out, lse);
+#endif
+    forward<VectorEngine, X>(s, q, k, v, out, lse);
+}
+
+template <typename X>
+void best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, const X* out, const float* lse,
+              const X* dout, Rows<X> dq, Rows<X> dk, Rows<X> dv) {
+#ifdef LORAFIT_AMX
+    if constexpr (std::is_same_v<X, bf16>)
+        if (tiles::permitted()) return backward<TileEngine, X>(s, q, k, v, out, lse, dout, dq, dk, dv);
+#endif
+    backward<VectorEngine, X>(s, q, k, v, out, lse, dout, dq, dk, dv);
+}
+
 }  // namespace
 
 // q (n, heads, dim), k and v (n, kv_heads, dim): the heads of a token are contiguous, tokens lie a stride of elements apart.
 // out (n, heads, dim) contiguous; lse (heads, n): the base-2 logarithm of each row's sum of 2^(score * scale * log2 e).
 // Document d is the tokens starts[d] to starts[d + 1]. Query i sees key j if 0 <= i - j, and < window where that isn't 0.
-// scale > 0.
-KERNEL int attention_forward_f32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
-                                  int64_t v_stride, float* out, float* lse, const int64_t* starts, int64_t docs,
-                                  int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
-                                  int threads) {
-    Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
-    forward<VectorEngine, float>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
-    return 0;
-}
-
-KERNEL int attention_forward_bf16(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_stride, const bf16* v,
-                                   int64_t v_stride, bf16* out, float* lse, const int64_t* starts, int64_t docs,
-                                   int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
-                                   int threads) {
-    Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
-#ifdef LORAFIT_AMX
-    if (tiles::permitted()) {
-        forward<TileEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
-        return 0;
+// scale > 0. The backward takes what the forward wrote, and dout, laid out as out; dq, dk and dv have strides of their own.
+#define ATTENTION(NAME, X)                                                                                             \
+    KERNEL int attention_forward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,        \
+                                        int64_t v_stride, X* out, float* lse, const int64_t* starts, int64_t docs,     \
+                                        int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,     \
+                                        int threads) {                                                                 \
+        Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+        best_forward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);                                     \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    KERNEL int attention_backward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,       \
+                                         int64_t v_stride, const X* out, const float* lse, const X* dout, X* dq,       \
+                                         int64_t dq_stride, X* dk, int64_t dk_stride, X* dv, int64_t dv_stride,        \
+                                         const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads,         \
+                                         int64_t dim, float scale, int64_t window, int threads) {                      \
+        Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+        best_backward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride}, {dk, dk_stride},\
+                    {dv, dv_stride});                                                                                  \
+        return 0;                                                                                                      \
     }
-#endif
-    forward<VectorEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);
-    return 0;
-}
 
-// The same, with what the forward wrote and dout, laid out as out. dq, dk and dv have strides of their own.
-KERNEL int attention_backward_f32(const float* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
-                                   int64_t v_stride, const float* out, const float* lse, const float* dout, float* dq,
-                                   int64_t dq_stride, float* dk, int64_t dk_stride, float* dv, int64_t dv_stride,
-                                   const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim,
-                                   float scale, int64_t window, int threads) {
-    Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
-    backward<VectorEngine, float>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
-                                  {dk, dk_stride}, {dv, dv_stride});
-    return 0;
-}
-
-KERNEL int attention_backward_bf16(const bf16* q, int64_t q_stride, const bf16* k, int64_t k_stride, const bf16* v,
-                                    int64_t v_stride, const bf16* out, const float* lse, const bf16* dout, bf16* dq,
-                                    int64_t dq_stride, bf16* dk, int64_t dk_stride, bf16* dv, int64_t dv_stride,
-                                    const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim,
-                                    float scale, int64_t window, int threads) {
-    Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);
-#ifdef LORAFIT_AMX
-    if (tiles::permitted()) {
-        backward<TileEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
-                                          {dk, dk_stride}, {dv, dv_stride});
-        return 0;
-    }
-#endif
-    backward<VectorEngine, bf16>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},
-                                 {dk, dk_stride}, {dv, dv_stride});
-    return 0;
-}
+ATTENTION(f32, float)
+ATTENTION(bf16, bf16)

@@ -52,7 +52,7 @@ def plain_attend(
 
 def _plain_document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
     """(n, heads, dim) of one document -> the same."""
-    mask, shared = _band(q.shape[0], window, q.device), q.shape[1] != k.shape[1]
+    mask, shared = band(q.shape[0], window, q.device), q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shared)
     return out[0].transpose(0, 1)
@@ -73,7 +73,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
     return scale
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+def band(length: int, window: int | None, device: torch.device) -> Tensor | None:
     """The causal mask of a sliding window (length, length), or None where the plain causal one is enough."""
     if window is None or length <= window:
         return None

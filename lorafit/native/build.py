@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from lorafit.files import cache_folder
@@ -108,6 +109,7 @@ class _NotBuilt(Exception):
     """Why there are no kernels."""
 
 
+@cache
 def _place() -> tuple[str, Path]:
     """The compiler, and where the library for these sources, that compiler and this processor is kept."""
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)

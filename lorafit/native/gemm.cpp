@@ -102,8 +102,6 @@ struct Job {
     int64_t count, rows, columns;
     bf16* c;
     int64_t ldc;
-    const bf16* add;  // added to C before rounding, same shape and stride ldadd, or null
-    int64_t ldadd;
     const bf16* bias;  // of each column, or null
 };
 
@@ -118,11 +116,6 @@ inline void finish(const Job& job, const float* sums, int64_t stride, int64_t m,
     for (int64_t i = 0; i < tall; i++) {
         __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + i * stride), shift[0]);
         __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + i * stride + 16), shift[1]);
-        if (job.add) {
-            const bf16* from = job.add + (m + i) * job.ldadd + n;
-            x = _mm512_add_ps(x, widened(from, left));
-            y = _mm512_add_ps(y, widened(from + 16, right));
-        }
         bf16* to = job.c + (m + i) * job.ldc + n;
         _mm256_mask_storeu_epi16(to, left, (__m256i)_mm512_cvtneps_pbh(x));
         if (right) _mm256_mask_storeu_epi16(to + 16, right, (__m256i)_mm512_cvtneps_pbh(y));
@@ -212,8 +205,8 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
 
 // Returns 0, or 1 where scratch memory ran out.
 KERNEL int sum_products_bf16(const Part* parts, int64_t count, int64_t rows, int64_t columns, bf16* c, int64_t ldc,
-                             const bf16* add, int64_t ldadd, const bf16* bias, int threads) {
-    Job job{parts, count, rows, columns, c, ldc, add, ldadd, bias};
+                             const bf16* bias, int threads) {
+    Job job{parts, count, rows, columns, c, ldc, bias};
     bool fine = true;
     // Columns are shared out where there are enough of them (each weight is packed once), else rows.
     int64_t panels = (columns + WIDE - 1) / WIDE, bands = (rows + TALL - 1) / TALL;

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lorafit.native.build import has_amx
-from lorafit.native.kernel import Kernel
+from lorafit.native.kernel import Kernel, wide
 
 DEEP = 32  # the kernel takes 32 numbers of the inner dimension at a time
 
-_sum_products = Kernel("sum_products", "piiipipip")
+_sum_products = Kernel("sum_products", "piiipip")
 _outer = Kernel("outer", "pipiiiip")
 
 
@@ -36,14 +36,12 @@ def native(x: Tensor, *depths: int) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(k % DEEP == 0 for k in depths) and has_amx()
 
 
-def sum_products(
-    parts: Sequence[Part], *, out: Tensor | None = None, add: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """Σ a·b (+ add (rows, columns)) (+ bias (columns,)), into `out` (which may be a slice of columns) or a new tensor."""
+def sum_products(parts: Sequence[Part], *, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Σ a·b (+ bias (columns,)), into `out` (which may be a slice of columns) or a new tensor."""
     first = parts[0]
     rows, columns = first.a.shape[0], first.b.shape[0 if first.across else 1]
     if not native(first.a, *(part.a.shape[1] for part in parts)):
-        return plain_sum_products(parts, out=out, add=add, bias=bias)
+        return plain_sum_products(parts, out=out, bias=bias)
     c = torch.empty(rows, columns, dtype=first.a.dtype) if out is None else out
     sides = [(_lines(part.a), _lines(part.b)) for part in parts]
     given = (_CPart * len(parts))(
@@ -52,7 +50,6 @@ def sum_products(
             for part, (a, b) in zip(parts, sides, strict=True)
         )
     )
-    add = add if add is None else _lines(add)
     _sum_products(
         c.dtype,
         ctypes.addressof(given),
@@ -61,22 +58,17 @@ def sum_products(
         columns,
         c,
         c.stride(0),
-        add,
-        add.stride(0) if add is not None else 0,
         bias,
     )
     return c
 
 
-def plain_sum_products(
-    parts: Sequence[Part], *, out: Tensor | None = None, add: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def plain_sum_products(parts: Sequence[Part], *, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """The twin, in torch's own operations."""
     sides = [(part.a, part.b.t() if part.across else part.b) for part in parts]
     total = sides[0][0] @ sides[0][1] if out is None else torch.mm(*sides[0], out=out)
     for a, b in sides[1:]:
         total.addmm_(a, b)
-    total = total if add is None else total.add_(add)
     return total if bias is None else total.add_(bias)
 
 
@@ -92,8 +84,7 @@ def outer(p: Tensor, q: Tensor) -> Tensor:
 
 def plain_outer(p: Tensor, q: Tensor) -> Tensor:
     """The twin, in torch's own operations."""
-    made = p.t() @ q
-    return made.float() if made.dtype.itemsize < 4 else made
+    return wide(p.t() @ q)
 
 
 def _lines(x: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ class Kernel:
         return code
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32 if its type is narrower, else as it is: what sums and exponentials are computed in."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def usable(*tensors: Tensor) -> bool:
     """There are kernels for these tensors: on the CPU, in bf16 or fp32, all alike."""
     first = tensors[0]

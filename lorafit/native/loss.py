@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.native.gemm import Part, sum_products
-from lorafit.native.kernel import Kernel, usable
+from lorafit.native.kernel import Kernel, usable, wide
 
 APART = 32  # numbers between two rows of logits
 
@@ -24,11 +24,10 @@ def head_loss(
     h = h.contiguous()
     words = weight.shape[0]
     # Rows a multiple of a page apart would all fall on the same few lines of the processor's first cache.
-    wide = torch.empty(len(h), words + APART, dtype=h.dtype)
-    wide[:, words:] = (
-        0  # oneDNN reads past the end of a bf16 row, to a multiple of 32 (torch 2.13): NaN there would spread
-    )
-    logits = wide[:, :words]
+    rows = torch.empty(len(h), words + APART, dtype=h.dtype)
+    # oneDNN reads past the end of a bf16 row, to a multiple of 32 (torch 2.13): NaN there would spread.
+    rows[:, words:] = 0
+    logits = rows[:, :words]
     sum_products([Part(h, weight)], bias=bias, out=logits)
     loss, inverse = (torch.empty(len(h), dtype=torch.float32) for _ in range(2))
     _exponentials(h.dtype, logits, logits.stride(0), labels, loss, inverse, len(h), words)
@@ -42,8 +41,7 @@ def plain_head_loss(
     h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The twin, in torch's own operations."""
-    logits = F.linear(h, weight, bias)
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    logits = wide(F.linear(h, weight, bias))
     top = logits.logsumexp(-1)
     loss = top - logits.gather(1, labels[:, None]).squeeze(1)
     if not gradient:

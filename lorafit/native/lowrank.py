@@ -100,9 +100,7 @@ def _thin(x: Tensor, scales: Sequence[float | None], trained: Sequence[Tensor]) 
             continue
         a[s : s + r] = pair[0]
         scaled = x.new_empty(pair[1].shape[0], n)
-        torch.mul(pair[1], scale, out=scaled[:, :r]) if pair[1].dtype == x.dtype else scaled[:, :r].copy_(
-            pair[1] * scale
-        )
+        scaled[:, :r] = pair[1] * scale
         scaled[:, r:] = 0
         b.append(scaled)
     return _Thin(a, b, start, ranks, span)
@@ -130,7 +128,7 @@ class _Products(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if thin is not None:
             ctx.make = remake.make if remake is not None else lambda x: x
-            ctx.layout = (thin.start, thin.r, thin.span)
+            ctx.layout = (thin.start, thin.r)
             ctx.save_for_backward(xa, thin.a, *thin.b, *(remake.tensors if remake is not None else (x,)))
         return tuple(made)
 
@@ -143,20 +141,20 @@ class _Products(torch.autograd.Function):
         found: list[Tensor | None] = []
         if ctx.types:
             xa, a, *rest = ctx.saved_tensors
-            thin = _Thin(a, rest[: len(grads)], *ctx.layout)
-            x = ctx.make(*rest[len(grads) :])
+            bs, x = rest[: len(grads)], ctx.make(*rest[len(grads) :])
+            start, ranks = ctx.layout
             dxa = xa.new_zeros(xa.shape)
             for i, dy in dys.items():
-                if (b := thin.b[i]) is not None:
+                if (b := bs[i]) is not None:
                     # exactly r columns: what lies beyond belongs to the next one
-                    s, r = thin.start[i], thin.r[i]
+                    s, r = start[i], ranks[i]
                     sum_products([Part(dy, b[:, :r], False)], out=dxa[:, s : s + r])
-            parts.append(Part(dxa, thin.a, False))
-            das = outer(dxa[:, : sum(thin.r)], x)
+            parts.append(Part(dxa, a, False))
+            das = outer(dxa[:, : sum(ranks)], x)
             for i, scale in enumerate(ctx.scales):
                 if scale is None:
                     continue
-                s, r = thin.start[i], thin.r[i]
+                s, r = start[i], ranks[i]
                 found += [das[s : s + r], outer(xa[:, s : s + r], dys[i]).t() * scale] if i in dys else [None, None]
         dx = sum_products(parts) if ctx.needs_input_grad[0] else None
         typed = [g if g is None else g.to(t) for g, t in zip(found, ctx.types, strict=True)]

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.batches import Micro
 from lorafit.host import Host
+from lorafit.native.kernel import wide
 from lorafit.native.loss import head_loss
 
 CHUNK = 512  # positions whose logits exist at once
@@ -43,11 +44,7 @@ def losses(host: Host, micro: Micro) -> Tensor:
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_wide(logits), labels, reduction="none")
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
+    return F.cross_entropy(wide(logits), labels, reduction="none")
 
 
 class FrozenHeadLoss(torch.autograd.Function):
