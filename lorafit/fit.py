@@ -168,9 +168,7 @@ class _Fit:
 
     def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
         self.config, self.terminal = config, terminal
-        for file in (config.data, config.held_out):  # said before the base is loaded
-            if file and not Path(file).expanduser().is_file():
-                raise DataError(f"no such file: {file}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
+        _check_files(config)
         if config.steps is None and config.epochs <= 0:
             raise ConfigError(f"epochs={config.epochs}: must be more than 0")
         _check_extras(config)
@@ -562,6 +560,7 @@ def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = Tru
 
 def read_data(config: Config, terminal: Terminal, strict: bool = True) -> tuple[Path, Chat, Dataset]:
     """The model's folder, its chat and the rows of a config, without loading the model."""
+    _check_files(config)
     with terminal.working("loading the tokenizer") as spinner:
         path = locate(config.model, spinner.rename)
         chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
@@ -579,6 +578,13 @@ def default_lr(host: Host) -> float:
     """2e-4 at a width of 4096, more for narrower models: the best rate falls with the root of the width (2602.06204)."""
     width = host.base.model.config.get_text_config().hidden_size
     return float(f"{2e-4 * (4096 / width) ** 0.5:.2g}")
+
+
+def _check_files(config: Config) -> None:
+    """Said before a model is looked for, loaded, or converted for the first time."""
+    for file in (config.data, config.held_out):
+        if file and not Path(file).expanduser().is_file():
+            raise DataError(f"no such file: {file}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
 
 
 def _check_extras(config: Config) -> None:

@@ -233,7 +233,7 @@ print(len(data.train), flush=True)
 @needs_proc
 @pytest.mark.parametrize("how", ["runs", "Ctrl-C", "kill"])
 def test_a_script_without_a_guard_and_no_process_left_behind(how: str, tmp_path: Path) -> None:
-    good = [{"prompt": f"one {n}", "completion": "the cat " * 20} for n in range(2700 if how == "runs" else 40_000)]
+    good = [{"prompt": f"one {n}", "completion": "the cat " * 20} for n in range(2700 if how == "runs" else 200_000)]
     path = h.write(tmp_path / "a.jsonl", *good)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), path=str(path)))
