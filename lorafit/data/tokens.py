@@ -188,7 +188,7 @@ def _fit(ids: list[int], mask: np.ndarray, example: Example, max_tokens: int, lo
     if length > max_tokens:
         reason = f"{length} tokens, more than max_tokens={max_tokens}"
         if long != "truncate":
-            return RowFault(f"{reason}; raise it, or or use long=truncate or long=skip", length)
+            return RowFault(f"{reason}; raise it, or use long=truncate or long=skip", length)
         # The token after the cut is learned and so is the one before: the cut is inside an answer.
         cut = "answer" if mask[max_tokens] and mask[max_tokens - 1] else "end"
         ids, mask = ids[:max_tokens], mask[:max_tokens]
