@@ -28,8 +28,8 @@ namespace {
 
 constexpr int64_t DEEP = 32, WIDE = 32, TALL = 32;  // of a step of four tile products
 constexpr int64_t TILE = 512;                       // numbers in a tile: 16 rows of 32
-constexpr int64_t DEPTH = 1024;                     // of a slice of B, so that slice and A's rows stay in the caches
-constexpr int64_t SLICE = 256 * 1024;               // numbers in a slice
+constexpr int64_t DEPTH = 4096;                    // of a slice at most: sums that wait for the next one cost more than they save
+constexpr int64_t SLICE = 512 * 1024;              // numbers in a slice of B: half of an L2 cache
 
 template <typename T>
 struct Buffer {  // aligned scratch of a thread, kept between calls
@@ -85,14 +85,17 @@ struct Step {  // 32 deep: where A's numbers are, and B's
     int64_t across;
 };
 
-inline void products(const bf16* a, int64_t lda, const bf16* b) {
-    for (int i = 0; i < TALL; i++) _mm_prefetch(reinterpret_cast<const char*>(a + i * lda + DEEP), _MM_HINT_T0);
+// The loads come first: mixed with the products they take longer. A slice of B is passed over for every 32 rows and doesn't
+// fit the first cache, so it is marked as not worth keeping there.
+inline void products(const bf16* a, int64_t lda, const bf16* b, bool ahead) {
+    if (ahead)
+        for (int i = 0; i < TALL; i++) _mm_prefetch(reinterpret_cast<const char*>(a + i * lda + DEEP), _MM_HINT_T0);
     tiles::load<4>(a, lda * 2);
-    tiles::load<6>(b, 64);
-    tiles::multiply<0, 4, 6>();
-    tiles::load<7>(b + TILE, 64);
-    tiles::multiply<1, 4, 7>();
     tiles::load<5>(a + 16 * lda, lda * 2);
+    tiles::stream<6>(b, 64);
+    tiles::stream<7>(b + TILE, 64);
+    tiles::multiply<0, 4, 6>();
+    tiles::multiply<1, 4, 7>();
     tiles::multiply<2, 5, 6>();
     tiles::multiply<3, 5, 7>();
 }
@@ -105,22 +108,31 @@ struct Job {
     const bf16* bias;  // of each column, or null
 };
 
-// Rounds a block of up to 32 x 32 sums into C.
-inline void finish(const Job& job, const float* sums, int64_t stride, int64_t m, int64_t n, int64_t tall, int64_t wide) {
-    __mmask16 left = wide >= 16 ? 0xffff : (1u << wide) - 1, right = wide >= 32 ? 0xffff : wide <= 16 ? 0 : (1u << (wide - 16)) - 1;
-    __m512 shift[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    auto widened = [](const bf16* p, __mmask16 some) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
-    };
-    if (job.bias) shift[0] = widened(job.bias + n, left), shift[1] = widened(job.bias + n + 16, right);
-    for (int64_t i = 0; i < tall; i++) {
-        __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums + i * stride), shift[0]);
-        __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + i * stride + 16), shift[1]);
-        bf16* to = job.c + (m + i) * job.ldc + n;
-        _mm256_mask_storeu_epi16(to, left, (__m256i)_mm512_cvtneps_pbh(x));
-        if (right) _mm256_mask_storeu_epi16(to + 16, right, (__m256i)_mm512_cvtneps_pbh(y));
+// A block of up to 32 x 32 sums on its way into C. It is rounded row by row between the tile products of the next block: the
+// units that do it are idle then, and the sums have left the store buffer.
+struct Rest {
+    const float* sums = nullptr;
+    bf16* to = nullptr;
+    int64_t ldc = 0, rows = 0;
+    __mmask32 some = 0;
+    __m512 shift[2] = {};
+
+    Rest() = default;
+    Rest(const Job& job, const float* sums, int64_t m, int64_t n, int64_t tall, int64_t wide)
+        : sums(sums), to(job.c + m * job.ldc + n), ldc(job.ldc), rows(tall), some(wide >= 32 ? ~0u : (1u << wide) - 1) {
+        if (!job.bias) return;
+        alignas(64) bf16 bias[32] = {};
+        std::memcpy(bias, job.bias + n, wide * sizeof(bf16));
+        shift[0] = (__m512)widen(bias), shift[1] = (__m512)widen(bias + 16);
     }
-}
+    INLINE void round(int64_t count) {
+        for (; count > 0 && rows > 0; count--, rows--, sums += WIDE, to += ldc) {
+            __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums), shift[0]);
+            __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + 16), shift[1]);
+            _mm512_mask_storeu_epi16(to, some, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        }
+    }
+};
 
 // Rows m0..m1 and columns n0..n1 of C, by one thread.
 bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
@@ -142,9 +154,11 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     int64_t rounds = (panels_all + most - 1) / most, panels_each = (panels_all + rounds - 1) / rounds;
     int64_t short_rows = (m1 - m0) % TALL, full = m1 - short_rows;
     bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE);
-    float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : TALL * WIDE);
+    float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : 2 * TALL * WIDE);
     bf16* end = ends_.of(deep * DEEP * TALL);
     if (!packed || !sums || !end) return false;
+    Rest rest;
+    int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += panels_each * WIDE) {
         int64_t panels = (std::min(n1, n + panels_each * WIDE) - n + WIDE - 1) / WIDE;
         for (int64_t first = 0; first < depth; first += deep) {
@@ -174,7 +188,7 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
             for (int64_t m = m0; m < m1; m += TALL) {
                 int64_t tall = std::min(TALL, m1 - m);
                 for (int64_t panel = 0; panel < panels; panel++) {
-                    float* to = slices > 1 ? sums + (m - m0) * panels * WIDE + panel * TALL * WIDE : sums;
+                    float* to = slices > 1 ? sums + (m - m0) * panels * WIDE + panel * TALL * WIDE : sums + (turn ^= TALL * WIDE);
                     if (first) {
                         tiles::load<0>(to, WIDE * 4), tiles::load<1>(to + 16, WIDE * 4);
                         tiles::load<2>(to + 16 * WIDE, WIDE * 4), tiles::load<3>(to + 16 * WIDE + 16, WIDE * 4);
@@ -182,20 +196,23 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
                         tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
                     }
                     const bf16* b = packed + panel * deep * 2 * TILE;
-                    if (tall == TALL)
-                        for (int64_t s = first; s < last; s++, b += 2 * TILE)
-                            products(steps[s].a + m * steps[s].lda, steps[s].lda, b);
-                    else
-                        for (int64_t s = first; s < last; s++, b += 2 * TILE)
-                            products(end + (s - first) * TALL * DEEP, DEEP, b);
+                    int64_t each = (rest.rows + last - first - 1) / (last - first);
+                    for (int64_t s = first; s < last; s++, b += 2 * TILE) {
+                        if (tall == TALL)
+                            products(steps[s].a + m * steps[s].lda, steps[s].lda, b, panel == 0);
+                        else
+                            products(end + (s - first) * TALL * DEEP, DEEP, b, false);
+                        rest.round(each);
+                    }
                     tiles::store<0>(to, WIDE * 4), tiles::store<1>(to + 16, WIDE * 4);
                     tiles::store<2>(to + 16 * WIDE, WIDE * 4), tiles::store<3>(to + 16 * WIDE + 16, WIDE * 4);
                     if (last == depth) {
                         int64_t column = n + panel * WIDE;
-                        finish(job, to, WIDE, m, column, tall, std::min(WIDE, job.columns - column));
+                        rest = Rest(job, to, m, column, tall, std::min(WIDE, job.columns - column));
                     }
                 }
             }
+            rest.round(TALL);  // its sums may be written again
         }
     }
     return true;
