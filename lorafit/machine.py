@@ -253,8 +253,8 @@ def keep_memory() -> None:
     asks for the same blocks again. glibc only, for this process only; what is kept never exceeds what was in use at once."""
     import ctypes
 
-    trim_threshold, mmap_threshold = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+    trim_threshold, mmap_max = -1, -4  # mallopt's M_TRIM_THRESHOLD and M_MMAP_MAX
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(mmap_max, 0)  # M_MMAP_THRESHOLD can't be raised above 32 MiB; a chunk of logits is larger
         libc.mallopt(trim_threshold, (1 << 31) - 1)

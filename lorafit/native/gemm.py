@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from lorafit.native.build import has_amx
-from lorafit.native.kernel import Kernel, wide
+from lorafit.native.kernel import Kernel
 
 DEEP = 32  # the kernel takes 32 numbers of the inner dimension at a time
 
 _sum_products = Kernel("sum_products", "piiipip")
-_outer = Kernel("outer", "pipiiiip")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def sum_products(parts: Sequence[Part], *, out: Tensor | None = None, bias: Tens
     if not native(first.a, *(part.a.shape[1] for part in parts)):
         return plain_sum_products(parts, out=out, bias=bias)
     c = torch.empty(rows, columns, dtype=first.a.dtype) if out is None else out
-    sides = [(_lines(part.a), _lines(part.b)) for part in parts]
+    sides = [(lines(part.a), lines(part.b)) for part in parts]
     given = (_CPart * len(parts))(
         *(
             _CPart(a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.shape[1], part.across)
@@ -72,20 +71,6 @@ def plain_sum_products(parts: Sequence[Part], *, out: Tensor | None = None, bias
     return total if bias is None else total.add_(bias)
 
 
-def outer(p: Tensor, q: Tensor) -> Tensor:
-    """pᵀ·q (left, right) in fp32 for p (rows, left) and q (rows, right): the gradient of a thin matrix."""
-    if not native(p):
-        return plain_outer(p, q)
-    p, q = _lines(p), _lines(q)
-    c = torch.empty(p.shape[1], q.shape[1], dtype=torch.float32)
-    _outer(p.dtype, p, p.stride(0), q, q.stride(0), p.shape[0], p.shape[1], q.shape[1], c)
-    return c
-
-
-def plain_outer(p: Tensor, q: Tensor) -> Tensor:
-    """The twin, in torch's own operations."""
-    return wide(p.t() @ q)
-
-
-def _lines(x: Tensor) -> Tensor:
+def lines(x: Tensor) -> Tensor:
+    """x (rows, columns), or a copy, with each row's numbers side by side, as the kernels take it."""
     return x if x.stride(1) == 1 else x.contiguous()

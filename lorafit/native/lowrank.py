@@ -2,18 +2,24 @@
 
 y_i = x·W_iᵀ + bias_i + s_i (x·A_iᵀ)·B_iᵀ. The A's are one thin product; each base product and its addition are one sum;
 the gradient for x is one sum over all of them; x is kept once, or not at all where the caller can make it again.
+`_Tiled` is that in two calls of C++ kernels, `_Composed` in torch's operations; `plain_products` says what both compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafit.native.gemm import DEEP, Part, native, outer, sum_products
+from lorafit.native.gemm import DEEP, lines, native
+from lorafit.native.kernel import Kernel, wide
+
+_forward = Kernel("low_rank_forward", "p")
+_backward = Kernel("low_rank_backward", "pp")
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,9 @@ def products(
 ) -> tuple[Tensor, ...]:
     """x (n, in) through each weight: (n, out_i). With `remake`, x isn't kept for the backward."""
     trained = [t for low in added if low is not None for t in (low.a, low.b)]
-    made: tuple[Tensor, ...] = _Products.apply(  # type: ignore[no-untyped-call]
-        x, tuple(frozen), tuple(low and low.scale for low in added), remake, *trained
-    )
+    scales = tuple(None if low is None else low.scale for low in added)
+    function = _Tiled if _takes(x, frozen, trained) else _Composed
+    made: tuple[Tensor, ...] = function.apply(x, tuple(frozen), scales, remake, *trained)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -65,48 +71,19 @@ def plain_products(x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank 
     return tuple(made)
 
 
-@dataclass
-class _Thin:
-    """The A's of a group, one under another, and where each begins; `span` columns of the product belong to one."""
-
-    a: Tensor  # (width, in)
-    b: list[Tensor | None]  # s·B (out, span)
-    start: list[int]
-    r: list[int]
-    span: list[int]
+def _paired(scales: Sequence[float | None], trained: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, float] | None]:
+    """(a, b, scale) of each product that has an addition."""
+    given = iter(trained)
+    return [None if scale is None else (next(given), next(given), scale) for scale in scales]
 
 
-def _thin(x: Tensor, scales: Sequence[float | None], trained: Sequence[Tensor]) -> _Thin | None:
-    """In x's number type; padded with zeros to what the kernel takes at a time."""
-    if not trained:
-        return None
-    step = DEEP if native(x, x.shape[1]) else 1
-    start, ranks, span, at = [], [], [], 0
-    pairs = iter(zip(trained[::2], trained[1::2], strict=True))
-    given = [next(pairs) if scale is not None else None for scale in scales]
-    for pair in given:
-        r = pair[0].shape[0] if pair is not None else 0
-        start.append(at)
-        ranks.append(r)
-        span.append(-(-r // step) * step)
-        at += r
-    width = -(-max(s + n for s, n in zip(start, span, strict=True)) // step) * step
-    a = x.new_empty(width, x.shape[1])
-    a[at:] = 0
-    b: list[Tensor | None] = []
-    for pair, scale, s, r, n in zip(given, scales, start, ranks, span, strict=True):
-        if pair is None or scale is None:
-            b.append(None)
-            continue
-        a[s : s + r] = pair[0]
-        scaled = x.new_empty(pair[1].shape[0], n)
-        scaled[:, :r] = pair[1] * scale
-        scaled[:, r:] = 0
-        b.append(scaled)
-    return _Thin(a, b, start, ranks, span)
+def _typed(found: Sequence[Tensor | None], trained: Sequence[Tensor]) -> list[Tensor | None]:
+    return [g if g is None else g.to(t.dtype) for g, t in zip(found, trained, strict=True)]
 
 
-class _Products(torch.autograd.Function):
+class _Composed(torch.autograd.Function):
+    """In torch's operations, in x's number type."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -116,46 +93,163 @@ class _Products(torch.autograd.Function):
         remake: Remake | None,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        thin = _thin(x, scales, trained)
-        xa = sum_products([Part(x, thin.a)]) if thin is not None else None
-        made = []
-        for i, base in enumerate(frozen):
-            parts = [Part(x, base.weight, base.across)]
-            if thin is not None and xa is not None and (b := thin.b[i]) is not None:
-                parts.append(Part(xa[:, thin.start[i] : thin.start[i] + thin.span[i]], b))
-            made.append(sum_products(parts, bias=base.bias))
-        ctx.frozen, ctx.scales, ctx.types = frozen, scales, [t.dtype for t in trained]
+        pairs = _paired(scales, trained)
+        stacked = torch.cat([pair[0] for pair in pairs if pair]).to(x.dtype) if trained else None
+        thin = [] if stacked is None else list((x @ stacked.t()).split([pair[0].shape[0] for pair in pairs if pair], 1))
+        made, xas = [], iter(thin)
+        for base, pair in zip(frozen, pairs, strict=True):
+            weight = base.weight.t() if base.across else base.weight
+            y = x @ weight if base.bias is None else torch.addmm(base.bias, x, weight)
+            made.append(y if pair is None else y.addmm_(next(xas), (pair[1] * pair[2]).to(x.dtype).t()))
+        ctx.frozen, ctx.scales, ctx.make = frozen, scales, remake.make if remake is not None else lambda x: x
         ctx.set_materialize_grads(False)
-        if thin is not None:
-            ctx.make = remake.make if remake is not None else lambda x: x
-            ctx.layout = (thin.start, thin.r)
-            ctx.save_for_backward(xa, thin.a, *thin.b, *(remake.tensors if remake is not None else (x,)))
+        if trained:
+            kept = remake.tensors if remake is not None else (x,)
+            ctx.sizes = (len(trained), len(thin))
+            ctx.save_for_backward(*trained, *thin, *kept)
         return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dys = {i: dy if dy.stride(1) == 1 else dy.contiguous() for i, dy in enumerate(grads) if dy is not None}
-        if not dys:
-            return (None,) * (4 + len(ctx.types))
-        parts = [Part(dy, ctx.frozen[i].weight, not ctx.frozen[i].across) for i, dy in dys.items()]
+        trained: Sequence[Tensor] = ()
+        thin: Iterator[Tensor] = iter(())
+        x: Tensor | None = None
+        if ctx.saved_tensors:
+            trainables, thins = ctx.sizes
+            trained, thin = ctx.saved_tensors[:trainables], iter(ctx.saved_tensors[trainables : trainables + thins])
+            x = ctx.make(*ctx.saved_tensors[trainables + thins :])
+        dx: Tensor | None = None
         found: list[Tensor | None] = []
-        if ctx.types:
-            xa, a, *rest = ctx.saved_tensors
-            bs, x = rest[: len(grads)], ctx.make(*rest[len(grads) :])
-            start, ranks = ctx.layout
-            dxa = xa.new_zeros(xa.shape)
-            for i, dy in dys.items():
-                if (b := bs[i]) is not None:
-                    # exactly r columns: what lies beyond belongs to the next one
-                    s, r = start[i], ranks[i]
-                    sum_products([Part(dy, b[:, :r], False)], out=dxa[:, s : s + r])
-            parts.append(Part(dxa, a, False))
-            das = outer(dxa[:, : sum(ranks)], x)
-            for i, scale in enumerate(ctx.scales):
-                if scale is None:
-                    continue
-                s, r = start[i], ranks[i]
-                found += [das[s : s + r], outer(xa[:, s : s + r], dys[i]).t() * scale] if i in dys else [None, None]
-        dx = sum_products(parts) if ctx.needs_input_grad[0] else None
-        typed = [g if g is None else g.to(t) for g, t in zip(found, ctx.types, strict=True)]
-        return dx, None, None, None, *typed
+        for dy, base, pair in zip(grads, ctx.frozen, _paired(ctx.scales, trained), strict=True):
+            xa = next(thin) if pair is not None else None
+            if dy is None:
+                found += [] if pair is None else [None, None]
+                continue
+            if ctx.needs_input_grad[0]:
+                weight = base.weight if base.across else base.weight.t()
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+            if pair is not None and xa is not None and x is not None:
+                a, b, scale = pair
+                dxa = dy @ (b * scale).to(dy.dtype)
+                found += [wide(dxa.t() @ x), wide(dy.t() @ xa) * scale]
+                dx = dx if dx is None else dx.addmm_(dxa, a.to(dy.dtype))
+        return dx, None, None, None, *_typed(found, trained)
+
+
+class _Low(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p if name in ("weight", "bias", "a", "b", "y", "da", "db") else ctypes.c_int64)
+            for name in ("weight", "ldw", "across", "out", "bias", "a", "b", "r", "y", "ldy", "da", "db")
+        ),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p if name in ("lows", "x", "xa", "thin") else ctypes.c_int64)
+        for name in ("lows", "count", "x", "ldx", "rows", "in", "xa", "width", "thin")
+    ]
+
+
+def _takes(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[Tensor]) -> bool:
+    """The kernels take these: whole tiles, and fp32 additions whose rows lie one after another."""
+    sizes = {size for base in frozen for size in base.weight.shape}
+    return (
+        native(x, *sizes)
+        and len(x) > 0
+        and all(base.weight.dtype == x.dtype and base.weight.stride(1) == 1 for base in frozen)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in trained)
+    )
+
+
+def _low(
+    base: Frozen, pair: tuple[Tensor, Tensor, float] | None, y: Tensor | None, grads: Sequence[Tensor] = ()
+) -> _Low:
+    """One product as the kernels take it; y its result, or what arrives in the backward; grads those of a and b."""
+    weight, bias = base.weight, base.bias
+    out = weight.shape[0 if base.across else 1]
+    low = _Low(weight.data_ptr(), weight.stride(0), base.across, out, None if bias is None else bias.data_ptr())
+    if pair is not None:
+        low.a, low.b, low.r, low.scale = pair[0].data_ptr(), pair[1].data_ptr(), pair[0].shape[0], pair[2]
+    if y is not None:
+        low.y, low.ldy = y.data_ptr(), y.stride(0)
+    if grads:
+        low.da, low.db = (g.data_ptr() for g in grads)
+    return low
+
+
+class _Tiled(torch.autograd.Function):
+    """In one call of a kernel each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        frozen: tuple[Frozen, ...],
+        scales: tuple[float | None, ...],
+        remake: Remake | None,
+        *trained: Tensor,
+    ) -> tuple[Tensor, ...]:
+        x, pairs = lines(x), _paired(scales, trained)
+        made = [x.new_empty(len(x), base.weight.shape[0 if base.across else 1]) for base in frozen]
+        lows = (_Low * len(made))(*(_low(base, pair, y) for base, pair, y in zip(frozen, pairs, made, strict=True)))
+        start, width, room = 0, 0, 0  # of the additions' columns in x·Aᵀ, and of the packed B's
+        for low in lows:
+            span = -(-low.r // DEEP) * DEEP
+            width, start, room = max(width, start + span), start + low.r, room + low.out * span
+        width = -(-width // DEEP) * DEEP
+        xa, thin = x.new_empty(len(x), width), x.new_empty(width * x.shape[1] + room)
+        group = _Group(
+            ctypes.addressof(lows),
+            len(lows),
+            x.data_ptr(),
+            x.stride(0),
+            *x.shape,
+            xa.data_ptr(),
+            width,
+            thin.data_ptr(),
+        )
+        _forward(x.dtype, ctypes.addressof(group))
+        ctx.frozen, ctx.scales = frozen, scales
+        ctx.set_materialize_grads(False)
+        if trained:
+            ctx.make = remake.make if remake is not None else lambda x: x
+            ctx.save_for_backward(xa, thin, *trained, *(remake.tensors if remake is not None else (x,)))
+        return tuple(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        dys = [None if dy is None else lines(dy) for dy in grads]
+        some = next((dy for dy in dys if dy is not None), None)
+        if some is None:
+            return (None,) * len(ctx.needs_input_grad)
+        width = ctx.frozen[0].weight.shape[1 if ctx.frozen[0].across else 0]
+        trained: Sequence[Tensor] = ()
+        if ctx.saved_tensors:
+            trainables = 2 * sum(scale is not None for scale in ctx.scales)
+            xa, thin, *others = ctx.saved_tensors
+            trained, x = others[:trainables], lines(ctx.make(*others[trainables:]))
+        else:
+            x, xa, thin = some.new_empty(len(some), 0), some.new_empty(0, 0), some.new_empty(0)
+        pairs, lows = _paired(ctx.scales, trained), (_Low * len(dys))()
+        found: list[Tensor | None] = []
+        for i, (base, pair, dy) in enumerate(zip(ctx.frozen, pairs, dys, strict=True)):
+            made = [] if pair is None or dy is None else [torch.empty_like(pair[0]), torch.empty_like(pair[1])]
+            lows[i] = _low(base, pair, dy, made)
+            found += [None, None] if pair is not None and dy is None else made
+        dx = some.new_empty(len(some), width) if ctx.needs_input_grad[0] else None
+        group = _Group(
+            ctypes.addressof(lows),
+            len(lows),
+            x.data_ptr(),
+            x.stride(0),
+            len(some),
+            width,
+            xa.data_ptr(),
+            xa.shape[1],
+            thin.data_ptr(),
+        )
+        _backward(some.dtype, ctypes.addressof(group), dx)
+        return dx, None, None, None, *found

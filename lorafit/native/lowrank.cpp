@@ -1,0 +1,185 @@
+// Frozen products that share an input, each with a low-rank addition, forward and backward: each direction in one call, since
+// a step makes hundreds of them and everything between two calls runs on one core.
+#include "products.h"
+
+#ifdef LORAFIT_AMX
+#include <memory>
+
+extern "C" {
+
+// y = x·W' + bias + scale (x·Aᵀ)·Bᵀ, with W' = Wᵀ for W (out, in) if `across`, else W (in, out). Without an addition r = 0.
+struct Low {
+    const bf16* weight;
+    int64_t ldw;
+    int64_t across;
+    int64_t out;
+    const bf16* bias;
+    const float* a;  // (r, in)
+    const float* b;  // (out, r)
+    int64_t r;
+    bf16* y;  // (rows, out): the product, or in the backward its gradient, null if there is none
+    int64_t ldy;
+    float* da;  // as a
+    float* db;  // as b
+    double scale;
+};
+
+// x (rows, in) and all that the backward needs besides: xa (rows, width), the x·Aᵀ side by side; `thin`, what `pack` makes.
+struct Group {
+    const Low* lows;
+    int64_t count;
+    const bf16* x;
+    int64_t ldx, rows, in;
+    bf16* xa;
+    int64_t width;  // the sum of all r and at least each `span` after its `start`
+    bf16* thin;
+};
+}
+
+namespace {
+
+inline int64_t span(const Low& low) { return (low.r + DEEP - 1) / DEEP * DEEP; }
+
+// In which column of xa each addition begins, and where its B is in `thin`, after all the A's.
+struct Place {
+    int64_t start, b;
+};
+
+inline Place* places(const Group& g, Buffer<Place>& buffer) {
+    Place* found = buffer.of(g.count + 1);
+    if (!found) return nullptr;
+    Place at{0, g.width * g.in};
+    for (int64_t i = 0; i < g.count; i++) {
+        found[i] = at;
+        at.start += g.lows[i].r;
+        at.b += g.lows[i].out * span(g.lows[i]);
+    }
+    found[g.count] = at;
+    return found;
+}
+
+// Thread t's share of the A's, one under another, and of each scale·B (out, span); in bf16, zeros after them.
+void pack(const Group& g, const Place* at, int t, int threads) {
+    for (int64_t i = 0; i < g.count; i++) {
+        const Low& low = g.lows[i];
+        for (int64_t row = low.r * t / threads; row < low.r * (t + 1) / threads; row++) {
+            bf16* to = g.thin + (at[i].start + row) * g.in;
+            for (int64_t k = 0; k < g.in; k += 16) narrow(widen(low.a + row * g.in + k), to + k);
+        }
+        int64_t wide = span(low);
+        float scale = low.scale;
+        for (int64_t row = low.out * t / threads; row < low.out * (t + 1) / threads; row++) {
+            bf16* to = g.thin + at[i].b + row * wide;
+            const float* from = low.b + row * low.r;
+            int64_t k = 0;
+            for (; k + 16 <= low.r; k += 16) narrow(widen(from + k) * scale, to + k);
+            if (k < low.r) narrow(widen_some(from + k, low.r - k) * scale, to + k), k += 16;
+            for (; k < wide; k += 16) narrow(Floats{}, to + k);
+        }
+    }
+    if (t == 0)
+        std::memset(g.thin + at[g.count].start * g.in, 0, (g.width - at[g.count].start) * g.in * sizeof(bf16));
+}
+
+}  // namespace
+
+// Both return 0, or 1 where scratch memory ran out.
+KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
+    const Group& g = *group;
+    static thread_local Buffer<Place> places_;
+    const Place* at = places(g, places_);
+    if (!at) return 1;
+    bool fine = true;
+#pragma omp parallel num_threads(threads) reduction(&& : fine)
+    {
+        tiles::configure();
+        if (g.width) {
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++) pack(g, at, t, threads);
+            Part part{g.x, g.ldx, g.thin, g.in, g.in, 1};
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++)
+                fine = share({&part, 1, g.rows, g.width, g.xa, g.width, nullptr}, t, threads) && fine;
+        }
+#pragma omp for schedule(static)
+        for (int t = 0; t < threads; t++)
+            for (int64_t i = 0; i < g.count; i++) {
+                const Low& low = g.lows[i];
+                Part parts[] = {{g.x, g.ldx, low.weight, low.ldw, g.in, low.across},
+                                {g.xa + at[i].start, g.width, g.thin + at[i].b, span(low), span(low), 1}};
+                fine = share({parts, low.r ? 2 : 1, g.rows, low.out, low.y, low.ldy, low.bias}, t, threads) && fine;
+            }
+        tiles::release();
+    }
+    return fine ? 0 : 1;
+}
+
+// dx (rows, in), if it is wanted, and each da and db of an addition whose product has a gradient.
+KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
+    const Group& g = *group;
+    static thread_local Buffer<Place> places_;
+    const Place* at = places(g, places_);
+    if (!at) return 1;
+    int64_t ranks = at[g.count].start, size = g.rows * g.width + turned_size(g.rows, ranks);
+    for (int64_t i = 0; i < g.count; i++) size += turned_size(g.rows, g.lows[i].r);
+    std::unique_ptr<bf16, void (*)(void*)> scratch(
+        static_cast<bf16*>(std::aligned_alloc(64, (size + 64) * sizeof(bf16) / 64 * 64)), std::free);
+    std::unique_ptr<Part[]> parts(new (std::nothrow) Part[g.count + 1]);
+    if (!scratch || !parts) return 1;
+    // d(x·Aᵀ), then its turned tiles and those of xa, column by column of the additions.
+    bf16 *turned = scratch.get(), *dxa = turned + size - g.rows * g.width;
+    int64_t used = 0;
+    for (int64_t i = 0; i < g.count; i++)
+        if (const Low& low = g.lows[i]; low.y) parts[used++] = {low.y, low.ldy, low.weight, low.ldw, low.out, !low.across};
+    if (g.width) parts[used++] = {dxa, g.width, g.thin, g.in, g.width, 0};
+    bool fine = true;
+#pragma omp parallel num_threads(threads) reduction(&& : fine)
+    {
+        tiles::configure();
+        if (g.width) {
+            int64_t bands = (g.rows + TALL - 1) / TALL;
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++) {
+                int64_t first = bands * t / threads * TALL, last = std::min(g.rows, bands * (t + 1) / threads * TALL);
+                if (first >= last) continue;
+                std::memset(dxa + first * g.width, 0, (last - first) * g.width * sizeof(bf16));
+                bf16* to = turned + turned_size(g.rows, ranks);
+                for (int64_t i = 0; i < g.count; i++) {
+                    const Low& low = g.lows[i];
+                    if (low.y && low.r) {
+                        Part part{low.y, low.ldy, g.thin + at[i].b, span(low), low.out, 0};
+                        Job job{&part, 1, g.rows, low.r, dxa + at[i].start, g.width, nullptr};
+                        fine = block(job, first, last, 0, low.r) && fine;
+                        turn(g.xa + at[i].start, g.width, g.rows, low.r, first, last, to);
+                    }
+                    to += turned_size(g.rows, low.r);
+                }
+                turn(dxa, g.width, g.rows, ranks, first, last, turned);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int t = 0; t < threads; t++) {
+            if (dx) fine = share({parts.get(), used, g.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
+            if (!ranks) continue;
+            int64_t owner = 0;  // of row i of all the A's gradients
+            auto put = [&](int64_t i, int64_t j, float sum) {
+                while (i < at[owner].start) owner--;
+                while (i >= at[owner].start + g.lows[owner].r) owner++;
+                if (g.lows[owner].y) g.lows[owner].da[(i - at[owner].start) * g.in + j] = sum;
+            };
+            fine = outer(turned, ranks, g.x, g.ldx, g.rows, g.in, t, threads, put) && fine;
+            bf16* from = turned + turned_size(g.rows, ranks);
+            for (int64_t i = 0; i < g.count; i++) {
+                const Low& low = g.lows[i];
+                float scale = low.scale;
+                if (low.y && low.r)
+                    fine = outer(from, low.r, low.y, low.ldy, g.rows, low.out, t, threads,
+                                 [&](int64_t i, int64_t j, float sum) { low.db[j * low.r + i] = sum * scale; }) && fine;
+                from += turned_size(g.rows, low.r);
+            }
+        }
+        tiles::release();
+    }
+    return fine ? 0 : 1;
+}
+#endif

@@ -1,0 +1,314 @@
+// Sums of bf16 matrix products on AMX tiles: C = sum over parts of A·B, accumulated in fp32 and rounded once.
+//
+// A frozen product and its low-rank addition are two parts of one sum, and so are the gradients that several products
+// send to their common input; written like this neither needs a pass over C of its own. Frozen weights are packed into
+// AMX's layout on the way, a slice at a time (a few per cent of the product), so no second copy of them is kept.
+//
+// Everything here is the work of one thread, whose tiles are configured; kernels share it out.
+#pragma once
+#include "common.h"
+
+#ifdef LORAFIT_AMX
+#include <algorithm>
+#include <cstdlib>
+
+// One part: a (rows, k) with stride lda; b (columns, k) if `across` (A·Bᵀ), else (k, columns), with stride ldb. k is a
+// multiple of 32.
+struct Part {
+    const bf16* a;
+    int64_t lda;
+    const bf16* b;
+    int64_t ldb;
+    int64_t k;
+    int64_t across;
+};
+
+namespace {
+
+constexpr int64_t DEEP = 32, WIDE = 32, TALL = 32;  // of a step of four tile products
+constexpr int64_t TILE = 512;                       // numbers in a tile: 16 rows of 32
+constexpr int64_t DEPTH = 4096;                    // of a slice at most: sums that wait for the next one cost more than they save
+constexpr int64_t SLICE = 512 * 1024;              // numbers in a slice of B: half of an L2 cache
+
+template <typename T>
+struct Buffer {  // aligned scratch of a thread, kept between calls
+    T* data = nullptr;
+    int64_t size = 0;
+    T* of(int64_t n) {
+        if (n > size) {
+            std::free(data);
+            data = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
+            size = data ? n : 0;
+        }
+        return data;
+    }
+    ~Buffer() { std::free(data); }
+};
+
+inline __m512i row_of(const bf16* p, int64_t numbers) {  // up to 32 numbers, zeros after them
+    if (numbers >= 32) return _mm512_loadu_si512(p);
+    __mmask32 some = numbers <= 0 ? 0 : (1u << numbers) - 1;
+    return _mm512_maskz_loadu_epi16(some, p);
+}
+
+// A tile from 16 rows of b (columns, k): pairs along k are whole 32-bit words, so this is a 16 x 16 transposition.
+inline void pack_across(const bf16* b, int64_t ldb, int64_t columns, bf16* tile) {
+    if (columns >= 16) return transpose(b, ldb * 2, tile, 64);
+    alignas(64) bf16 padded[TILE] = {};
+    for (int64_t i = 0; i < columns; i++) std::memcpy(padded + i * DEEP, b + i * ldb, 64);
+    transpose(padded, 64, tile, 64);
+}
+
+// Two tiles from up to 32 rows of b (k, columns), 32 columns wide: pairs of rows are interleaved. `quick` leaves the columns
+// in the order that is cheapest: of each eight, the first four go to the left tile, the last four to the right one.
+inline void pack_along(const bf16* b, int64_t ldb, int64_t rows, int64_t columns, bf16* to, bool quick = false) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22,
+                                          53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+    for (int64_t p = 0; p < 16; p++) {
+        __m512i even = 2 * p < rows ? row_of(b + 2 * p * ldb, columns) : _mm512_setzero_si512();
+        __m512i odd = 2 * p + 1 < rows ? row_of(b + (2 * p + 1) * ldb, columns) : _mm512_setzero_si512();
+        __m512i left = quick ? _mm512_unpacklo_epi16(even, odd) : _mm512_permutex2var_epi16(even, low, odd);
+        __m512i right = quick ? _mm512_unpackhi_epi16(even, odd) : _mm512_permutex2var_epi16(even, high, odd);
+        _mm512_store_si512(to + 32 * p, left);
+        _mm512_store_si512(to + TILE + 32 * p, right);
+    }
+}
+
+struct Step {  // 32 deep: where A's numbers are, and B's
+    const bf16* a;
+    int64_t lda;
+    const bf16* b;
+    int64_t ldb;
+    int64_t across;
+};
+
+// The loads come first: mixed with the products they take longer. A slice of B is passed over for every 32 rows and doesn't
+// fit the first cache, so it is marked as not worth keeping there.
+inline void products(const bf16* a, int64_t lda, const bf16* b, bool ahead) {
+    if (ahead)
+        for (int i = 0; i < TALL; i++) _mm_prefetch(reinterpret_cast<const char*>(a + i * lda + DEEP), _MM_HINT_T0);
+    tiles::load<4>(a, lda * 2);
+    tiles::load<5>(a + 16 * lda, lda * 2);
+    tiles::stream<6>(b, 64);
+    tiles::stream<7>(b + TILE, 64);
+    tiles::multiply<0, 4, 6>();
+    tiles::multiply<1, 4, 7>();
+    tiles::multiply<2, 5, 6>();
+    tiles::multiply<3, 5, 7>();
+}
+
+struct Job {
+    const Part* parts;
+    int64_t count, rows, columns;
+    bf16* c;
+    int64_t ldc;
+    const bf16* bias;  // of each column, or null
+};
+
+// A block of up to 32 x 32 sums on its way into C. It is rounded row by row between the tile products of the next block: the
+// units that do it are idle then, and the sums have left the store buffer.
+struct Rest {
+    const float* sums = nullptr;
+    bf16* to = nullptr;
+    int64_t ldc = 0, rows = 0;
+    __mmask32 some = 0;
+    __m512 shift[2] = {};
+
+    Rest() = default;
+    Rest(const Job& job, const float* sums, int64_t m, int64_t n, int64_t tall, int64_t wide)
+        : sums(sums), to(job.c + m * job.ldc + n), ldc(job.ldc), rows(tall), some(wide >= 32 ? ~0u : (1u << wide) - 1) {
+        if (!job.bias) return;
+        alignas(64) bf16 bias[32] = {};
+        std::memcpy(bias, job.bias + n, wide * sizeof(bf16));
+        shift[0] = (__m512)widen(bias), shift[1] = (__m512)widen(bias + 16);
+    }
+    INLINE void round(int64_t count) {
+        for (; count > 0 && rows > 0; count--, rows--, sums += WIDE, to += ldc) {
+            __m512 x = _mm512_add_ps(_mm512_loadu_ps(sums), shift[0]);
+            __m512 y = _mm512_add_ps(_mm512_loadu_ps(sums + 16), shift[1]);
+            _mm512_mask_storeu_epi16(to, some, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        }
+    }
+};
+
+// Rows m0..m1 and columns n0..n1 of C, by one thread.
+bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    static thread_local Buffer<bf16> packed_, ends_;
+    static thread_local Buffer<float> sums_;
+    static thread_local Buffer<Step> steps_;
+    int64_t depth = 0;
+    for (int64_t p = 0; p < job.count; p++) depth += job.parts[p].k / DEEP;
+    Step* steps = steps_.of(depth);
+    if (!steps) return false;
+    for (int64_t p = 0, at = 0; p < job.count; p++) {
+        const Part& part = job.parts[p];
+        for (int64_t k = 0; k < part.k; k += DEEP)
+            steps[at++] = {part.a + k, part.lda, part.across ? part.b + k : part.b + k * part.ldb, part.ldb, part.across};
+    }
+    int64_t slices = (depth + DEPTH / DEEP - 1) / (DEPTH / DEEP), deep = (depth + slices - 1) / slices;
+    // As few slices as the size allows, all alike.
+    int64_t most = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE)), panels_all = (n1 - n0 + WIDE - 1) / WIDE;
+    int64_t rounds = (panels_all + most - 1) / most, panels_each = (panels_all + rounds - 1) / rounds;
+    int64_t short_rows = (m1 - m0) % TALL, full = m1 - short_rows;
+    bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE);
+    float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : 2 * TALL * WIDE);
+    bf16* end = ends_.of(deep * DEEP * TALL);
+    if (!packed || !sums || !end) return false;
+    Rest rest;
+    int64_t turn = 0;
+    for (int64_t n = n0; n < n1; n += panels_each * WIDE) {
+        int64_t panels = (std::min(n1, n + panels_each * WIDE) - n + WIDE - 1) / WIDE;
+        for (int64_t first = 0; first < depth; first += deep) {
+            int64_t last = std::min(depth, first + deep);
+            // Either kind is walked as it lies in memory: along k where a row is a column of B, across panels where it isn't.
+            auto place = [&](int64_t panel, int64_t s) { return packed + (panel * deep + s - first) * 2 * TILE; };
+            for (int64_t panel = 0; panel < panels; panel++)
+                for (int64_t s = first; s < last; s++)
+                    if (steps[s].across) {
+                        int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column), ldb = steps[s].ldb;
+                        pack_across(steps[s].b + column * ldb, ldb, wide, place(panel, s));
+                        pack_across(steps[s].b + (column + 16) * ldb, ldb, wide - 16, place(panel, s) + TILE);
+                    }
+            for (int64_t s = first; s < last; s++)
+                if (!steps[s].across)
+                    for (int64_t panel = 0; panel < panels; panel++) {
+                        int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column);
+                        pack_along(steps[s].b + column, steps[s].ldb, DEEP, wide, place(panel, s));
+                    }
+            if (short_rows)  // the last rows, padded with zeros so that every tile is whole
+                for (int64_t s = first; s < last; s++)
+                    for (int64_t i = 0; i < TALL; i++) {
+                        __m512i row = i < short_rows ? _mm512_loadu_si512(steps[s].a + (full + i) * steps[s].lda)
+                                                     : _mm512_setzero_si512();
+                        _mm512_store_si512(end + ((s - first) * TALL + i) * DEEP, row);
+                    }
+            for (int64_t m = m0; m < m1; m += TALL) {
+                int64_t tall = std::min(TALL, m1 - m);
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    float* to = slices > 1 ? sums + (m - m0) * panels * WIDE + panel * TALL * WIDE : sums + (turn ^= TALL * WIDE);
+                    if (first) {
+                        tiles::load<0>(to, WIDE * 4), tiles::load<1>(to + 16, WIDE * 4);
+                        tiles::load<2>(to + 16 * WIDE, WIDE * 4), tiles::load<3>(to + 16 * WIDE + 16, WIDE * 4);
+                    } else {
+                        tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
+                    }
+                    const bf16* b = packed + panel * deep * 2 * TILE;
+                    int64_t each = (rest.rows + last - first - 1) / (last - first);
+                    for (int64_t s = first; s < last; s++, b += 2 * TILE) {
+                        if (tall == TALL)
+                            products(steps[s].a + m * steps[s].lda, steps[s].lda, b, panel == 0);
+                        else
+                            products(end + (s - first) * TALL * DEEP, DEEP, b, false);
+                        rest.round(each);
+                    }
+                    tiles::store<0>(to, WIDE * 4), tiles::store<1>(to + 16, WIDE * 4);
+                    tiles::store<2>(to + 16 * WIDE, WIDE * 4), tiles::store<3>(to + 16 * WIDE + 16, WIDE * 4);
+                    if (last == depth) {
+                        int64_t column = n + panel * WIDE;
+                        rest = Rest(job, to, m, column, tall, std::min(WIDE, job.columns - column));
+                    }
+                }
+            }
+            rest.round(TALL);  // its sums may be written again
+        }
+    }
+    return true;
+}
+
+// Thread t of all: columns are shared out where there are enough of them (each weight is packed once), else rows. False
+// where memory ran out.
+bool share(const Job& job, int t, int threads) {
+    int64_t panels = (job.columns + WIDE - 1) / WIDE, bands = (job.rows + TALL - 1) / TALL;
+    bool by_columns = panels >= 4 * threads || bands < threads;
+    int64_t units = by_columns ? panels : bands, from = units * t / threads * 32, to = units * (t + 1) / threads * 32;
+    if (from >= to) return true;
+    return by_columns ? block(job, 0, job.rows, from, std::min(to, job.columns))
+                      : block(job, from, std::min(to, job.rows), 0, job.columns);
+}
+
+// P in tiles, transposed, for sums over its rows: `bands` of 16 columns, each `depth` tiles of 32 rows.
+inline int64_t turned_size(int64_t rows, int64_t columns) { return (columns + 15) / 16 * ((rows + DEEP - 1) / DEEP) * TILE; }
+
+// Rows first..last (first a multiple of 32) of P (rows, columns), zeros beyond.
+inline void turn(const bf16* p, int64_t ldp, int64_t rows, int64_t columns, int64_t first, int64_t last, bf16* flat) {
+    int64_t depth = (rows + DEEP - 1) / DEEP, bands = (columns + 15) / 16;
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                           4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t row = first; row < last; row += DEEP)
+        for (int64_t band = 0; band < bands; band++) {
+            __mmask16 some = columns - band * 16 >= 16 ? 0xffff : (1u << (columns - band * 16)) - 1;
+            alignas(64) bf16 words[TILE];  // a pair of rows in every line
+            for (int64_t k = 0; k < DEEP; k += 2) {
+                const bf16* from = p + (row + k) * ldp + band * 16;
+                __m256i even = _mm256_maskz_loadu_epi16(row + k < rows ? some : 0, from);
+                __m256i odd = _mm256_maskz_loadu_epi16(row + k + 1 < rows ? some : 0, from + ldp);
+                __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+                _mm512_store_si512(words + k * 16, _mm512_permutexvar_epi16(pairs, both));
+            }
+            transpose(words, 64, flat + (band * depth + row / DEEP) * TILE, 64);
+        }
+}
+
+// pack_along, quick, of 32 whole rows and columns. The lines to the right come next; a row lies pages from the last one, so
+// the processor wouldn't fetch them by itself.
+inline void pack_quickly(const bf16* q, int64_t ldq, bf16* to) {
+    for (int64_t p = 0; p < 16; p++) {
+        _mm_prefetch(reinterpret_cast<const char*>(q + 2 * p * ldq + WIDE), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(q + (2 * p + 1) * ldq + WIDE), _MM_HINT_T0);
+        __m512i even = _mm512_loadu_si512(q + 2 * p * ldq), odd = _mm512_loadu_si512(q + (2 * p + 1) * ldq);
+        _mm512_store_si512(to + 32 * p, _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(to + TILE + 32 * p, _mm512_unpackhi_epi16(even, odd));
+    }
+}
+
+// Thread t's columns of Pᵀ·Q, the gradient of a thin matrix, for Q (rows, right) and `flat`, the turned P (rows, left): each
+// goes to `put(i, j, sum)`. Some rows at a time and all panels of them, since rows of Q are pages apart.
+template <typename Put>
+bool outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, int64_t rows, int64_t right, int t, int threads, Put put) {
+    constexpr int64_t STEPS = 8;
+    static thread_local Buffer<float> sums_;
+    int64_t depth = (rows + DEEP - 1) / DEEP, bands = (left + 15) / 16, panels = (right + WIDE - 1) / WIDE;
+    int64_t from = panels * t / threads, to = panels * (t + 1) / threads;
+    float* sums = sums_.of(std::max<int64_t>(1, (to - from) * bands) * 16 * WIDE);  // of a panel and band: 16 rows
+    if (!sums) return false;
+    alignas(64) bf16 strip[STEPS * 2 * TILE];
+    for (int64_t start = 0; start < depth; start += STEPS) {
+        int64_t steps = std::min(STEPS, depth - start);
+        for (int64_t panel = from; panel < to; panel++) {
+            int64_t column = panel * WIDE;
+            bool whole = column + WIDE <= right;
+            for (int64_t s = 0; s < steps; s++) {
+                int64_t row = (start + s) * DEEP;
+                const bf16* at = q + row * ldq + column;
+                if (whole && row + DEEP <= rows)
+                    pack_quickly(at, ldq, strip + s * 2 * TILE);
+                else
+                    pack_along(at, ldq, rows - row, right - column, strip + s * 2 * TILE, true);
+            }
+            for (int64_t band = 0; band < bands; band++) {
+                float* sum = sums + ((panel - from) * bands + band) * 16 * WIDE;
+                if (start)
+                    tiles::load<0>(sum, WIDE * 4), tiles::load<1>(sum + 16, WIDE * 4);
+                else
+                    tiles::zero<0>(), tiles::zero<1>();
+                for (int64_t s = 0; s < steps; s++) {
+                    tiles::load<4>(flat + (band * depth + start + s) * TILE, 64);
+                    tiles::load<6>(strip + s * 2 * TILE, 64), tiles::load<7>(strip + s * 2 * TILE + TILE, 64);
+                    tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
+                }
+                tiles::store<0>(sum, WIDE * 4), tiles::store<1>(sum + 16, WIDE * 4);
+            }
+        }
+    }
+    for (int64_t panel = from; panel < to; panel++)
+        for (int64_t i = 0; i < left; i++) {
+            const float* sum = sums + ((panel - from) * bands + i / 16) * 16 * WIDE + i % 16 * WIDE;
+            for (int64_t j = 0; j < WIDE && panel * WIDE + j < right; j++)  // undoes pack_quickly's order
+                put(i, panel * WIDE + j, sum[(j & 4 ? 16 : 0) + (j & 3) + (j >> 3) * 4]);
+        }
+    return true;
+}
+}  // namespace
+#endif
