@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lorafit.host import Host
 
 FROZEN, ADAPTER, ATTENTION = "frozen products", "adapter", "attention"
+BOTH = "frozen products with low-rank additions"
 POINTWISE, HEAD, OPTIMISER = "norms, rotary, gate", "loss head", "optimiser"
 REST, BETWEEN = "other operations", "between operations (Python)"
 SCOPE, NATIVE = "bench::", "lorafit::"
@@ -28,7 +29,7 @@ _MODULES = [  # of the base, by the end of their class's name
     (re.compile(r"(Norm\d*|RotaryEmbedding|MLP)$"), POINTWISE),
 ]
 _PRODUCT = re.compile(r"^aten::(mm|addmm|linear)$")
-# A frozen product and its low-rank addition are one sum, counted as the product.
+# The kernels make a frozen product and its low-rank addition, and the gradients of both, as one.
 _KERNELS = dict.fromkeys(
     [
         "rms_norm",
@@ -43,7 +44,8 @@ _KERNELS = dict.fromkeys(
     POINTWISE,
 ) | {
     "sum_products": FROZEN,
-    "outer": ADAPTER,
+    "low_rank_forward": BOTH,
+    "low_rank_backward": BOTH,
     "attention_forward": ATTENTION,
     "attention_backward": ATTENTION,
     "exponentials": HEAD,

@@ -3,8 +3,6 @@
 #include "products.h"
 
 #ifdef LORAFIT_AMX
-#include <memory>
-
 extern "C" {
 
 // y = x·W' + bias + scale (x·Aᵀ)·Bᵀ, with W' = Wᵀ for W (out, in) if `across`, else W (in, out). Without an addition r = 0.
@@ -37,6 +35,14 @@ struct Group {
 }
 
 namespace {
+
+template <typename T>
+struct Memory {  // aligned, of one call
+    T* data;
+    explicit Memory(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {}
+    Memory(const Memory&) = delete;
+    ~Memory() { std::free(data); }
+};
 
 inline int64_t span(const Low& low) { return (low.r + DEEP - 1) / DEEP * DEEP; }
 
@@ -120,63 +126,81 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     static thread_local Buffer<Place> places_;
     const Place* at = places(g, places_);
     if (!at) return 1;
-    int64_t ranks = at[g.count].start, size = g.rows * g.width + turned_size(g.rows, ranks);
-    for (int64_t i = 0; i < g.count; i++) size += turned_size(g.rows, g.lows[i].r);
-    std::unique_ptr<bf16, void (*)(void*)> scratch(
-        static_cast<bf16*>(std::aligned_alloc(64, (size + 64) * sizeof(bf16) / 64 * 64)), std::free);
-    std::unique_ptr<Part[]> parts(new (std::nothrow) Part[g.count + 1]);
-    if (!scratch || !parts) return 1;
-    // d(x·Aᵀ), then its turned tiles and those of xa, column by column of the additions.
-    bf16 *turned = scratch.get(), *dxa = turned + size - g.rows * g.width;
-    int64_t used = 0;
+    int64_t ranks = at[g.count].start, most = ranks, sums_each = cells(ranks, g.in), used = 0;
+    for (int64_t i = 0; i < g.count; i++) {
+        most = std::max(most, g.lows[i].r);
+        sums_each += cells(g.lows[i].r, g.lows[i].out);
+    }
+    sums_each *= CELL;
+    // d(x·Aᵀ), a turned chunk of each thread, and its sums.
+    int64_t bands = (g.rows + TALL - 1) / TALL, flat_each = bands_of(most) * STEPS * TILE;
+    int64_t workers = std::min<int64_t>(threads, bands);
+    Memory<bf16> dxas(g.rows * g.width), flats(workers * flat_each);
+    Memory<float> sums(workers * sums_each);
+    Memory<Part> parts(g.count + 1);
+    if (!dxas.data || !flats.data || !sums.data || !parts.data) return 1;
+    bf16* dxa = dxas.data;
     for (int64_t i = 0; i < g.count; i++)
-        if (const Low& low = g.lows[i]; low.y) parts[used++] = {low.y, low.ldy, low.weight, low.ldw, low.out, !low.across};
-    if (g.width) parts[used++] = {dxa, g.width, g.thin, g.in, g.width, 0};
+        if (const Low& low = g.lows[i]; low.y)
+            parts.data[used++] = {low.y, low.ldy, low.weight, low.ldw, low.out, !low.across};
+    if (g.width) parts.data[used++] = {dxa, g.width, g.thin, g.in, g.width, 0};
+    // Rows first..last: d(x·Aᵀ), and what they add to the gradients.
+    auto rows = [&](int64_t first, int64_t last, bf16* flat, float* sums) {
+        bool fine = true;
+        for (int64_t row = first; row < last; row += CHUNK) {
+            int64_t many = std::min(CHUNK, last - row);
+            bf16* made = dxa + row * g.width;
+            std::memset(made, 0, many * g.width * sizeof(bf16));
+            float* to = sums + cells(ranks, g.in) * CELL;
+            for (int64_t i = 0; i < g.count; i++) {
+                const Low& low = g.lows[i];
+                if (low.y && low.r) {
+                    Part part{low.y, low.ldy, g.thin + at[i].b, span(low), low.out, 0};
+                    fine = block({&part, 1, g.rows, low.r, dxa + at[i].start, g.width, nullptr}, row, row + many, 0, low.r) && fine;
+                    turn(g.xa + row * g.width + at[i].start, g.width, many, low.r, flat);
+                    outer(flat, low.r, low.y + row * low.ldy, low.ldy, many, low.out, to, row == first);
+                }
+                to += cells(low.r, low.out) * CELL;
+            }
+            turn(made, g.width, many, ranks, flat);
+            outer(flat, ranks, g.x + row * g.ldx, g.ldx, many, g.in, sums, row == first);
+        }
+        return fine;
+    };
+    // Thread t's share of the gradients.
+    auto gather = [&](int t) {
+        for (int64_t i = 0; i < g.count; i++) {
+            const Low& low = g.lows[i];
+            if (!low.y || !low.r) continue;
+            collect(sums.data, sums_each, workers, ranks, g.in, t, threads, [&](int64_t row, int64_t j, float sum) {
+                int64_t own = row - at[i].start;
+                if (own >= 0 && own < low.r) low.da[own * g.in + j] = sum;
+            });
+        }
+        const float* from = sums.data + cells(ranks, g.in) * CELL;
+        for (int64_t i = 0; i < g.count; i++) {
+            const Low& low = g.lows[i];
+            float scale = low.scale;
+            if (low.y && low.r)
+                collect(from, sums_each, workers, low.r, low.out, t, threads,
+                        [&](int64_t row, int64_t j, float sum) { low.db[j * low.r + row] = sum * scale; });
+            from += cells(low.r, low.out) * CELL;
+        }
+    };
     bool fine = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         tiles::configure();
-        if (g.width) {
-            int64_t bands = (g.rows + TALL - 1) / TALL;
+        if (ranks)
 #pragma omp for schedule(static)
-            for (int t = 0; t < threads; t++) {
-                int64_t first = bands * t / threads * TALL, last = std::min(g.rows, bands * (t + 1) / threads * TALL);
-                if (first >= last) continue;
-                std::memset(dxa + first * g.width, 0, (last - first) * g.width * sizeof(bf16));
-                bf16* to = turned + turned_size(g.rows, ranks);
-                for (int64_t i = 0; i < g.count; i++) {
-                    const Low& low = g.lows[i];
-                    if (low.y && low.r) {
-                        Part part{low.y, low.ldy, g.thin + at[i].b, span(low), low.out, 0};
-                        Job job{&part, 1, g.rows, low.r, dxa + at[i].start, g.width, nullptr};
-                        fine = block(job, first, last, 0, low.r) && fine;
-                        turn(g.xa + at[i].start, g.width, g.rows, low.r, first, last, to);
-                    }
-                    to += turned_size(g.rows, low.r);
-                }
-                turn(dxa, g.width, g.rows, ranks, first, last, turned);
+            for (int t = 0; t < workers; t++) {
+                int64_t first = bands * t / workers * TALL, last = std::min(g.rows, bands * (t + 1) / workers * TALL);
+                fine = rows(first, last, flats.data + t * flat_each, sums.data + t * sums_each) && fine;
             }
-        }
 #pragma omp for schedule(static)
         for (int t = 0; t < threads; t++) {
-            if (dx) fine = share({parts.get(), used, g.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
-            if (!ranks) continue;
-            int64_t owner = 0;  // of row i of all the A's gradients
-            auto put = [&](int64_t i, int64_t j, float sum) {
-                while (i < at[owner].start) owner--;
-                while (i >= at[owner].start + g.lows[owner].r) owner++;
-                if (g.lows[owner].y) g.lows[owner].da[(i - at[owner].start) * g.in + j] = sum;
-            };
-            fine = outer(turned, ranks, g.x, g.ldx, g.rows, g.in, t, threads, put) && fine;
-            bf16* from = turned + turned_size(g.rows, ranks);
-            for (int64_t i = 0; i < g.count; i++) {
-                const Low& low = g.lows[i];
-                float scale = low.scale;
-                if (low.y && low.r)
-                    fine = outer(from, low.r, low.y, low.ldy, g.rows, low.out, t, threads,
-                                 [&](int64_t i, int64_t j, float sum) { low.db[j * low.r + i] = sum * scale; }) && fine;
-                from += turned_size(g.rows, low.r);
-            }
+            if (dx) fine = share({parts.data, used, g.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
+            if (ranks) gather(t);
         }
         tiles::release();
     }

@@ -114,10 +114,10 @@ class _Composed(torch.autograd.Function):
         trained: Sequence[Tensor] = ()
         thin: Iterator[Tensor] = iter(())
         x: Tensor | None = None
-        if ctx.saved_tensors:
+        if saved := ctx.saved_tensors:  # asked for once: checkpointing computes them anew for every asking
             trainables, thins = ctx.sizes
-            trained, thin = ctx.saved_tensors[:trainables], iter(ctx.saved_tensors[trainables : trainables + thins])
-            x = ctx.make(*ctx.saved_tensors[trainables + thins :])
+            trained, thin = saved[:trainables], iter(saved[trainables : trainables + thins])
+            x = ctx.make(*saved[trainables + thins :])
         dx: Tensor | None = None
         found: list[Tensor | None] = []
         for dy, base, pair in zip(grads, ctx.frozen, _paired(ctx.scales, trained), strict=True):
@@ -180,6 +180,13 @@ def _low(
     return low
 
 
+def _call(kernel: Kernel, lows: Any, x: Tensor, shape: tuple[int, int], xa: Tensor, thin: Tensor, *more: Any) -> None:
+    """`shape` is x's (rows, in), also where x isn't there because nothing is added to its products."""
+    first = (ctypes.addressof(lows), len(lows), x.data_ptr(), x.stride(0), *shape)
+    group = _Group(*first, xa.data_ptr(), xa.shape[1], thin.data_ptr())
+    kernel(x.dtype, ctypes.addressof(group), *more)
+
+
 class _Tiled(torch.autograd.Function):
     """In one call of a kernel each way."""
 
@@ -201,17 +208,7 @@ class _Tiled(torch.autograd.Function):
             width, start, room = max(width, start + span), start + low.r, room + low.out * span
         width = -(-width // DEEP) * DEEP
         xa, thin = x.new_empty(len(x), width), x.new_empty(width * x.shape[1] + room)
-        group = _Group(
-            ctypes.addressof(lows),
-            len(lows),
-            x.data_ptr(),
-            x.stride(0),
-            *x.shape,
-            xa.data_ptr(),
-            width,
-            thin.data_ptr(),
-        )
-        _forward(x.dtype, ctypes.addressof(group))
+        _call(_forward, lows, x, (len(x), x.shape[1]), xa, thin)
         ctx.frozen, ctx.scales = frozen, scales
         ctx.set_materialize_grads(False)
         if trained:
@@ -227,9 +224,9 @@ class _Tiled(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         width = ctx.frozen[0].weight.shape[1 if ctx.frozen[0].across else 0]
         trained: Sequence[Tensor] = ()
-        if ctx.saved_tensors:
+        if saved := ctx.saved_tensors:
             trainables = 2 * sum(scale is not None for scale in ctx.scales)
-            xa, thin, *others = ctx.saved_tensors
+            xa, thin, *others = saved
             trained, x = others[:trainables], lines(ctx.make(*others[trainables:]))
         else:
             x, xa, thin = some.new_empty(len(some), 0), some.new_empty(0, 0), some.new_empty(0)
@@ -240,16 +237,5 @@ class _Tiled(torch.autograd.Function):
             lows[i] = _low(base, pair, dy, made)
             found += [None, None] if pair is not None and dy is None else made
         dx = some.new_empty(len(some), width) if ctx.needs_input_grad[0] else None
-        group = _Group(
-            ctypes.addressof(lows),
-            len(lows),
-            x.data_ptr(),
-            x.stride(0),
-            len(some),
-            width,
-            xa.data_ptr(),
-            xa.shape[1],
-            thin.data_ptr(),
-        )
-        _backward(some.dtype, ctypes.addressof(group), dx)
+        _call(_backward, lows, x, (len(some), width), xa, thin, dx)
         return dx, None, None, None, *found

@@ -228,17 +228,20 @@ bool share(const Job& job, int t, int threads) {
                       : block(job, from, std::min(to, job.rows), 0, job.columns);
 }
 
-// P in tiles, transposed, for sums over its rows: `bands` of 16 columns, each `depth` tiles of 32 rows.
-inline int64_t turned_size(int64_t rows, int64_t columns) { return (columns + 15) / 16 * ((rows + DEEP - 1) / DEEP) * TILE; }
+// Gradients of thin matrices, Pᵀ·Q for P (rows, left) and Q (rows, right): a chunk of rows at a time, because what the chunk
+// is made of is at hand then. Sums are fp32, by panels of 32 columns of Q and bands of 16 columns of P, 16 x 32 each.
+constexpr int64_t STEPS = 8, CHUNK = STEPS * DEEP, CELL = 16 * WIDE;
 
-// Rows first..last (first a multiple of 32) of P (rows, columns), zeros beyond.
-inline void turn(const bf16* p, int64_t ldp, int64_t rows, int64_t columns, int64_t first, int64_t last, bf16* flat) {
-    int64_t depth = (rows + DEEP - 1) / DEEP, bands = (columns + 15) / 16;
+inline int64_t bands_of(int64_t left) { return (left + 15) / 16; }
+inline int64_t cells(int64_t left, int64_t right) { return bands_of(left) * ((right + WIDE - 1) / WIDE); }
+
+// P of a chunk in tiles, transposed: for each band STEPS tiles of 32 rows, zeros beyond `rows`.
+inline void turn(const bf16* p, int64_t ldp, int64_t rows, int64_t left, bf16* flat) {
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
                                            4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int64_t row = first; row < last; row += DEEP)
-        for (int64_t band = 0; band < bands; band++) {
-            __mmask16 some = columns - band * 16 >= 16 ? 0xffff : (1u << (columns - band * 16)) - 1;
+    for (int64_t row = 0; row < rows; row += DEEP)
+        for (int64_t band = 0; band < bands_of(left); band++) {
+            __mmask16 some = left - band * 16 >= 16 ? 0xffff : (1u << (left - band * 16)) - 1;
             alignas(64) bf16 words[TILE];  // a pair of rows in every line
             for (int64_t k = 0; k < DEEP; k += 2) {
                 const bf16* from = p + (row + k) * ldp + band * 16;
@@ -247,7 +250,7 @@ inline void turn(const bf16* p, int64_t ldp, int64_t rows, int64_t columns, int6
                 __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
                 _mm512_store_si512(words + k * 16, _mm512_permutexvar_epi16(pairs, both));
             }
-            transpose(words, 64, flat + (band * depth + row / DEEP) * TILE, 64);
+            transpose(words, 64, flat + (band * STEPS + row / DEEP) * TILE, 64);
         }
 }
 
@@ -263,52 +266,45 @@ inline void pack_quickly(const bf16* q, int64_t ldq, bf16* to) {
     }
 }
 
-// Thread t's columns of Pᵀ·Q, the gradient of a thin matrix, for Q (rows, right) and `flat`, the turned P (rows, left): each
-// goes to `put(i, j, sum)`. Some rows at a time and all panels of them, since rows of Q are pages apart.
-template <typename Put>
-bool outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, int64_t rows, int64_t right, int t, int threads, Put put) {
-    constexpr int64_t STEPS = 8;
-    static thread_local Buffer<float> sums_;
-    int64_t depth = (rows + DEEP - 1) / DEEP, bands = (left + 15) / 16, panels = (right + WIDE - 1) / WIDE;
-    int64_t from = panels * t / threads, to = panels * (t + 1) / threads;
-    float* sums = sums_.of(std::max<int64_t>(1, (to - from) * bands) * 16 * WIDE);  // of a panel and band: 16 rows
-    if (!sums) return false;
+// Adds Pᵀ·Q of a chunk to `sums`, or begins them. `flat` is the turned P.
+inline void outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, int64_t rows, int64_t right, float* sums, bool begin) {
     alignas(64) bf16 strip[STEPS * 2 * TILE];
-    for (int64_t start = 0; start < depth; start += STEPS) {
-        int64_t steps = std::min(STEPS, depth - start);
-        for (int64_t panel = from; panel < to; panel++) {
-            int64_t column = panel * WIDE;
-            bool whole = column + WIDE <= right;
+    int64_t steps = (rows + DEEP - 1) / DEEP;
+    for (int64_t column = 0; column < right; column += WIDE) {
+        for (int64_t s = 0; s < steps; s++) {
+            const bf16* at = q + s * DEEP * ldq + column;
+            if (column + WIDE <= right && (s + 1) * DEEP <= rows)
+                pack_quickly(at, ldq, strip + s * 2 * TILE);
+            else
+                pack_along(at, ldq, rows - s * DEEP, right - column, strip + s * 2 * TILE, true);
+        }
+        for (int64_t band = 0; band < bands_of(left); band++, sums += CELL) {
+            if (begin)
+                tiles::zero<0>(), tiles::zero<1>();
+            else
+                tiles::load<0>(sums, WIDE * 4), tiles::load<1>(sums + 16, WIDE * 4);
             for (int64_t s = 0; s < steps; s++) {
-                int64_t row = (start + s) * DEEP;
-                const bf16* at = q + row * ldq + column;
-                if (whole && row + DEEP <= rows)
-                    pack_quickly(at, ldq, strip + s * 2 * TILE);
-                else
-                    pack_along(at, ldq, rows - row, right - column, strip + s * 2 * TILE, true);
+                tiles::load<4>(flat + (band * STEPS + s) * TILE, 64);
+                tiles::load<6>(strip + s * 2 * TILE, 64), tiles::load<7>(strip + s * 2 * TILE + TILE, 64);
+                tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
             }
-            for (int64_t band = 0; band < bands; band++) {
-                float* sum = sums + ((panel - from) * bands + band) * 16 * WIDE;
-                if (start)
-                    tiles::load<0>(sum, WIDE * 4), tiles::load<1>(sum + 16, WIDE * 4);
-                else
-                    tiles::zero<0>(), tiles::zero<1>();
-                for (int64_t s = 0; s < steps; s++) {
-                    tiles::load<4>(flat + (band * depth + start + s) * TILE, 64);
-                    tiles::load<6>(strip + s * 2 * TILE, 64), tiles::load<7>(strip + s * 2 * TILE + TILE, 64);
-                    tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
-                }
-                tiles::store<0>(sum, WIDE * 4), tiles::store<1>(sum + 16, WIDE * 4);
-            }
+            tiles::store<0>(sums, WIDE * 4), tiles::store<1>(sums + 16, WIDE * 4);
         }
     }
-    for (int64_t panel = from; panel < to; panel++)
+}
+
+// Thread t's share of the cells that `many` threads have summed up, `apart` numbers from each other's: `put(i, j, sum)`.
+template <typename Put>
+void collect(const float* sums, int64_t apart, int64_t many, int64_t left, int64_t right, int t, int threads, Put put) {
+    int64_t bands = bands_of(left), panels = (right + WIDE - 1) / WIDE;
+    for (int64_t panel = panels * t / threads; panel < panels * (t + 1) / threads; panel++)
         for (int64_t i = 0; i < left; i++) {
-            const float* sum = sums + ((panel - from) * bands + i / 16) * 16 * WIDE + i % 16 * WIDE;
+            const float* row = sums + (panel * bands + i / 16) * CELL + i % 16 * WIDE;
+            Floats low = widen(row), high = widen(row + 16);
+            for (int64_t n = 1; n < many; n++) low += widen(row + n * apart), high += widen(row + n * apart + 16);
             for (int64_t j = 0; j < WIDE && panel * WIDE + j < right; j++)  // undoes pack_quickly's order
-                put(i, panel * WIDE + j, sum[(j & 4 ? 16 : 0) + (j & 3) + (j >> 3) * 4]);
+                put(i, panel * WIDE + j, (j & 4 ? high : low)[(j & 3) + (j >> 3) * 4]);
         }
-    return true;
 }
 }  // namespace
 #endif
