@@ -28,7 +28,7 @@ from lorafit.machine import Stop, memory, memory_limit, out_of_memory, peak_memo
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
-from lorafit.model.load import context_of, load, load_tokenizer, locate, stop_ids
+from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids
 from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_chat, base_of
@@ -178,8 +178,11 @@ class _Fit:
         if Path(config.model).expanduser().is_dir():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
         kernels.switch(config.native)
-        kernels.prepare()
-        with terminal.working("loading the base") as spinner, kernels.switched(config.native and kernels.built()):
+        on_cpu = pick_device(config.device).type == "cpu"
+        if on_cpu:
+            kernels.prepare()
+        ready = config.native and (kernels.built() or not on_cpu)
+        with terminal.working("loading the base") as spinner, kernels.switched(ready):
             base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
         config.device = str(base.device)
@@ -241,17 +244,16 @@ class _Fit:
 
     def _wait_for_kernels(self) -> None:
         """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end."""
-        if not self.config.native or kernels.built():
-            return
         base, job = self.host.base, self.job
+        if not self.config.native or base.device.type != "cpu" or kernels.built():
+            return
         assert self.config.batch_tokens is not None
-        if base.device.type == "cpu" and job.steps * self.config.batch_tokens * base.parameters() > WORTH_COMPILING:
+        if job.steps * self.config.batch_tokens * base.parameters() > WORTH_COMPILING:
             with self.terminal.working("compiling the kernels, once"):
                 kernels.library()
             return
         kernels.switch(False, "not compiled yet")
-        if base.device.type == "cpu":
-            self.terminal.say("the kernels are still being compiled; this short run doesn't wait for them")
+        self.terminal.say("the kernels are still being compiled; this short run doesn't wait for them")
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
