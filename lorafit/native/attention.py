@@ -57,13 +57,14 @@ def _varlen(device: torch.device, dtype: torch.dtype, dim: int) -> Callable[...,
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention import varlen
     except ImportError:  # torch before 2.10
         return None
-    takes = inspect.signature(varlen_attn).parameters
+    found: Callable[..., Any] = varlen.varlen_attn
+    takes = inspect.signature(found).parameters
     if "scale" not in takes or "window_size" not in takes:
         return None
-    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in takes else varlen_attn
+    return partial(found, enable_gqa=True) if "enable_gqa" in takes else found
 
 
 @lru_cache(maxsize=4)
