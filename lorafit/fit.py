@@ -24,7 +24,7 @@ from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, cut, size
-from lorafit.machine import Stop, memory, memory_limit, out_of_memory, peak_memory
+from lorafit.machine import Stop, gpu_memory, gpu_memory_limit, memory, memory_limit, out_of_memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
@@ -210,13 +210,19 @@ class _Fit:
         self.job = self._job()
         self._wait_for_kernels()
         self.memory = settings.byte_count("memory", config.memory) if config.memory else None
-        if self.memory is not None and self.memory <= memory():
-            raise ConfigError(f"memory={config.memory}: the base and the rows alone take {size(memory())}; allow more")
+        if self.memory is not None and self.memory <= self._used():
+            raise ConfigError(
+                f"memory={config.memory}: the base and the rows alone take {size(self._used())}; allow more"
+            )
         self.identity = {
             "data": fingerprint(self.data),
             "base": base.fingerprint,
             "chat template": template,
         }
+
+    def _used(self) -> int:
+        """Bytes in use where the base is: what `memory` limits."""
+        return gpu_memory() if self.host.base.device.type == "cuda" else memory()
 
     def _add_adapter(self, source: Path | None) -> None:
         config = self.config
@@ -297,7 +303,8 @@ class _Fit:
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
         try:
-            with memory_limit(self.memory), stop, self.terminal.progress() as progress:
+            limit = gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit
+            with limit(self.memory), stop, self.terminal.progress() as progress:
                 if newest is None:
                     run.rewind(-1)
                     self._first(run)
@@ -374,7 +381,7 @@ class _Fit:
                 job.steps,
                 loss=self.watch.mean,
                 tokens_per_second=self.tokens / self.busy,
-                memory_bytes=memory(),
+                memory_bytes=self._used(),
             )
             due = step.number % config.eval_every == 0 or step.number == job.steps
             if due and self.data.held_out and not reason:
@@ -563,7 +570,7 @@ class _Fit:
             f" evaluation every {config.eval_every}; run folder {run.folder}"
         )
         if self.memory is not None:
-            say(f"memory    at most {size(self.memory)}; now {size(memory())}")
+            say(f"memory    at most {size(self.memory)}; now {size(self._used())}")
 
 
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:
