@@ -253,7 +253,8 @@ class _Fit:
         return job
 
     def _wait_for_kernels(self) -> None:
-        """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end."""
+        """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end. On a GPU
+        there are layers to compile instead."""
         base, job = self.host.base, self.job
         if self.config.native and base.device.type == "cuda" and base.body is not None:
             if job.steps * len(base.body.inner.layers) > WORTH_COMPILING_LAYERS:
@@ -289,7 +290,8 @@ class _Fit:
 
     def _small_gradient(self) -> torch.Tensor:
         """The adapter's gradient, flat, of a sum of hidden states of two short documents."""
-        adapter, ids = self.host.adapters[NAME], torch.arange(64, device=self.host.base.device)
+        adapter, base = self.host.adapters[NAME], self.host.base
+        ids = torch.arange(64, device=base.device) % base.model.get_input_embeddings().weight.shape[0]
         try:
             adapter.train()
             with self.host.route(NAME):
