@@ -76,10 +76,13 @@ class Config:
     )
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     native: bool = setting(
-        True, "compile and use the C++ kernels (once, some seconds); false: torch's operations alone"
+        True,
+        "fast paths: C++ kernels (compiled once, some seconds), on a GPU compiled layers; false: torch's operations alone",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    memory: str | None = setting(None, "most memory to take, such as 6G (Linux); default: what the machine has left")
+    memory: str | None = setting(
+        None, "most memory to take, such as 6G (Linux; on CUDA the device's); default: what is left"
+    )
 
     eval_every: int | None = setting(None, "steps between evaluations; default: eight a run", low=1)
     patience: int = setting(3, "stop after this many evaluations without improvement; 0 for never", low=0)

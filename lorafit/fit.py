@@ -24,11 +24,12 @@ from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, cut, size
-from lorafit.machine import Stop, memory, memory_limit, out_of_memory, peak_memory
+from lorafit.machine import Stop, gpu_memory, gpu_memory_limit, memory, memory_limit, out_of_memory, peak_memory
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
-from lorafit.model.load import context_of, load, load_tokenizer, locate, stop_ids
+from lorafit.model.body import Body
+from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids
 from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_chat, base_of
@@ -42,6 +43,9 @@ MOST_TOKENS = 4096  # of a row, where the user sets no limit
 
 # Tokens x parameters above which kernels save more time than the seconds that compiling takes (4,000 tokens, 135 million).
 WORTH_COMPILING = 5e11
+
+# On a GPU: steps x layers above which compiling the layers (half a minute) saves more than it takes (about 1.5 ms each).
+WORTH_COMPILING_LAYERS = 20_000
 
 # Settings that a resumed run may change: they decide where things are, what is shown or what memory is taken, not what is
 # learned. The rows and the base are compared by their contents.
@@ -178,8 +182,11 @@ class _Fit:
         if Path(config.model).expanduser().is_dir():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
         kernels.switch(config.native)
-        kernels.prepare()
-        with terminal.working("loading the base") as spinner, kernels.switched(config.native and kernels.built()):
+        on_cpu = pick_device(config.device).type == "cpu"
+        if on_cpu:
+            kernels.prepare()
+        ready = config.native and (kernels.built() or not on_cpu)
+        with terminal.working("loading the base") as spinner, kernels.switched(ready):
             base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
         config.device = str(base.device)
@@ -203,13 +210,19 @@ class _Fit:
         self.job = self._job()
         self._wait_for_kernels()
         self.memory = settings.byte_count("memory", config.memory) if config.memory else None
-        if self.memory is not None and self.memory <= memory():
-            raise ConfigError(f"memory={config.memory}: the base and the rows alone take {size(memory())}; allow more")
+        if self.memory is not None and self.memory <= self._used():
+            raise ConfigError(
+                f"memory={config.memory}: the base and the rows alone take {size(self._used())}; allow more"
+            )
         self.identity = {
             "data": fingerprint(self.data),
             "base": base.fingerprint,
             "chat template": template,
         }
+
+    def _used(self) -> int:
+        """Bytes in use where the base is: what `memory` limits."""
+        return gpu_memory() if self.host.base.device.type == "cuda" else memory()
 
     def _add_adapter(self, source: Path | None) -> None:
         config = self.config
@@ -240,18 +253,53 @@ class _Fit:
         return job
 
     def _wait_for_kernels(self) -> None:
-        """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end."""
-        if not self.config.native or kernels.built():
-            return
+        """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end. On a GPU
+        there are layers to compile instead."""
         base, job = self.host.base, self.job
+        if self.config.native and base.device.type == "cuda" and base.body is not None:
+            if job.steps * len(base.body.inner.layers) > WORTH_COMPILING_LAYERS:
+                self._compile_layers(base.body)
+            return
+        if not self.config.native or base.device.type != "cpu" or kernels.built():
+            return
         assert self.config.batch_tokens is not None
-        if base.device.type == "cpu" and job.steps * self.config.batch_tokens * base.parameters() > WORTH_COMPILING:
+        if job.steps * self.config.batch_tokens * base.parameters() > WORTH_COMPILING:
             with self.terminal.working("compiling the kernels, once"):
                 kernels.library()
             return
         kernels.switch(False, "not compiled yet")
-        if base.device.type == "cpu":
-            self.terminal.say("the kernels are still being compiled; this short run doesn't wait for them")
+        self.terminal.say("the kernels are still being compiled; this short run doesn't wait for them")
+
+    def _compile_layers(self, body: Body) -> None:
+        """Have torch.compile take the layers, and see whether it gives what they give; without, everything works, slower."""
+        why = ""
+        try:
+            with self.terminal.working("compiling the layers"):
+                want = self._small_gradient()
+                body.compiled = True
+                off = (self._small_gradient() - want).norm() / want.norm()
+            if not off < (0.25 if body.inner.dtype == torch.bfloat16 else 1e-3):  # rounding, of many layers
+                why = f"their gradients would be off by {off:.2g}"
+        except Exception as error:  # no compiler, no Triton, a torch that can't: whatever it is, there is another way
+            if out_of_memory(error):
+                raise
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+        if why:
+            body.compiled = False
+            self.terminal.say(f"the layers can't be compiled: {why}")
+
+    def _small_gradient(self) -> torch.Tensor:
+        """The adapter's gradient, flat, of a sum of hidden states of two short documents."""
+        adapter, base = self.host.adapters[NAME], self.host.base
+        ids = torch.arange(64, device=base.device) % base.model.get_input_embeddings().weight.shape[0]
+        try:
+            adapter.train()
+            with self.host.route(NAME):
+                self.host.hidden(ids, [40, 24])[:, ::2].float().sum().backward()
+            return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+        finally:
+            adapter.zero_grad(set_to_none=True)
+            adapter.eval()
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -268,7 +316,8 @@ class _Fit:
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
         try:
-            with memory_limit(self.memory), stop, self.terminal.progress() as progress:
+            limit = gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit
+            with limit(self.memory), stop, self.terminal.progress() as progress:
                 if newest is None:
                     run.rewind(-1)
                     self._first(run)
@@ -345,7 +394,7 @@ class _Fit:
                 job.steps,
                 loss=self.watch.mean,
                 tokens_per_second=self.tokens / self.busy,
-                memory_bytes=memory(),
+                memory_bytes=self._used(),
             )
             due = step.number % config.eval_every == 0 or step.number == job.steps
             if due and self.data.held_out and not reason:
@@ -534,7 +583,7 @@ class _Fit:
             f" evaluation every {config.eval_every}; run folder {run.folder}"
         )
         if self.memory is not None:
-            say(f"memory    at most {size(self.memory)}; now {size(memory())}")
+            say(f"memory    at most {size(self.memory)}; now {size(self._used())}")
 
 
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:

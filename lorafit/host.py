@@ -22,6 +22,7 @@ from lorafit.errors import AdapterError
 from lorafit.methods import find, settings
 from lorafit.model import experts
 from lorafit.model.base import Base
+from lorafit.model.body import Added
 from lorafit.model.sites import Site, find_sites, select
 from lorafit.native.lowrank import Frozen, LowRank, Remake, products
 from lorafit.route import Route, Stack, StackLike, stack
@@ -114,8 +115,8 @@ class Host:
 
     def hidden(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states (tokens, width) of documents end to end in ids (tokens,), under the open route."""
-        if self.base.body is not None:
-            return self.base.fast(ids, lengths, self._products)
+        if (body := self.base.body) is not None:
+            return self.base.fast(ids, lengths, self._products, self._low_ranks() if body.compiled else None)
         return self._documents(self.base.hidden, ids, lengths)
 
     def logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -222,6 +223,22 @@ class Host:
             y if (whole := self._after(site, site.module, (x,), y)) is None else whole
             for site, y in zip(sites, bare, strict=True)
         ]
+
+    def _low_ranks(self) -> Added | None:
+        """What the open route adds to the linear modules; None where that isn't one low-rank addition for all tokens."""
+        stacks = {names for _, names in self._route.runs} if self._route else {()}
+        found = {}
+        for module, site in self.site_of.items():
+            if site.kind != "linear" or site.head:
+                continue
+            layers = [layer for names in stacks for layer in self._layers(site.path, names)]
+            if not layers:
+                continue
+            low = layers[0].low_rank() if len(layers) == len(stacks) == 1 else None
+            if low is None:
+                return None
+            found[module] = low
+        return found
 
     def _after_experts(self, module: str, parameter: str, x: Tensor, y: Tensor, rows: experts.Rows) -> Tensor:
         route, path = self._route, f"{module}.{parameter}"

@@ -41,6 +41,12 @@ def memory() -> int:
         return peak_memory()
 
 
+def gpu_memory() -> int:
+    """Bytes that torch holds on the current CUDA device, 0 where there is none in use."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+
+
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes."""
     if own := _field("/proc/self/status", "VmHWM"):
@@ -161,6 +167,19 @@ def memory_limit(most: int | None = None) -> Iterator[None]:
         _limits.remove(renew)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@contextlib.contextmanager
+def gpu_memory_limit(most: int | None = None) -> Iterator[None]:
+    """Inside `with`, an allocation fails that would take more than `most` bytes of the current CUDA device."""
+    import torch
+
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if most is None else min(1.0, most / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 _limits: list[Callable[[], None]] = []  # those that are in force, the innermost last

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorafit.errors import ModelError
 from lorafit.model.attention import UNREAD_MASK
-from lorafit.model.body import Body, Products, plain_products
+from lorafit.model.body import Added, Body, Products, plain_products
 
 
 @dataclass
@@ -82,10 +82,13 @@ class Base:
             self.model.eval()
             raise ModelError(f"{self.name}: activation checkpointing would turn on this architecture's own dropout")
 
-    def fast(self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products) -> Tensor:
-        """What `hidden` gives, by the body's kernels; `products` stands for the linear modules (deltas come in there)."""
+    def fast(
+        self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products, added: Added | None = None
+    ) -> Tensor:
+        """What `hidden` gives, by the body's kernels; `products` stands for the linear modules (deltas come in there, and
+        `added` says what they are where they are all of low rank)."""
         assert self.body is not None
-        return self.body.hidden(ids, lengths, products)
+        return self.body.hidden(ids, lengths, products, added)
 
     def hidden(self, ids: Tensor, lengths: Sequence[int], packed: bool | None = None) -> Tensor:
         """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,)."""

@@ -8,14 +8,16 @@ gives what its modules give on a probe (see base.probe).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorafit.native import build
 from lorafit.native.attention import attend
 from lorafit.native.gated import ACTIVATIONS, gated
 from lorafit.native.kernel import wide
@@ -27,7 +29,10 @@ from lorafit.native.rotary import rotate
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 
 # The outputs of linear modules that share an input x (n, in), which can be made again in the backward.
-Products = Callable[[Sequence[nn.Module], Tensor, Remake | None], Sequence[Tensor]]
+Products = Callable[[Sequence[Any], Tensor, Remake | None], Sequence[Tensor]]
+
+# The one low-rank addition (a, b, scale) to each module that has one.
+Added = Mapping[nn.Module, tuple[Tensor, Tensor, float]]
 
 
 def plain_products(modules: Sequence[nn.Module], x: Tensor, remake: Remake | None = None) -> list[Tensor]:
@@ -44,6 +49,7 @@ class Body:
         mistral = type(inner.layers[0]).__name__ == "MistralDecoderLayer"
         self.window: int | None = inner.config.sliding_window if mistral else None
         self.checkpointing = False
+        self.compiled = False  # layers go through torch.compile where a gradient is wanted and `added` says it all
         self.between: Callable[[], object] | None = None  # called before each layer, and after it on the way back
 
     @staticmethod
@@ -64,8 +70,15 @@ class Body:
                 return None
         return Body(inner, act)
 
-    def hidden(self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products) -> Tensor:
-        """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,)."""
+    def hidden(
+        self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products, added: Added | None = None
+    ) -> Tensor:
+        """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,).
+
+        `added` says what `products` adds to the modules, where low-rank additions are all there is.
+        """
+        if not (self.compiled and build.on() and torch.is_grad_enabled()):
+            added = None
         inner = self.inner
         h: Tensor = inner.embed_tokens(ids)
         cos, sin = self._angles(h, lengths)
@@ -73,7 +86,7 @@ class Body:
         for layer in inner.layers:
             if self.between is not None:
                 self._call_between(h)
-            run = partial(self._layer, layer, cos=cos, sin=sin, lengths=lengths, products=products)
+            run = partial(self._layer, layer, cos=cos, sin=sin, lengths=lengths, products=products, added=added)
             if self.checkpointing and torch.is_grad_enabled():
                 h, y = checkpoint(run, h, y, use_reentrant=False)
             else:
@@ -116,7 +129,7 @@ class Body:
 
     def _angles(self, h: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, head width) of each token's place in its document."""
-        positions = torch.cat([torch.arange(n, device=h.device) for n in lengths])
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(h.device)
         cos, sin = (wide(t[0]) for t in self.inner.rotary_emb(h[None], positions[None]))
         return cos, sin
 
@@ -130,30 +143,118 @@ class Body:
         sin: Tensor,
         lengths: Sequence[int],
         products: Products,
+        added: Added | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The stream h and what this layer's gated product adds to it, both (n, width)."""
-        first, second, attn, mlp = layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn, layer.mlp
-        remake: Remake | None = None
-        if y is None:
-            x = rms_norm(h, first.weight, first.variance_epsilon)
-        else:
-            h, x, rstd = add_rms_norm(h, y, first.weight, first.variance_epsilon)
-            remake = Remake(again, (h, first.weight, rstd))
-        q, k, v = (
-            t.unflatten(1, (-1, attn.head_dim)) for t in products([attn.q_proj, attn.k_proj, attn.v_proj], x, remake)
-        )
-        if hasattr(attn, "q_norm"):
-            q = rms_norm(q, attn.q_norm.weight, attn.q_norm.variance_epsilon)
-            k = rms_norm(k, attn.k_norm.weight, attn.k_norm.variance_epsilon)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        """The stream h and what this layer's gated product adds to it, both (n, width). With `added`, compiled."""
+        attn = layer.self_attn
         window = attn.sliding_window if hasattr(attn, "sliding_window") else self.window
+        if added is None:
+            parts = _parts(layer, self.act, lambda module: module)
+            h, q, k, v = before(parts, h, y, cos, sin, products)
+            return after(parts, h, attend(q, k, v, lengths, attn.scaling, window), products)
+
+        def linear(module: Any) -> Linear:
+            return Linear(module.weight, module.bias, *added.get(module, (None, None, 0.0)))
+
+        first, second = _compiled()
+        parts = _parts(layer, self.act, linear)
+        h, q, k, v = first(parts, _any_length(h), y, _any_length(cos), _any_length(sin), linear_products)
         a = attend(q, k, v, lengths, attn.scaling, window)
-        (o,) = products([attn.o_proj], a, None)
-        h, x, rstd = add_rms_norm(h, o, second.weight, second.variance_epsilon)
-        gate, up = products([mlp.gate_proj, mlp.up_proj], x, Remake(again, (h, second.weight, rstd)))
-        m = gated(gate, up, self.act)
-        (down,) = products([mlp.down_proj], m, Remake(partial(_gated_again, act=self.act), (gate, up)))
-        return h, down
+        h, y = second(parts, h, _any_length(a), linear_products)
+        return h, y
+
+
+class Linear(NamedTuple):
+    """A linear module and the one low-rank addition to it as tensors, see LowRank."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+
+class _Parts(NamedTuple):
+    """What the two halves of a layer read of it; a linear is a module, or a `Linear` where they are compiled."""
+
+    first: Tensor  # gains of the norms
+    second: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    head_dim: int
+    act: str
+    qkv: tuple[Any, Any, Any]
+    o: Any
+    gate_up: tuple[Any, Any]
+    down: Any
+
+
+def _parts(layer: Any, act: str, linear: Callable[[nn.Module], Any]) -> _Parts:
+    norm, attn, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
+    q_norm, k_norm = (getattr(attn, name).weight if hasattr(attn, name) else None for name in ("q_norm", "k_norm"))
+    return _Parts(
+        norm.weight,
+        layer.post_attention_layernorm.weight,
+        q_norm,
+        k_norm,
+        norm.variance_epsilon,
+        attn.head_dim,
+        act,
+        (linear(attn.q_proj), linear(attn.k_proj), linear(attn.v_proj)),
+        linear(attn.o_proj),
+        (linear(mlp.gate_proj), linear(mlp.up_proj)),
+        linear(mlp.down_proj),
+    )
+
+
+def before(
+    parts: _Parts, h: Tensor, y: Tensor | None, cos: Tensor, sin: Tensor, products: Products
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layer up to its attention: the stream h + y (n, width), and q, k, v (n, heads, head width)."""
+    remake: Remake | None = None
+    if y is None:
+        x = rms_norm(h, parts.first, parts.eps)
+    else:
+        h, x, rstd = add_rms_norm(h, y, parts.first, parts.eps)
+        remake = Remake(again, (h, parts.first, rstd))
+    q, k, v = (t.unflatten(1, (-1, parts.head_dim)) for t in products(parts.qkv, x, remake))
+    if parts.q_norm is not None and parts.k_norm is not None:
+        q, k = rms_norm(q, parts.q_norm, parts.eps), rms_norm(k, parts.k_norm, parts.eps)
+    return h, rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def after(parts: _Parts, h: Tensor, a: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+    """A layer from its attention a (n, heads · head width) on: the stream, and what the gated product adds to it."""
+    (o,) = products([parts.o], a, None)
+    h, x, rstd = add_rms_norm(h, o, parts.second, parts.eps)
+    gate, up = products(parts.gate_up, x, Remake(again, (h, parts.second, rstd)))
+    m = gated(gate, up, parts.act)
+    (down,) = products([parts.down], m, Remake(partial(_gated_again, act=parts.act), (gate, up)))
+    return h, down
+
+
+def linear_products(linears: Sequence[Any], x: Tensor, remake: Remake | None = None) -> list[Tensor]:
+    """The products of `Linear`s in torch's own operations and gradients, which torch.compile takes as they are."""
+    found = []
+    for linear in linears:
+        y = F.linear(x, linear.weight, linear.bias)
+        if linear.a is not None:
+            y = y + F.linear(F.linear(x, linear.a.to(x.dtype)), linear.b.to(x.dtype)) * linear.scale
+        found.append(y)
+    return found
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    """The two halves compiled, for every layer of every base: weights are arguments."""
+    return torch.compile(before), torch.compile(after)
+
+
+def _any_length(x: Tensor) -> Tensor:
+    """x, whose first dimension is compiled as one of any size."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 @torch.no_grad()

@@ -147,13 +147,14 @@ def load(
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either."""
-    build.prepare()
+    place = pick_device(device)
+    if place.type == "cpu":
+        build.prepare()
     keep_memory()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
     path = locate(name, working)
-    place = pick_device(device)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

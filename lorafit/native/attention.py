@@ -1,13 +1,16 @@
 """Attention for packed rows: documents end to end, each causal, none seeing another.
 
-`attend` is flash attention (arXiv 2205.14135, 2307.08691) in C++ with a backward of its own; `plain_attend` says the same in
-ordinary torch, document by document, and is what the kernels are tested against and what runs where they can't.
+`attend` is flash attention (arXiv 2205.14135, 2307.08691): on a CPU in C++ with a backward of its own, on a GPU torch's for
+documents of any length. `plain_attend` says the same in ordinary torch, document by document, and is what both are tested
+against and what runs where they can't.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.native import build
 from lorafit.native.kernel import Kernel, usable
 
 _TAIL = "piiiifi"  # starts, documents, heads, kv heads, dim, scale, window
@@ -33,10 +37,40 @@ def attend(
     query heads shares a kv head. Products are of the tensors' type; sums and the softmax are fp32.
     """
     scale = _check(q, k, v, lengths, scale, window)
-    if q.numel() == 0 or not usable(q, k, v):
-        return plain_attend(q, k, v, lengths, scale, window)
-    out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0)  # type: ignore[no-untyped-call]
-    return out
+    if q.numel() and usable(q, k, v):
+        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0)  # type: ignore[no-untyped-call]
+        return out
+    if q.numel() and q.is_cuda and build.on() and (varlen := _varlen(q.device, q.dtype, q.shape[2])) is not None:
+        starts, longest = _starts(tuple(lengths), q.device), max(lengths)
+        left = -1 if window is None or window >= longest else window - 1
+        out = varlen(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(left, 0))
+        return out.flatten(1)
+    return plain_attend(q, k, v, lengths, scale, window)
+
+
+@cache
+def _varlen(device: torch.device, dtype: torch.dtype, dim: int) -> Callable[..., Tensor] | None:
+    """torch's flash attention over packed documents; None where it, this GPU or this torch can't do what `attend` does."""
+    fits = dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and dim <= 256
+    if not fits or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:  # torch before 2.10
+        return None
+    found: Callable[..., Any] = varlen.varlen_attn
+    takes = inspect.signature(found).parameters
+    if "scale" not in takes or "window_size" not in takes:
+        return None
+    return partial(found, enable_gqa=True) if "enable_gqa" in takes else found
+
+
+@lru_cache(maxsize=4)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where documents begin and the last one ends, (documents + 1,) int32; made once for all layers of a step."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def plain_attend(

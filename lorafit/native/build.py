@@ -90,6 +90,11 @@ def switch(on: bool, why: str = "switched off") -> None:
     _on, _off = on, why
 
 
+def on() -> bool:
+    """Fast paths may be taken: `native=false` switches off those on a GPU with the kernels."""
+    return _on
+
+
 def has_amx() -> bool:
     """The kernels were built for a processor with AMX tiles, and the system lets us use them."""
     lib = library()

@@ -66,8 +66,6 @@ def restore(adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: Mapping
     for name, parameter in adapter.named_parameters():
         if not any(key.startswith(f"{name}.") for key in tensors):
             continue  # a parameter that hadn't had a gradient yet
-        optimizer.state[parameter] = {
-            "step": tensors[f"{name}.step"].clone(),
-            "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device).clone(),
-            "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device).clone(),
+        optimizer.state[parameter] = {  # all where the parameter is: the fused optimiser counts steps there too
+            key: tensors[f"{name}.{key}"].to(parameter.device).clone() for key in ("step", "exp_avg", "exp_avg_sq")
         }
