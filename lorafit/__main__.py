@@ -6,9 +6,7 @@ import sys
 def main() -> None:
     """Run the command line and exit."""
     from lorafit.cli import main as run
-    from lorafit.machine import wait_briefly
 
-    wait_briefly()
     sys.exit(run())
 
 

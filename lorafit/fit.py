@@ -139,7 +139,7 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
         raise RunError(f"{run.folder} is finished ({newest.state['finished']}); --from {run.folder} trains on from it")
     # The chat that the run began with: a template may show the date, which must not move while a run is on.
     made = _Fit(after, terminal, files.load_json(run.folder / "chat.json", RunError))
-    changes = [
+    changes += [
         f"{what}: {newest.state['identity'].get(what, '?')[:12]} -> {now[:12]}"
         for what, now in made.identity.items()
         if newest is not None and newest.state["identity"].get(what) != now
@@ -148,7 +148,7 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
         raise RunError(_refusal(run, changes))
     files.write_text(run.folder / "config.yaml", settings.to_yaml(after))
     files.write_json(run.folder / "data.json", made.data.report.to_json())
-    return made.run(run, newest)
+    return made.run(run, newest, changed=bool(changes))
 
 
 def _copy(source: Path, place: Path) -> None:
@@ -303,8 +303,9 @@ class _Fit:
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
-    def run(self, run: Run, newest: Checkpoint | None) -> Run:
-        """Train from `newest` (or the start) to the end, and write what a finished run holds."""
+    def run(self, run: Run, newest: Checkpoint | None, changed: bool = False) -> Run:
+        """Train from `newest` (or the start) to the end, and write what a finished run holds. `changed`: it isn't the same
+        training any more, so an end that was recorded isn't its end."""
         self.watch = Watch(self.config.patience)
         self.seconds = self.busy = 0.0
         self.tokens = 0
@@ -323,7 +324,7 @@ class _Fit:
                     self._first(run)
                 ended = newest.state.get("finished", "") if newest is not None else ""
                 # A run that had ended early, and was killed before its adapter was written, ends there again.
-                over = bool(ended) and newest is not None and newest.step < self.job.steps
+                over = bool(ended) and not changed and newest is not None and newest.step < self.job.steps
                 reason = ended if over else self._steps(run, progress, stop, writer)
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):

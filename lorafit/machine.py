@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import gc
-import os
 import resource
 import signal
 import sys
@@ -266,19 +265,6 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = True
         self._said()
-
-
-# Turns of a loop that a thread waits for the others before it goes to sleep. libgomp's own default, 300,000, is hundreds of
-# microseconds of a core that another program may want: with one busy neighbour on two cores training took three times as
-# long with it (measured), and alone 10,000 lose 2 %.
-WAITS = {"GOMP_SPINCOUNT": "10000"}
-
-
-def wait_briefly() -> None:
-    """Have the threads of this process go to sleep soon when they wait for each other, unless the user has a say in it. Only
-    before torch is imported, for that is when its thread library reads this; processes started from here inherit it."""
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ.update(WAITS)
 
 
 def keep_memory() -> None:

@@ -265,7 +265,7 @@ def test_compiled_layers_give_the_same_and_take_any_length(family, dtype):
             assert not torch.equal(
                 torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in plain.values()])
             )
-    assert len(graphs) == 1
+    assert len(graphs) <= 2  # at most once more for all other lengths
     with build.switched(False):
         assert loss_and_gradients(host, documents, 1)[0] == pytest.approx(plain_loss, rel=5e-3)
     assert counters["stats"]["unique_graphs"] in graphs

@@ -185,6 +185,13 @@ def test_a_resume_with_other_settings_is_refused_unless_forced(half, change):
         assert (half / "summary.json").exists()
 
 
+def test_a_finished_run_goes_on_when_more_steps_are_forced(half):
+    fit.resume(half, {}, terminal=QUIET)
+    fit.resume(half, {"steps": "17"}, force=True, terminal=QUIET)
+    assert json.loads((half / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 17
+    assert json.loads((half / "summary.json").read_text())["steps"] == 17
+
+
 def test_a_resume_with_other_rows_is_refused(half, data_file, tmp_path):
     rows = data_file.read_text().splitlines()
     other = tmp_path / "other.jsonl"

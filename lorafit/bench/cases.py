@@ -257,7 +257,7 @@ def profile(bench: Bench) -> list[dict[str, Any]]:
 
 def _alone(bench: Bench, label: str, work: Work, option: str) -> dict[str, Any]:
     with bench.terminal.working(label):
-        found = harness.ours([str(work.write(bench.scratch / "work.json")), option])
+        found = harness.worker("ours", [str(work.write(bench.scratch / "work.json")), option])
     if "error" in found:
         raise LorafitError(f"{label}: {found['error']}")
     return found

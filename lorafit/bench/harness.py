@@ -21,7 +21,6 @@ from typing import Any
 from lorafit.bench.work import Work
 from lorafit.errors import ConfigError, MissingExtra
 from lorafit.log import Terminal, size
-from lorafit.machine import WAITS
 
 Result = dict[str, Any]  # what a worker printed, or {"error": why it didn't}
 Runs = dict[str, list[Result]]  # by side, one for each repeat
@@ -87,11 +86,6 @@ def worker(module: str, words: Sequence[str], env: dict[str, str] | None = None)
     return {"error": lines[-1].strip() if lines else f"exit code {done.returncode}"}
 
 
-def ours(words: Sequence[str]) -> Result:
-    """Run our worker as the `lorafit` command would run."""
-    return worker("ours", words, os.environ | WAITS)
-
-
 @contextmanager
 def ended_with_workers() -> Iterator[None]:
     """Within it, a SIGTERM ends the program as Ctrl-C does: no worker goes on without anyone to read its line."""
@@ -115,9 +109,9 @@ def train(side: Side, work: Work, held_out: bool = False) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         words = [str(work.write(Path(folder) / "work.json")), *(["--held-out"] if held_out else [])]
         if side.ours:
-            return ours(words)
-        # Theirs as it is installed, or tuned on purpose.
-        env = {name: value for name, value in os.environ.items() if name not in {"GLIBC_TUNABLES", *WAITS}}
+            return worker("ours", words)
+        env = dict(os.environ)
+        env.pop("GLIBC_TUNABLES", None)  # theirs as it is installed, or tuned on purpose
         if side.tuned:
             env["GLIBC_TUNABLES"] = TUNED
         words += ["--mode", side.mode, *(["--tuned"] if side.tuned else [])]
