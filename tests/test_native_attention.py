@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -241,3 +243,36 @@ def test_wrong_arguments_are_refused():
         attend(q, k, v, [40], window=0)
     with pytest.raises(ValueError, match="scale"):
         attend(q, k, v, [40], scale=-0.25)
+
+
+def test_too_little_memory_for_scratch_is_an_error_and_not_an_end():
+    code = """
+import resource, torch
+from lorafit.native import attention as a
+
+def tensors(n):
+    return [torch.randn(n, heads, 64).bfloat16() for heads in (9, 3, 3)]
+
+def run(n, q, k, v):
+    out, lse = torch.empty(n, 576).bfloat16(), torch.empty(9, n)
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    tail = ((a.ctypes.c_int64 * 2)(0, n), 1, 9, 3, 64, 0.125, 0)
+    yield
+    a._forward(q.dtype, *a._rows(q, k, v), out, lse, *tail)
+    yield
+    a._backward(q.dtype, *a._rows(q, k, v), out, lse, out, *a._rows(*grads), *tail)
+    yield
+
+for _ in run(64, *tensors(64)):
+    pass  # threads have what they need for a short document
+long = run(9000, *tensors(9000))
+next(long), next(long)
+used = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 1_000_000, used + 1_000_000))
+try:
+    next(long)
+except MemoryError as error:
+    print("said:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "said: no memory for the scratch of attention_backward" in done.stdout, done.stderr

@@ -263,18 +263,19 @@ class Scratch {
 
 public:
     ~Scratch() { std::free(memory); }
-    void reserve(size_t bytes) {
+    bool reserve(size_t bytes) {  // false where there isn't as much
         used = 0;
-        if (bytes <= size) return;
+        if (bytes <= size) return true;
         std::free(memory);
-        memory = (char*)std::aligned_alloc(64, size = whole(bytes, 4096));
-        if (!memory) std::abort();
+        memory = (char*)std::aligned_alloc(64, whole(bytes, 4096));
+        size = memory ? whole(bytes, 4096) : 0;
+        return memory;
     }
     template <typename T>
     T* take(int64_t count) {
         T* taken = (T*)(memory + used);
         used += whole(count * sizeof(T), 64);
-        if (used > size) std::abort();
+        if (used > size) std::abort();  // reserved too little: a mistake of ours
         return taken;
     }
 };
@@ -293,24 +294,29 @@ Scratch& own_scratch() {
     return scratch;
 }
 
+// False where a thread found no memory for its scratch; then nothing is begun, since units wait for one another.
 template <class Engine, class Work>
-void run(const std::vector<Unit>& units, int threads, size_t scratch_bytes, const Work& work) {
+bool run(const std::vector<Unit>& units, int threads, size_t scratch_bytes, const Work& work) {
     std::atomic<size_t> next{0};
+    std::atomic<bool> fine{true};
 #pragma omp parallel num_threads(threads)
     {
         Scratch& scratch = own_scratch();
+        if (!scratch.reserve(scratch_bytes)) fine = false;
+#pragma omp barrier
         typename Engine::Session session;
         (void)session;
-        for (size_t i; (i = next.fetch_add(1)) < units.size();) {
+        for (size_t i; fine && (i = next.fetch_add(1)) < units.size();) {
             scratch.reserve(scratch_bytes);
             work(units[i], scratch);
         }
     }
+    return fine;
 }
 
 // Forward: a unit is a stretch of a document's queries, for all the query heads of one kv head.
 template <class Engine, typename X>
-void forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
+bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
     using Number = typename Engine::Number;
     constexpr int64_t K = Engine::K;
     const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.starts[s.docs];
@@ -330,7 +336,7 @@ void forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
                          (rows * width + rows * 17 + SUB * KEYS) * sizeof(float) + 64 * 16;
 
     order(units);
-    run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
+    return run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
         const int64_t start = s.starts[unit.doc], begin = unit.begin;
         const int64_t count = std::min(stretch, s.length(unit.doc) - begin), subs = whole(count, SUB) / SUB;
         Number* queries = scratch.take<Number>(subs * group * SUB * width);  // (head, sub) after (head, sub)
@@ -424,7 +430,7 @@ INLINE void await(const std::atomic<int64_t>& turn, int64_t mine) {
 // Backward: a unit is a chunk of a document's keys, for all the query heads of their kv head. It owns dK and dV of the chunk
 // and adds its part to dQ when the chunks before it have.
 template <class Engine, typename X>
-void backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, const X* out, const float* lse,
+bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, const X* out, const float* lse,
               const X* dout, Rows<X> dq, Rows<X> dk, Rows<X> dv) {
     using Number = typename Engine::Number;
     constexpr int64_t K = Engine::K;
@@ -450,14 +456,14 @@ void backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
     for (int64_t i = 0; i < blocks * s.kv_heads; i++) turns[i] = 0;
     if (parked) {
         parts.reset((float*)std::aligned_alloc(64, parked * s.heads * width * sizeof(float)));
-        if (!parts) std::abort();
+        if (!parts) return false;
     }
     const size_t bytes = (4 * chunk_rows * width + 3 * QUERIES * width * 2 + 2 * QUERIES * chunk_rows + SUB * chunk_rows) *
                              sizeof(Number) +
                          (2 * chunk_rows * width + 2 * SUB * chunk_rows + SUB * width + 2 * QUERIES) * sizeof(float) + 64 * 32;
 
     order(units);
-    run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
+    return run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
         const int64_t start = s.starts[unit.doc], length = s.length(unit.doc), begin = unit.begin, chunk = begin / CHUNK;
         const int64_t count = std::min(CHUNK, length - begin), padded = whole(count, SUB);
         Number* raw = scratch.take<Number>(padded * width);
@@ -597,22 +603,22 @@ Shape shape(const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads
 
 // With tiles where there are any for this type of number.
 template <typename X>
-void best_forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
+bool best_forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
 #ifdef LORAFIT_AMX
     if constexpr (std::is_same_v<X, bf16>)
         if (tiles::permitted()) return forward<TileEngine, X>(s, q, k, v, out, lse);
 #endif
-    forward<VectorEngine, X>(s, q, k, v, out, lse);
+    return forward<VectorEngine, X>(s, q, k, v, out, lse);
 }
 
 template <typename X>
-void best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, const X* out, const float* lse,
+bool best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, const X* out, const float* lse,
               const X* dout, Rows<X> dq, Rows<X> dk, Rows<X> dv) {
 #ifdef LORAFIT_AMX
     if constexpr (std::is_same_v<X, bf16>)
         if (tiles::permitted()) return backward<TileEngine, X>(s, q, k, v, out, lse, dout, dq, dk, dv);
 #endif
-    backward<VectorEngine, X>(s, q, k, v, out, lse, dout, dq, dk, dv);
+    return backward<VectorEngine, X>(s, q, k, v, out, lse, dout, dq, dk, dv);
 }
 
 }  // namespace
@@ -620,15 +626,14 @@ void best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const 
 // q (n, heads, dim), k and v (n, kv_heads, dim): the heads of a token are contiguous, tokens lie a stride of elements apart.
 // out (n, heads, dim) contiguous; lse (heads, n): the base-2 logarithm of each row's sum of 2^(score * scale * log2 e).
 // Document d is the tokens starts[d] to starts[d + 1]. Query i sees key j if 0 <= i - j, and < window where that isn't 0.
-// scale > 0. The backward takes what the forward wrote, and dout, laid out as out; dq, dk and dv have strides of their own.
+// scale > 0. Both return 0, or 1 where memory ran out. The backward takes what the forward wrote, and dout, laid out as out; dq, dk and dv have strides of their own.
 #define ATTENTION(NAME, X)                                                                                             \
     KERNEL int attention_forward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,        \
                                         int64_t v_stride, X* out, float* lse, const int64_t* starts, int64_t docs,     \
                                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,     \
                                         int threads) {                                                                 \
         Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
-        best_forward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse);                                     \
-        return 0;                                                                                                      \
+        return best_forward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse) ? 0 : 1;                      \
     }                                                                                                                  \
     KERNEL int attention_backward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,       \
                                          int64_t v_stride, const X* out, const float* lse, const X* dout, X* dq,       \
@@ -636,9 +641,9 @@ void best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const 
                                          const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads,         \
                                          int64_t dim, float scale, int64_t window, int threads) {                      \
         Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
-        best_backward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride}, {dk, dk_stride},\
-                    {dv, dv_stride});                                                                                  \
-        return 0;                                                                                                      \
+        bool fine = best_backward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},  \
+                                     {dk, dk_stride}, {dv, dv_stride});                                                \
+        return fine ? 0 : 1;                                                                                           \
     }
 
 ATTENTION(f32, float)
