@@ -36,14 +36,6 @@ struct Group {
 
 namespace {
 
-template <typename T>
-struct Memory {  // aligned, of one call
-    T* data;
-    explicit Memory(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {}
-    Memory(const Memory&) = delete;
-    ~Memory() { std::free(data); }
-};
-
 inline int64_t span(const Low& low) { return (low.r + DEEP - 1) / DEEP * DEEP; }
 
 // In which column of xa each addition begins, and where its B is in `thin`, after all the A's.
@@ -135,15 +127,17 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     // d(x·Aᵀ), a turned chunk of each thread, and its sums.
     int64_t bands = (g.rows + TALL - 1) / TALL, flat_each = bands_of(most) * STEPS * TILE;
     int64_t workers = std::min<int64_t>(threads, bands);
-    Memory<bf16> dxas(g.rows * g.width), flats(workers * flat_each);
-    Memory<float> sums(workers * sums_each);
-    Memory<Part> parts(g.count + 1);
-    if (!dxas.data || !flats.data || !sums.data || !parts.data) return 1;
-    bf16* dxa = dxas.data;
+    Buffer<bf16> dxas, flats;
+    Buffer<float> all_sums;
+    Buffer<Part> all_parts;
+    bf16 *dxa = dxas.of(g.rows * g.width + 1), *flat = flats.of(workers * flat_each + 1);
+    float* sums = all_sums.of(workers * sums_each + 1);
+    Part* parts = all_parts.of(g.count + 1);
+    if (!dxa || !flat || !sums || !parts) return 1;
     for (int64_t i = 0; i < g.count; i++)
         if (const Low& low = g.lows[i]; low.y)
-            parts.data[used++] = {low.y, low.ldy, low.weight, low.ldw, low.out, !low.across};
-    if (g.width) parts.data[used++] = {dxa, g.width, g.thin, g.in, g.width, 0};
+            parts[used++] = {low.y, low.ldy, low.weight, low.ldw, low.out, !low.across};
+    if (g.width) parts[used++] = {dxa, g.width, g.thin, g.in, g.width, 0};
     // Rows first..last: d(x·Aᵀ), and what they add to the gradients.
     auto rows = [&](int64_t first, int64_t last, bf16* flat, float* sums) {
         bool fine = true;
@@ -169,21 +163,16 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     };
     // Thread t's share of the gradients.
     auto gather = [&](int t) {
-        for (int64_t i = 0; i < g.count; i++) {
-            const Low& low = g.lows[i];
-            if (!low.y || !low.r) continue;
-            collect(sums.data, sums_each, workers, ranks, g.in, t, threads, [&](int64_t row, int64_t j, float sum) {
-                int64_t own = row - at[i].start;
-                if (own >= 0 && own < low.r) low.da[own * g.in + j] = sum;
-            });
-        }
-        const float* from = sums.data + cells(ranks, g.in) * CELL;
+        const float* from = sums + cells(ranks, g.in) * CELL;
         for (int64_t i = 0; i < g.count; i++) {
             const Low& low = g.lows[i];
             float scale = low.scale;
-            if (low.y && low.r)
-                collect(from, sums_each, workers, low.r, low.out, t, threads,
+            if (low.y && low.r) {
+                collect(sums, sums_each, workers, ranks, g.in, at[i].start, low.r, t, threads,
+                        [&](int64_t row, int64_t j, float sum) { low.da[row * g.in + j] = sum; });
+                collect(from, sums_each, workers, low.r, low.out, 0, low.r, t, threads,
                         [&](int64_t row, int64_t j, float sum) { low.db[j * low.r + row] = sum * scale; });
+            }
             from += cells(low.r, low.out) * CELL;
         }
     };
@@ -195,11 +184,11 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
 #pragma omp for schedule(static)
             for (int t = 0; t < workers; t++) {
                 int64_t first = bands * t / workers * TALL, last = std::min(g.rows, bands * (t + 1) / workers * TALL);
-                fine = rows(first, last, flats.data + t * flat_each, sums.data + t * sums_each) && fine;
+                fine = rows(first, last, flat + t * flat_each, sums + t * sums_each) && fine;
             }
 #pragma omp for schedule(static)
         for (int t = 0; t < threads; t++) {
-            if (dx) fine = share({parts.data, used, g.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
+            if (dx) fine = share({parts, used, g.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
             if (ranks) gather(t);
         }
         tiles::release();

@@ -293,13 +293,15 @@ inline void outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, in
     }
 }
 
-// Thread t's share of the cells that `many` threads have summed up, `apart` numbers from each other's: `put(i, j, sum)`.
+// Thread t's share of `count` columns of P from `first` on, of the cells that `many` threads have summed up, `apart` numbers
+// from each other's: `put(i, j, sum)` for the i-th of these columns and j of Q.
 template <typename Put>
-void collect(const float* sums, int64_t apart, int64_t many, int64_t left, int64_t right, int t, int threads, Put put) {
+void collect(const float* sums, int64_t apart, int64_t many, int64_t left, int64_t right, int64_t first, int64_t count, int t,
+             int threads, Put put) {
     int64_t bands = bands_of(left), panels = (right + WIDE - 1) / WIDE;
     for (int64_t panel = panels * t / threads; panel < panels * (t + 1) / threads; panel++)
-        for (int64_t i = 0; i < left; i++) {
-            const float* row = sums + (panel * bands + i / 16) * CELL + i % 16 * WIDE;
+        for (int64_t i = 0; i < count; i++) {
+            const float* row = sums + (panel * bands + (first + i) / 16) * CELL + (first + i) % 16 * WIDE;
             Floats low = widen(row), high = widen(row + 16);
             for (int64_t n = 1; n < many; n++) low += widen(row + n * apart), high += widen(row + n * apart + 16);
             for (int64_t j = 0; j < WIDE && panel * WIDE + j < right; j++)  // undoes pack_quickly's order
