@@ -18,57 +18,100 @@ from torch import Tensor
 
 from lorafit.data.store import lengths_of
 from lorafit.data.tokens import Tokens
+from lorafit.packing import SHORTEST, Packing
 
 
 @dataclass(frozen=True)
 class Micro:
-    """Documents end to end: ids (tokens,), their lengths, and what is learned.
+    """Documents in a row: ids (tokens,), how they lie there, and what is learned.
 
-    `positions` (targets,) are the tokens whose successor is learned, ascending, never across two documents; `labels`
-    (targets,) are those successors; `owners` says for each target which segment (job) it belongs to.
+    `positions` (pairs,) are tokens whose successor is learned, ascending, never across two documents, and `labels` (pairs,)
+    those successors. Where documents share their beginning, so do some learned tokens: `copies` (targets,) says which pair
+    each learned token of each document is; None where they are the pairs themselves. `owners` (targets,) says which job it
+    belongs to.
     """
 
     ids: Tensor
-    lengths: tuple[int, ...]
+    packing: Packing
     positions: Tensor
     labels: Tensor
     segments: tuple[tuple[int, int], ...]  # (owner, tokens), in token order
-    owners: Tensor  # (targets,) index of the job
+    owners: Tensor
+    copies: Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """How many tokens it holds."""
+        """How many tokens the row holds."""
         return len(self.ids)
 
 
-def pack(documents: Sequence[Tokens], owner: int = 0) -> Micro:
+def pack(documents: Sequence[Tokens], owner: int = 0, share: bool = False) -> Micro:
     """One micro-batch of these documents, all of one owner."""
-    return join([(owner, documents)])
+    return join([(owner, documents)], share)
 
 
-def join(parts: Sequence[tuple[int, Sequence[Tokens]]]) -> Micro:
-    """One micro-batch of several owners' documents, each owner's side by side."""
-    ids, lengths, positions, labels, owners, segments = [], [], [], [], [], []
+def join(parts: Sequence[tuple[int, Sequence[Tokens]]], share: bool = False) -> Micro:
+    """One micro-batch of several owners' documents, each owner's side by side. With `share`, what documents of one owner
+    begin with is there once."""
+    stretches: list[np.ndarray] = []
+    before: list[int | None] = []
+    found: list[np.ndarray] = []  # of each document: where in the row its learned tokens' predecessors are
+    labels, owners, segments = [], [], []
     at = 0
     for owner, documents in parts:
         start = at
-        for row in documents:
-            found = np.flatnonzero(row.learn[1:])  # the first token of a document has no predecessor to learn from
-            positions.append(found + at)
-            labels.append(row.ids[1:][found])
-            ids.append(row.ids)
-            lengths.append(len(row.ids))
-            at += len(row.ids)
-        owners.append(np.full(sum(len(p) for p in positions[len(positions) - len(documents) :]), owner))
+        rows = [row.ids for row in documents]
+        shared: dict[int, tuple[int, int]] = {}  # document -> the stretch it goes on from, and where that is
+        for length, members in alike(rows, range(len(rows))) if share else ():
+            shared |= dict.fromkeys(members, (len(stretches), at))
+            stretches.append(rows[members[0]][:length])
+            before.append(None)
+            at += length
+        for i, row in enumerate(documents):
+            other, begins = shared.get(i, (None, 0))
+            length = 0 if other is None else len(stretches[other])
+            learned = np.flatnonzero(row.learn[1:])  # the first token of a document has no predecessor to learn from
+            found.append(np.where(learned < length, begins + learned, at - length + learned))
+            labels.append(row.ids[1:][learned])
+            owners.append(np.full(len(learned), owner))
+            stretches.append(row.ids[length:])
+            before.append(other)
+            at += len(row.ids) - length
         segments.append((owner, at - start))
+    positions, successors, copies = np.concatenate(found), np.concatenate(labels), None
+    if any(other is not None for other in before):
+        pairs, copies = np.unique(np.stack([positions, successors]), axis=1, return_inverse=True)
+        positions, successors = pairs
     return Micro(
-        torch.from_numpy(np.concatenate(ids).astype(np.int64)),
-        tuple(lengths),
-        torch.from_numpy(np.concatenate(positions).astype(np.int64)),
-        torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        torch.from_numpy(np.concatenate(stretches).astype(np.int64)),
+        Packing(tuple(len(stretch) for stretch in stretches), tuple(before)),
+        torch.from_numpy(positions.astype(np.int64)),
+        torch.from_numpy(successors.astype(np.int64)),
         tuple(segments),
         torch.from_numpy(np.concatenate(owners).astype(np.int64)),
+        None if copies is None else torch.from_numpy(copies.astype(np.int64).ravel()),
     )
+
+
+def alike(rows: Sequence[np.ndarray], members: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Groups of these rows that begin alike: how many tokens they share, and which rows. Every row keeps a token of its own.
+
+    All of them or finer groups with longer beginnings, whichever saves more tokens.
+    """
+    if len(members) < 2:
+        return []
+    first = rows[members[0]]
+    length = max(0, min(len(rows[i]) for i in members) - 1)
+    for i in members:
+        differs = rows[i][:length] != first[:length]
+        length = int(differs.argmax()) if differs.any() else length
+    together = [(length, list(members))] if length >= SHORTEST else []
+    branches: dict[int, list[int]] = {}
+    for i in members:
+        if len(rows[i]) > length + 1:
+            branches.setdefault(int(rows[i][length]), []).append(i)
+    finer = [group for branch in branches.values() for group in alike(rows, branch)]
+    return max(together, finer, key=lambda groups: sum(length * (len(some) - 1) for length, some in groups))
 
 
 def targets(rows: Sequence[Tokens]) -> int:

@@ -79,6 +79,10 @@ class Config:
         True,
         "fast paths: C++ kernels (compiled once, some seconds), on a GPU compiled layers; false: torch's operations alone",
     )
+    share: bool = setting(
+        True,
+        "what rows of a step begin with alike (a system prompt) goes through the model once; false: once for each row",
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     memory: str | None = setting(
         None, "most memory to take, such as 6G (Linux; on CUDA the device's); default: what is left"

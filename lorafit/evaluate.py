@@ -18,7 +18,7 @@ from lorafit.errors import OutOfMemory
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.machine import attempt
-from lorafit.route import StackLike
+from lorafit.route import StackLike, stack
 from lorafit.train.loop import watched
 from lorafit.train.loss import losses
 
@@ -79,7 +79,7 @@ def evaluate(
 @torch.no_grad()
 def _sum(host: Host, rows: Sequence[Tokens], spec: StackLike) -> tuple[float, int]:
     with host.route(spec), watched(host):
-        each = losses(host, pack(rows))
+        each = losses(host, pack(rows, share=host.shares(stack(spec))))
     return each.cpu().double().sum().item(), len(each)
 
 

@@ -50,7 +50,7 @@ WORTH_COMPILING_LAYERS = 20_000
 # Settings that a resumed run may change: they decide where things are, what is shown or what memory is taken, not what is
 # learned. The rows and the base are compared by their contents.
 _FREE = {"data", "held_out", "out", "model", "start", "samples", "log", "checkpoint_every", "skip_bad_rows", "map"}
-_FREE |= {"cache", "memory", "checkpointing"}
+_FREE |= {"cache", "memory", "checkpointing", "share"}
 
 
 class Interrupted(UserError):
@@ -192,6 +192,8 @@ class _Fit:
         config.device = str(base.device)
         if config.checkpointing:
             base.checkpointing(True)
+        if base.body is not None:
+            base.body.shares = config.share
         if not base.packs:
             terminal.say(f"{config.model}: documents can't share a row in this architecture; each goes through alone")
         self.chat = base_chat(base, config.system)

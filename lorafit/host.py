@@ -6,7 +6,7 @@ route. With no route open, or an empty stack, the base is itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from lorafit.model.base import Base
 from lorafit.model.body import Added
 from lorafit.model.sites import Site, find_sites, select
 from lorafit.native.lowrank import Frozen, LowRank, Remake, products
+from lorafit.packing import Packing
 from lorafit.route import Route, Stack, StackLike, stack
 
 
@@ -113,11 +114,22 @@ class Host:
 
     # --- forward -------------------------------------------------------------------------------------------------------
 
-    def hidden(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Last hidden states (tokens, width) of documents end to end in ids (tokens,), under the open route."""
+    def shares(self, names: Iterable[str]) -> bool:
+        """Whether documents through these adapters may share their beginning: our own run through the layers, and nothing
+        drawn for a token that another document would draw anew."""
+        base, drawn = self.base, any(layer.draws for name in names for _, layer in self.adapters[name].items())
+        runs = base.body is not None and base.body.shares and base.plain_head and base.device.type == "cpu"
+        return runs and not drawn
+
+    def hidden(self, ids: Tensor, lengths: Packing | Sequence[int]) -> Tensor:
+        """Last hidden states (tokens, width) of documents in ids (tokens,), under the open route. The documents' lengths say
+        it all where they lie end to end; a Packing may share beginnings, where `shares` allows it."""
+        packing = lengths if isinstance(lengths, Packing) else Packing.apart(lengths)
         if (body := self.base.body) is not None:
-            return self.base.fast(ids, lengths, self._products, self._low_ranks() if body.compiled else None)
-        return self._documents(self.base.hidden, ids, lengths)
+            return self.base.fast(ids, packing, self._products, self._low_ranks() if body.compiled else None)
+        if packing.shared:
+            raise AssertionError("only our own run through the layers takes documents that share their beginning")
+        return self._documents(self.base.hidden, ids, packing.lengths)
 
     def logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Logits (tokens, vocabulary) by the model's own forward, under the open route."""

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lorafit"
 LAYERS = [
     ["errors", "config", "log", "files", "machine"],
     ["data"],
-    ["batches"],
+    ["packing", "batches"],
     ["native"],
     ["model"],
     ["methods"],

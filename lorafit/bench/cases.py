@@ -44,6 +44,7 @@ class Settings:
     max_tokens: int = 512
     timed: int = 3  # steps a case of the grid times, after one that warms up
     grid: Sequence[str] = ()  # names of the grid's cases; all by default
+    share: bool = True  # our side computes once what rows of a step begin with
     both: bool = True  # limit and profile in fp32 too where bf16 is what is trained in
 
 
@@ -85,7 +86,7 @@ class Bench:
         r = changes.get("r", s.r)
         model = changes.pop("model", str(self.model))
         start = str(self.scratch / f"start-{Path(model).name}-{r}")
-        main = Work(model, precision, batches(rows, STEP), start, held, s.r, max_tokens=s.max_tokens)
+        main = Work(model, precision, batches(rows, STEP), start, held, s.r, max_tokens=s.max_tokens, share=s.share)
         return main.but(**changes)
 
 

@@ -15,13 +15,11 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lorafit.batches import Plan
+from lorafit.batches import Plan, pack
 from lorafit.bench import products
 from lorafit.bench.profile import profile_step
-from lorafit.bench.work import Document, Work, read
-from lorafit.data import Example, Tokens
+from lorafit.bench.work import Document, Work, as_tokens, read
+from lorafit.data import Tokens
 from lorafit.errors import RunError
 from lorafit.evaluate import evaluate
 from lorafit.host import Host
@@ -43,17 +41,11 @@ class GivenPlan(Plan):
         return islice(cycle(self.given), step, None)
 
 
-def as_tokens(documents: Sequence[Document]) -> list[Tokens]:
-    """Documents as training rows, every token learned."""
-    return [
-        Tokens(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), line, Example((), text="", line=line))
-        for line, ids in enumerate(documents, 1)
-    ]
-
-
 def prepared(work: Work) -> tuple[Host, Job]:
     """Base, adapter and job of a `Work`, made as `lorafit train` makes them."""
     host = Host(load(work.model, precision=work.precision, device="cpu"))
+    if host.base.body is not None:
+        host.base.body.shares = work.share
     start = Path(work.start)
     if (start / "adapter_config.json").is_file():
         host.load(start, NAME)
@@ -85,12 +77,13 @@ def run(work: Work, *, held_out: bool = False, limit: bool = False, began: float
             marks[-1] = time.perf_counter()
     peak = peak_memory()
     found = figures(tokens, marks, peak, first, work.targets) | {"losses": losses}
+    found["tokens_through"] = sum(_through(host, step)[0] for step in work.steps)
     if limit:
         measured.append(_products(host, work))
         found |= {
             "products_before": sum(measured[0]),
             "products_after": sum(measured[1]),
-            "products_flop": sum(products.flop(host, *_sizes(step)) for step in work.steps[1:]),
+            "products_flop": sum(products.flop(host, *_through(host, step)) for step in work.steps[1:]),
             "seconds_timed": marks[-1] - marks[1],
         }
     if held_out:
@@ -132,14 +125,15 @@ def _steps(host: Host, job: Job) -> Iterator[Step]:
         yield step
 
 
-def _sizes(step: Sequence[Document]) -> tuple[int, int]:
-    tokens = sum(len(document) for document in step)
-    return tokens, tokens - len(step)
+def _through(host: Host, step: Sequence[Document]) -> tuple[int, int]:
+    """How many tokens of a step go through the body, and how many through the head: beginnings that are shared, once."""
+    micro = pack(as_tokens(step), share=host.shares({NAME}))
+    return micro.tokens, len(micro.labels)
 
 
 def _products(host: Host, work: Work) -> list[float]:
     """Seconds of the necessary products of every timed step."""
-    return [products.seconds(host, *_sizes(step)) for step in work.steps[1:]]
+    return [products.seconds(host, *_through(host, step)) for step in work.steps[1:]]
 
 
 def main() -> None:

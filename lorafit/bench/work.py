@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafit.data import Chat, prepare
+import numpy as np
+
+from lorafit.data import Chat, Example, Tokens, prepare
 from lorafit.model.load import load_tokenizer, stop_ids
 
 Document = list[int]
@@ -35,6 +37,7 @@ class Work:
     r: int = 16
     lr: float = 2e-4
     max_tokens: int = 512  # what the mode that pads every row to one length pads to
+    share: bool = True  # our side computes once what documents of a step begin with
 
     @property
     def tokens(self) -> int:
@@ -59,6 +62,14 @@ class Work:
 def read(path: Path) -> Work:
     """The reverse of `Work.write`."""
     return Work(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def as_tokens(documents: Sequence[Document]) -> list[Tokens]:
+    """Documents as training rows, every token learned."""
+    return [
+        Tokens(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool), line, Example((), text="", line=line))
+        for line, ids in enumerate(documents, 1)
+    ]
 
 
 def batches(documents: Sequence[Document], size: int) -> list[list[Document]]:

@@ -59,6 +59,11 @@ class Method(nn.Module):
         """
         return mm(x, self.delta_weight(weight()))
 
+    @property
+    def draws(self) -> bool:
+        """Whether a forward in training makes random choices, so that equal tokens needn't give equal deltas."""
+        return False
+
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """(a (r, in), b (out, r), scale) where this forward adds exactly scale·(x·aᵀ)·bᵀ, so that it can be computed in
         one sum with the base's product; None where it doesn't."""

@@ -57,6 +57,11 @@ class LoRA(Method):
             x = x * kept / (1 - self.dropout)
         return mm(mm(x, self.a), self.b) * self.scale
 
+    @property
+    def draws(self) -> bool:
+        """With dropout."""
+        return bool(self.dropout) and self.training
+
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """Its own two matrices, but for dropout, which gives each site an input of its own."""
         if self.a.dim() != 2 or (self.dropout and self.training):

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorafit.errors import ModelError
 from lorafit.model.attention import UNREAD_MASK
 from lorafit.model.body import Added, Body, Products, plain_products
+from lorafit.packing import Packing
 
 
 @dataclass
@@ -83,12 +84,12 @@ class Base:
             raise ModelError(f"{self.name}: activation checkpointing would turn on this architecture's own dropout")
 
     def fast(
-        self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products, added: Added | None = None
+        self, ids: Tensor, packing: Packing, products: Products = plain_products, added: Added | None = None
     ) -> Tensor:
         """What `hidden` gives, by the body's kernels; `products` stands for the linear modules (deltas come in there, and
         `added` says what they are where they are all of low rank)."""
         assert self.body is not None
-        return self.body.hidden(ids, lengths, products, added)
+        return self.body.hidden(ids, packing, products, added)
 
     def hidden(self, ids: Tensor, lengths: Sequence[int], packed: bool | None = None) -> Tensor:
         """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,)."""

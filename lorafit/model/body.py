@@ -24,6 +24,7 @@ from lorafit.native.kernel import wide
 from lorafit.native.lowrank import Remake
 from lorafit.native.norm import add_rms_norm, again, rms_norm
 from lorafit.native.rotary import rotate
+from lorafit.packing import Packing
 
 # Decoder layers that are exactly: norm, attention with rotary angles (norms of q and k in some), norm, gated product.
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -49,6 +50,7 @@ class Body:
         mistral = type(inner.layers[0]).__name__ == "MistralDecoderLayer"
         self.window: int | None = inner.config.sliding_window if mistral else None
         self.checkpointing = False
+        self.shares = True  # documents of a row that begin alike may share their beginning
         self.compiled = False  # layers go through torch.compile where a gradient is wanted and `added` says it all
         self.between: Callable[[], object] | None = None  # called before each layer, and after it on the way back
 
@@ -71,9 +73,9 @@ class Body:
         return Body(inner, act)
 
     def hidden(
-        self, ids: Tensor, lengths: Sequence[int], products: Products = plain_products, added: Added | None = None
+        self, ids: Tensor, packing: Packing, products: Products = plain_products, added: Added | None = None
     ) -> Tensor:
-        """Last hidden states (tokens, width) of documents that lie end to end in ids (tokens,).
+        """Last hidden states (tokens, width) of documents that lie in ids (tokens,) as `packing` says.
 
         `added` says what `products` adds to the modules, where low-rank additions are all there is.
         """
@@ -81,12 +83,12 @@ class Body:
             added = None
         inner = self.inner
         h: Tensor = inner.embed_tokens(ids)
-        cos, sin = self._angles(h, lengths)
+        cos, sin = self._angles(h, packing)
         y: Tensor | None = None  # what the layer before adds to h
         for layer in inner.layers:
             if self.between is not None:
                 self._call_between(h)
-            run = partial(self._layer, layer, cos=cos, sin=sin, lengths=lengths, products=products, added=added)
+            run = partial(self._layer, layer, cos=cos, sin=sin, packing=packing, products=products, added=added)
             if self.checkpointing and torch.is_grad_enabled():
                 h, y = checkpoint(run, h, y, use_reentrant=False)
             else:
@@ -114,10 +116,11 @@ class Body:
             for doc in ids.split(lengths)
         ]
         given = [torch.cat([state[0] for state in parts]) for parts in zip(*states, strict=True)]
-        cos, sin = self._angles(given[0], lengths)
+        packing = Packing.apart(lengths)
+        cos, sin = self._angles(given[0], packing)
         share, floor = (0.03, 2**-7) if given[0].dtype.itemsize < 4 else (1e-4, 1e-6)
         for number, (layer, x, want) in enumerate(zip(self.inner.layers, given, given[1:], strict=False), 1):
-            h, y = self._layer(layer, x, None, cos=cos, sin=sin, lengths=lengths, products=plain_products)
+            h, y = self._layer(layer, x, None, cos=cos, sin=sin, packing=packing, products=plain_products)
             got = h + y
             if number == len(self.inner.layers):
                 got = rms_norm(got, self.inner.norm.weight, self.inner.norm.variance_epsilon)
@@ -127,9 +130,9 @@ class Body:
                 return False
         return len(given) == len(self.inner.layers) + 1
 
-    def _angles(self, h: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _angles(self, h: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, head width) of each token's place in its document."""
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(h.device)
+        positions = packing.positions.to(h.device)
         cos, sin = (wide(t[0]) for t in self.inner.rotary_emb(h[None], positions[None]))
         return cos, sin
 
@@ -141,7 +144,7 @@ class Body:
         *,
         cos: Tensor,
         sin: Tensor,
-        lengths: Sequence[int],
+        packing: Packing,
         products: Products,
         added: Added | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -151,7 +154,7 @@ class Body:
         if added is None:
             parts = _parts(layer, self.act, lambda module: module)
             h, q, k, v = before(parts, h, y, cos, sin, products)
-            return after(parts, h, attend(q, k, v, lengths, attn.scaling, window), products)
+            return after(parts, h, _attended(q, k, v, packing, attn.scaling, window), products)
 
         def linear(module: Any) -> Linear:
             return Linear(module.weight, module.bias, *added.get(module, (None, None, 0.0)))
@@ -159,7 +162,7 @@ class Body:
         first, second = _compiled()
         parts = _parts(layer, self.act, linear)
         h, q, k, v = first(parts, _any_length(h), y, _any_length(cos), _any_length(sin), linear_products)
-        a = attend(q, k, v, lengths, attn.scaling, window)
+        a = _attended(q, k, v, packing, attn.scaling, window)
         h, y = second(parts, h, _any_length(a), linear_products)
         return h, y
 
@@ -232,6 +235,13 @@ def after(parts: _Parts, h: Tensor, a: Tensor, products: Products) -> tuple[Tens
     m = gated(gate, up, parts.act)
     (down,) = products([parts.down], m, Remake(partial(_gated_again, act=parts.act), (gate, up)))
     return h, down
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
+    """Attention (n, heads · head width) of a row's documents."""
+    if not packing.shared:
+        return attend(q, k, v, packing.lengths, scale, window)
+    return attend(q, packing.spread(k), packing.spread(v), packing.keys, scale, window, packing.lengths)
 
 
 def linear_products(linears: Sequence[Any], x: Tensor, remake: Remake | None = None) -> list[Tensor]:

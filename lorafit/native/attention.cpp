@@ -186,8 +186,10 @@ struct Rows {
     Rows from(int64_t token, int64_t offset) const { return {at + token * stride + offset, stride}; }
 };
 
+// A document is a stretch of keys and values, and the queries of its last tokens: of all of them, unless its beginning is
+// shared with others and was asked for elsewhere. Tokens are counted from its first key.
 struct Shape {
-    const int64_t* starts;
+    const int64_t *starts, *query_starts;
     int64_t docs, heads, kv_heads, dim;
     float scale;
     int64_t window;  // the largest number of tokens a query may see, itself among them
@@ -195,21 +197,27 @@ struct Shape {
 
     int64_t group() const { return heads / kv_heads; }
     int64_t length(int64_t doc) const { return starts[doc + 1] - starts[doc]; }
+    // Its first token that has a query, and where in the row of queries that of one of its tokens is.
+    int64_t first(int64_t doc) const { return length(doc) - (query_starts[doc + 1] - query_starts[doc]); }
+    int64_t query(int64_t doc, int64_t token) const { return query_starts[doc] + token - first(doc); }
     // The first key, in whole SUBs, that any query of the SUB at `query` sees.
     int64_t first_key(int64_t query) const { return query < window ? 0 : (query - window + 1) / SUB * SUB; }
 };
 
 constexpr int64_t whole(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
 
-// A left operand (padded, width) from `rows` tokens; the padding is zero.
+// A left operand (padded, width): rows `first` to `rows` are the tokens from `from` on, those before and after them are zero.
 template <class Engine, typename X>
-APART void pack(Rows<const X> from, int64_t rows, int64_t padded, int64_t dim, int64_t width, typename Engine::Number* left) {
+APART void pack(Rows<const X> from, int64_t first, int64_t rows, int64_t padded, int64_t dim, int64_t width,
+                typename Engine::Number* left) {
     constexpr int64_t K = Engine::K;
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = first; r < rows; r++)
         for (int64_t j = 0; j < width; j += K)
-            Engine::load(from.at + r * from.stride + j, dim - j, left + (j / K * padded + r) * K);
-    for (int64_t j = 0; j < width; j += K)
+            Engine::load(from.at + (r - first) * from.stride + j, dim - j, left + (j / K * padded + r) * K);
+    for (int64_t j = 0; j < width; j += K) {
+        std::memset(left + j * padded, 0, first * 64);
         std::memset(left + (j / K * padded + rows) * K, 0, (padded - rows) * 64);
+    }
 }
 
 // Left operand (rows, dimensions) -> right operand (dimensions, rows), the dimensions being summed over.
@@ -319,13 +327,13 @@ template <class Engine, typename X>
 bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
     using Number = typename Engine::Number;
     constexpr int64_t K = Engine::K;
-    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.starts[s.docs];
+    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.query_starts[s.docs];
     const int64_t stretch = std::min<int64_t>(256, std::max<int64_t>(SUB, FORWARD_ROWS / group / SUB * SUB));
     const float scale = s.scale * LOG2E;
     std::vector<Unit> units;
     int64_t longest = 0;
     for (int64_t doc = 0; doc < s.docs; doc++)
-        for (int64_t begin = 0; begin < s.length(doc); begin += stretch)
+        for (int64_t begin = s.first(doc) / SUB * SUB; begin < s.length(doc); begin += stretch)
             for (int64_t head = 0; head < s.kv_heads; head++) {
                 int64_t end = std::min(begin + stretch, s.length(doc));
                 longest = std::max(longest, whole(end - begin, SUB));
@@ -337,7 +345,7 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
 
     order(units);
     return run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
-        const int64_t start = s.starts[unit.doc], begin = unit.begin;
+        const int64_t start = s.starts[unit.doc], begin = unit.begin, ahead = std::max<int64_t>(0, s.first(unit.doc) - begin);
         const int64_t count = std::min(stretch, s.length(unit.doc) - begin), subs = whole(count, SUB) / SUB;
         Number* queries = scratch.take<Number>(subs * group * SUB * width);  // (head, sub) after (head, sub)
         Number* raw = scratch.take<Number>(KEYS * width);
@@ -349,17 +357,19 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
         Floats* total = scratch.take<Floats>(subs * group * SUB);
         float* top = scratch.take<float>(subs * group * SUB);
         for (int64_t g = 0; g < group; g++)
-            for (int64_t sub = 0; sub < subs; sub++)
-                pack<Engine>(q.from(start + begin + sub * SUB, (unit.kv_head * group + g) * dim),
+            for (int64_t sub = 0; sub < subs; sub++) {
+                const int64_t first = sub ? 0 : ahead;  // less than a SUB
+                pack<Engine>(q.from(s.query(unit.doc, begin + sub * SUB + first), (unit.kv_head * group + g) * dim), first,
                              std::min(SUB, count - sub * SUB), SUB, dim, width, queries + (g * subs + sub) * SUB * width);
+            }
 
         const int64_t last = begin + subs * SUB;
         for (int64_t j0 = s.first_key(begin); j0 < last; j0 += KEYS) {
             const int64_t j1 = std::min(j0 + KEYS, last), padded = j1 - j0;
             const int64_t real = std::min(j1, s.length(unit.doc)) - j0;
-            pack<Engine>(k.from(start + j0, unit.kv_head * dim), real, padded, dim, width, raw);
+            pack<Engine>(k.from(start + j0, unit.kv_head * dim), 0, real, padded, dim, width, raw);
             turn<Engine>(raw, keys, padded, width);
-            pack<Engine>(v.from(start + j0, unit.kv_head * dim), real, padded, dim, width, raw);
+            pack<Engine>(v.from(start + j0, unit.kv_head * dim), 0, real, padded, dim, width, raw);
             Engine::left_to_right(raw, values, padded, width);
             for (int64_t g = 0; g < group; g++)
                 for (int64_t sub = 0; sub < subs; sub++) {
@@ -408,8 +418,9 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
                 }
         }
         for (int64_t g = 0; g < group; g++)
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t head = unit.kv_head * group + g, token = start + begin + i, row = g * subs * SUB + i;
+            for (int64_t i = ahead; i < count; i++) {
+                const int64_t head = unit.kv_head * group + g, row = g * subs * SUB + i;
+                const int64_t token = s.query(unit.doc, begin + i);
                 const float sum_all = sum(total[row]);
                 lse[head * tokens + token] = top[row] + std::log2(sum_all);
                 put(sums + row / SUB * SUB * width + row % SUB * 16, SUB * 16, dim, 1.0f / sum_all,
@@ -434,7 +445,7 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
               const X* dout, Rows<X> dq, Rows<X> dk, Rows<X> dv) {
     using Number = typename Engine::Number;
     constexpr int64_t K = Engine::K;
-    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.starts[s.docs], flat = s.heads * dim;
+    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.query_starts[s.docs], flat = s.heads * dim;
     const float scale = s.scale * LOG2E;
     std::vector<Unit> units;
     std::vector<int64_t> first_block(s.docs), first_sum(s.docs);  // of a document, in `turns` and `parts`
@@ -465,6 +476,7 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
     order(units);
     return run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
         const int64_t start = s.starts[unit.doc], length = s.length(unit.doc), begin = unit.begin, chunk = begin / CHUNK;
+        const int64_t asked = s.first(unit.doc);
         const int64_t count = std::min(CHUNK, length - begin), padded = whole(count, SUB);
         Number* raw = scratch.take<Number>(padded * width);
         Number* keys = scratch.take<Number>(padded * width);        // right (dim, keys)
@@ -486,42 +498,45 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
         float* row_lse = scratch.take<float>(QUERIES);
         float* row_dot = scratch.take<float>(QUERIES);
 
-        pack<Engine>(v.from(start + begin, unit.kv_head * dim), count, padded, dim, width, raw);
+        pack<Engine>(v.from(start + begin, unit.kv_head * dim), 0, count, padded, dim, width, raw);
         turn<Engine>(raw, values, padded, width);
-        pack<Engine>(k.from(start + begin, unit.kv_head * dim), count, padded, dim, width, raw);
+        pack<Engine>(k.from(start + begin, unit.kv_head * dim), 0, count, padded, dim, width, raw);
         turn<Engine>(raw, keys, padded, width);
         Engine::left_to_right(raw, keys_again, padded, width);
         std::memset(dkeys, 0, padded * width * sizeof(float));
         std::memset(dvalues, 0, padded * width * sizeof(float));
 
-        for (int64_t i0 = begin; i0 < length && s.first_key(i0) < begin + padded; i0 += QUERIES) {
+        for (int64_t i0 = std::max(begin, asked / QUERIES * QUERIES); i0 < length && s.first_key(i0) < begin + padded; i0 += QUERIES) {
             const int64_t rows = std::min(QUERIES, length - i0), subs = whole(rows, SUB) / SUB;
+            const int64_t first_sub = std::max<int64_t>(0, asked - i0) / SUB;
             const int64_t block = (first_block[unit.doc] + i0 / QUERIES) * s.kv_heads + unit.kv_head;
             const int64_t first_chunk = s.first_key(i0) / CHUNK;
             bool ours = length <= CHUNK || chunk == first_chunk;  // nobody to wait for, or already waited
             for (int64_t g = 0; g < group; g++) {
                 const int64_t head = unit.kv_head * group + g;
-                for (int64_t sub = 0; sub < subs; sub++) {
-                    const int64_t i = i0 + sub * SUB, here = std::min(SUB, rows - sub * SUB), token = start + i;
+                for (int64_t sub = first_sub; sub < subs; sub++) {
+                    const int64_t i = i0 + sub * SUB, here = std::min(SUB, rows - sub * SUB);
+                    const int64_t first = std::max<int64_t>(0, asked - i), token = s.query(unit.doc, i + first);
                     const int64_t low = std::max(begin, s.first_key(i)), high = std::min(begin + padded, i + SUB);
                     if (low >= high) continue;
                     Number *query = queries + sub * SUB * width, *dresult = douts + sub * SUB * width;
-                    pack<Engine>(q.from(token, head * dim), here, SUB, dim, width, query);
+                    pack<Engine>(q.from(token, head * dim), first, here, SUB, dim, width, query);
                     Engine::left_to_right(query, paired, SUB, width);
                     flip<Engine>(paired, queries_t + sub * SUB * width, SUB, width);
-                    pack<Engine>(Rows<const X>{dout + token * flat + head * dim, flat}, here, SUB, dim, width, dresult);
+                    pack<Engine>(Rows<const X>{dout + token * flat + head * dim, flat}, first, here, SUB, dim, width, dresult);
                     Engine::left_to_right(dresult, paired, SUB, width);
                     flip<Engine>(paired, douts_t + sub * SUB * width, SUB, width);
                     for (int64_t r = 0; r < SUB; r++) {
                         row_lse[r] = row_dot[r] = 0;
-                        if (r >= here) continue;
-                        const X *a = dout + (token + r) * flat + head * dim, *b = out + (token + r) * flat + head * dim;
+                        if (r < first || r >= here) continue;
+                        const int64_t at = token + r - first;
+                        const X *a = dout + at * flat + head * dim, *b = out + at * flat + head * dim;
                         Floats dot = {};
                         int64_t d = 0;
                         for (; d + 16 <= dim; d += 16) dot += widen(a + d) * widen(b + d);
                         if (d < dim) dot += widen_some(a + d, dim - d) * widen_some(b + d, dim - d);
                         row_dot[r] = sum(dot);
-                        row_lse[r] = lse[head * tokens + token + r];
+                        row_lse[r] = lse[head * tokens + at];
                     }
                     const int64_t panels = (high - low) / 16, skipped = low - begin;
                     Engine::template multiply<false>(SUB, panels, width / K, query, SUB * K, keys + skipped * width,
@@ -560,13 +575,13 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
                             for (int64_t d = 0; d < SUB * width; d += 16) *(Floats*)(to + d) += *(Floats*)(from + d);
                     }
                     if (closes)
-                        for (int64_t r = 0; r < here; r++)
-                            put(dquery + r * 16, SUB * 16, dim, s.scale, dq.from(token + r, head * dim).at);
+                        for (int64_t r = first; r < here; r++)
+                            put(dquery + r * 16, SUB * 16, dim, s.scale, dq.from(token + r - first, head * dim).at);
                 }
                 // For 32 keys at a time, the queries of this block that see any of them.
                 for (int64_t j = 0; j < padded; j += SUB) {
                     const int64_t key = begin + j;
-                    int64_t low = std::max<int64_t>(0, key - i0) / SUB, high = subs;
+                    int64_t low = std::max(first_sub, (key - i0) / SUB), high = subs;
                     while (high > low && s.first_key(i0 + (high - 1) * SUB) > key) high--;
                     if (low >= high) continue;
                     const int64_t at = low * SUB * width, lines = (high - low) * SUB / K;
@@ -596,9 +611,9 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
     });
 }
 
-Shape shape(const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
+Shape shape(const int64_t* starts, const int64_t* query_starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
             int threads) {
-    return {starts, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
+    return {starts, query_starts, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
 }
 
 // With tiles where there are any for this type of number.
@@ -623,24 +638,27 @@ bool best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const 
 
 }  // namespace
 
-// q (n, heads, dim), k and v (n, kv_heads, dim): the heads of a token are contiguous, tokens lie a stride of elements apart.
+// q (n, heads, dim), k and v (m, kv_heads, dim): the heads of a token are contiguous, tokens lie a stride of elements apart.
 // out (n, heads, dim) contiguous; lse (heads, n): the base-2 logarithm of each row's sum of 2^(score * scale * log2 e).
-// Document d is the tokens starts[d] to starts[d + 1]. Query i sees key j if 0 <= i - j, and < window where that isn't 0.
+// Document d has the keys starts[d] to starts[d + 1], and of its last tokens the queries query_starts[d] to
+// query_starts[d + 1]. Of its tokens, query i sees key j if 0 <= i - j, and < window where that isn't 0.
 // scale > 0. Both return 0, or 1 where memory ran out. The backward takes what the forward wrote, and dout, laid out as out; dq, dk and dv have strides of their own.
 #define ATTENTION(NAME, X)                                                                                             \
     KERNEL int attention_forward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,        \
-                                        int64_t v_stride, X* out, float* lse, const int64_t* starts, int64_t docs,     \
+                                        int64_t v_stride, X* out, float* lse, const int64_t* starts,                  \
+                                        const int64_t* query_starts, int64_t docs,                                     \
                                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,     \
                                         int threads) {                                                                 \
-        Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+        Shape s = shape(starts, query_starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
         return best_forward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse) ? 0 : 1;                      \
     }                                                                                                                  \
     KERNEL int attention_backward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,       \
                                          int64_t v_stride, const X* out, const float* lse, const X* dout, X* dq,       \
                                          int64_t dq_stride, X* dk, int64_t dk_stride, X* dv, int64_t dv_stride,        \
-                                         const int64_t* starts, int64_t docs, int64_t heads, int64_t kv_heads,         \
+                                         const int64_t* starts, const int64_t* query_starts, int64_t docs,             \
+                                         int64_t heads, int64_t kv_heads,                                              \
                                          int64_t dim, float scale, int64_t window, int threads) {                      \
-        Shape s = shape(starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+        Shape s = shape(starts, query_starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
         bool fine = best_backward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},  \
                                      {dk, dk_stride}, {dv, dv_stride});                                                \
         return fine ? 0 : 1;                                                                                           \

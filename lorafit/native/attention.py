@@ -22,30 +22,43 @@ from torch.autograd.function import once_differentiable
 from lorafit.native import build
 from lorafit.native.kernel import Kernel, usable
 
-_TAIL = "piiiifi"  # starts, documents, heads, kv heads, dim, scale, window
+_TAIL = "ppiiiifi"  # starts of keys and of queries, documents, heads, kv heads, dim, scale, window
 _forward = Kernel("attention_forward", "pi" * 3 + "pp" + _TAIL)
 _backward = Kernel("attention_backward", "pi" * 3 + "ppp" + "pi" * 3 + _TAIL)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float | None = None,
+    window: int | None = None,
+    asked: Sequence[int] | None = None,
 ) -> Tensor:
-    """Causal attention inside each document: q (n, heads, dim), k and v (n, kv heads, dim) -> (n, heads · dim).
+    """Causal attention inside each document: q (n, heads, dim), k and v (m, kv heads, dim) -> (n, heads · dim).
 
-    `lengths` are the documents' tokens, n in all. Query i sees key j of its document if 0 <= i - j, and i - j < `window`
+    `lengths` are the documents' tokens, m in all. `asked` says of how many of its last tokens each document has queries, n
+    in all; of every token where it isn't given. Query i sees key j of its document if 0 <= i - j, and i - j < `window`
     where one is given. Scores are multiplied by `scale`, dim^-0.5 by default. Each group of heads / kv heads neighbouring
     query heads shares a kv head. Products are of the tensors' type; sums and the softmax are fp32.
     """
-    scale = _check(q, k, v, lengths, scale, window)
+    scale = _check(q, k, v, lengths, scale, window, asked)
     if q.numel() and usable(q, k, v):
-        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0, tuple(asked or lengths))  # type: ignore[no-untyped-call]
         return out
-    if q.numel() and q.is_cuda and build.on() and (varlen := _varlen(q.device, q.dtype, q.shape[2])) is not None:
+    if (
+        q.numel()
+        and q.is_cuda
+        and build.on()
+        and asked is None
+        and (varlen := _varlen(q.device, q.dtype, q.shape[2])) is not None
+    ):
         starts, longest = _starts(tuple(lengths), q.device), max(lengths)
         left = -1 if window is None or window >= longest else window - 1
         out = varlen(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(left, 0))
         return out.flatten(1)
-    return plain_attend(q, k, v, lengths, scale, window)
+    return plain_attend(q, k, v, lengths, scale, window, asked)
 
 
 @cache
@@ -74,31 +87,50 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def plain_attend(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float | None = None,
+    window: int | None = None,
+    asked: Sequence[int] | None = None,
 ) -> Tensor:
     """`attend` in ordinary torch, on any device and in any type."""
-    scale = _check(q, k, v, lengths, scale, window)
+    scale = _check(q, k, v, lengths, scale, window, asked)
     # `split`, because the gradient of a slice is a whole tensor of zeros around it.
-    docs = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
-    parts = [_plain_document(a, b, c, scale, window) for a, b, c in docs if a.shape[0]]
-    return (torch.cat(parts) if parts else q).flatten(1)
+    docs = zip(q.split(list(asked or lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True)
+    found = [_plain_document(a, b, c, scale, window) for a, b, c in docs if a.shape[0]]
+    return (torch.cat(found) if found else q).flatten(1)
 
 
 def _plain_document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """(n, heads, dim) of one document -> the same."""
-    mask, shared = band(q.shape[0], window, q.device), q.shape[1] != k.shape[1]
+    """(n, heads, dim) of the last tokens of one document -> the same."""
+    mask, shared = band(k.shape[0], window, q.device, q.shape[0]), q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shared)
     return out[0].transpose(0, 1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float | None, window: int | None) -> float:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float | None,
+    window: int | None,
+    asked: Sequence[int] | None,
+) -> float:
     """The scale, if everything fits together."""
     n, heads, dim = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[2]) != (n, dim) or heads % k.shape[1]:
+    queries = lengths if asked is None else asked
+    if k.shape != v.shape or (k.shape[0] != n and asked is None) or k.shape[2] != dim or heads % k.shape[1]:
         raise ValueError(f"queries {tuple(q.shape)} don't go with keys {tuple(k.shape)} and values {tuple(v.shape)}")
-    if sum(lengths) != n or min(lengths, default=0) < 0:
-        raise ValueError(f"documents of {sum(lengths)} tokens in all can't cut a row of {n}")
+    if sum(lengths) != k.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(f"documents of {sum(lengths)} tokens in all can't cut a row of {k.shape[0]}")
+    if sum(queries) != n or len(queries) != len(lengths):
+        raise ValueError(f"{len(queries)} documents with {sum(queries)} queries can't cut a row of {n}")
+    if any(not 0 <= some <= whole for some, whole in zip(queries, lengths, strict=True)):
+        raise ValueError("a document has fewer tokens than queries")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens sees nothing")
     scale = dim**-0.5 if scale is None else scale
@@ -107,12 +139,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
     return scale
 
 
-def band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The causal mask of a sliding window (length, length), or None where the plain causal one is enough."""
-    if window is None or length <= window:
+def band(length: int, window: int | None, device: torch.device, last: int | None = None) -> Tensor | None:
+    """The causal mask (last, length) of a sliding window for the `last` tokens of a document, all by default; None where the
+    plain causal one is enough."""
+    last = length if last is None else last
+    window = length if window is None else window
+    if length <= window and last == length:
         return None
     i = torch.arange(length, device=device)
-    distance = i[:, None] - i[None, :]
+    distance = i[length - last :, None] - i[None, :]
     return (distance >= 0) & (distance < window)
 
 
@@ -121,13 +156,20 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+        window: int,
+        asked: tuple[int, ...],
     ) -> Tensor:
         n, heads, dim = q.shape
         q, k, v = (_heads_together(x) for x in (q, k, v))
         out, lse = q.new_empty(n, heads * dim), torch.empty(heads, n)
-        starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
-        ctx.tail = (starts, len(lengths), heads, k.shape[1], dim, scale, window)
+        starts = [(ctypes.c_int64 * (len(n) + 1))(*accumulate(n, initial=0)) for n in (lengths, asked)]
+        ctx.tail = (*starts, len(lengths), heads, k.shape[1], dim, scale, window)
         _forward(q.dtype, *_rows(q, k, v), out, lse, *ctx.tail)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -139,7 +181,7 @@ class _Attention(torch.autograd.Function):
         dout = dout.contiguous()
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         _backward(q.dtype, *_rows(q, k, v), out, lse, dout, *_rows(*grads), *ctx.tail)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _heads_together(x: Tensor) -> Tensor:

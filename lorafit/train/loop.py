@@ -132,7 +132,7 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
                 job = live[owner]
                 adapters[owner].reseed(zlib.crc32(f"{job.plan.seed}:{job.done}:{taken[owner]}".encode()))
                 taken[owner] += 1
-            micro = _joined(piece)
+            micro = _joined(piece, host.shares({live[owner].name for owner, _ in piece}))
             route = Route.of((tokens, live[owner].name) for owner, tokens in micro.segments)
             with host.route(route), watched(host):  # open until backward ends: a recomputed forward reads it again
                 each = losses(host, micro)
@@ -195,8 +195,8 @@ def _micros(live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: i
     return found
 
 
-def _joined(piece: Piece) -> Micro:
-    return join([(owner, [row for _, row in rows]) for owner, rows in groupby(piece, key=lambda item: item[0])])
+def _joined(piece: Piece, share: bool) -> Micro:
+    return join([(owner, [row for _, row in rows]) for owner, rows in groupby(piece, key=lambda item: item[0])], share)
 
 
 def _largest(pieces: Sequence[Piece]) -> int:

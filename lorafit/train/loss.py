@@ -26,8 +26,8 @@ def losses(host: Host, micro: Micro) -> Tensor:
     device = host.base.device
     ids, positions, labels = (t.to(device) for t in (micro.ids, micro.positions, micro.labels))
     if not host.base.plain_head:
-        return _nll(host.logits(ids, micro.lengths)[positions], labels)
-    hidden = host.hidden(ids, micro.lengths)[positions]
+        return _nll(host.logits(ids, micro.packing.lengths)[positions], labels)
+    hidden = host.hidden(ids, micro.packing)[positions]
     head = host.base.head
     frozen = host.head_is_frozen
     parts = []
@@ -40,7 +40,8 @@ def losses(host: Host, micro: Micro) -> Tensor:
             parts.append(checkpoint(lambda h, p, y: _nll(host.head(h, p), y), h, p, y, use_reentrant=False))
         else:
             parts.append(_nll(host.head(h, p), y))
-    return torch.cat(parts) if parts else hidden.new_zeros(0).float()
+    each = torch.cat(parts) if parts else hidden.new_zeros(0).float()
+    return each if micro.copies is None else each[micro.copies.to(device)]
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,6 +28,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", metavar="A,B", help="only these rows of the table of cases")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the base; default auto")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="rows are cut here on both sides; default 512")
+    parser.add_argument(
+        "--no-share",
+        action="store_true",
+        help="our side too takes what rows of a step begin with alike once for each row",
+    )
     add_json(parser)
 
 
@@ -40,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("cases", "peers", "grid"):
         if (value := getattr(args, name)) is not None:
             given[name] = [word.strip() for word in value.split(",")]
+    if args.no_share:
+        given["share"] = False
     settings = cases.quick(**given) if args.quick else cases.Settings(**given)
     found = cases.run(settings, terminal())
     if args.json:
