@@ -30,7 +30,8 @@ FIGURES = {
     "seconds",
     "tokens_per_second",
     "tokens_per_second_whole",
-    "first_step_seconds",
+    "first_step_begins",
+    "first_step_ends",
     "peak_rss_bytes",
     "losses",
 }
@@ -199,9 +200,9 @@ def test_ratios_compare_neighbours_and_skip_what_failed():
 
 
 def test_warm_up_is_left_out_of_one_speed_alone():
-    found = ours.figures([100, 50, 50], [0.0, 10.0, 11.0, 12.0], 5, 1.0, 197)
+    found = ours.figures([100, 50, 50], [0.0, 10.0, 11.0, 12.0], 5, [0.5, 1.0], 197)
     assert found["tokens_per_second"] == 50 and found["tokens_per_second_whole"] == pytest.approx(200 / 12)
-    assert ours.figures([100], [0.0, 10.0], 5, 1.0, 99)["tokens_per_second"] == 10
+    assert ours.figures([100], [0.0, 10.0], 5, [0.5, 1.0], 99)["tokens_per_second"] == 10
 
 
 def whole():
@@ -215,7 +216,7 @@ def whole():
         "cases": [{"name": "r=4", "precision": "bf16", "tokens_a_step": 1500, "runs": {k: RUNS[k] for k in ("ours", "trainer")}}],
         "limit": [{"precision": "bf16", "steps": 2, "runs": [timed] * 3}],
         "profile": [{"precision": "fp32", "wall": 2.0, "tokens": 10, "parts": {"attention": 1.5, "x|y": 0.5}}],
-        "start": {"cold": [30.0], "warm": [4.0, 5.0, 9.0]},
+        "start": {"cold": [{"begins": 20.0, "ends": 30.0}], "warm": [{"begins": t, "ends": t + 2} for t in (2.0, 3.0, 7.0)]},
     }  # fmt: skip
 
 
@@ -230,7 +231,8 @@ def test_every_table_is_drawn():
         "r=4 bf16 1,500 220 75 2.10x 0.38x",
         "bf16 0.500 s 1.500 s 2.00 2.000 s 50.0%",
         "attention 1500.0 ms 75.0%",
-        "lorafit train 5.0 s",
+        "lorafit train, nothing built yet 20.0 s 30.0 s",
+        "lorafit train 3.0 s 5.0 s",
     ):
         assert " ".join(line.split()) in " ".join(text.split()), line
     assert "killed" in text
@@ -288,7 +290,9 @@ def test_from_command_to_first_step(tiny_model, monkeypatch):
     found = cases.run(
         cases.quick(model=str(tiny_model), cases=["start"], repeats=1, precision="fp32"), Terminal(quiet=True)
     )
-    assert set(found["start"]) == {"cold", "warm"} and all(min(times) > 0 for times in found["start"].values())
+    assert set(found["start"]) == {"cold", "warm"}
+    for (first,) in found["start"].values():
+        assert 0 < first["begins"] < first["ends"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,6 +8,7 @@ from test_train import distance, host_with, loss_and_gradients, rows
 from tiny import base, randomize
 
 from lorafit.host import Host
+from lorafit.model.base import alone, probe
 from lorafit.model.body import Body
 from lorafit.native import build
 from lorafit.train.loop import Job, Plan, _gradients
@@ -52,15 +53,50 @@ def test_a_layer_that_differs_is_found_out():
     """A family known by name whose layer does something else is left to its modules."""
     made = base("llama")
     assert made.body is not None
-    ids = torch.arange(14) % 50
+    ids, lengths = torch.arange(14) % 50, [9, 5]
+
+    def agrees():
+        return made.body.agrees(ids, lengths, alone(made, ids, lengths, states=True)[1])
+
     with torch.no_grad():
-        assert made.body.agrees(ids, [9, 5])
-        handle = made.model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 1.01)
-        assert not made.body.agrees(ids, [9, 5])
-        handle.remove()
-        assert made.body.agrees(ids, [9, 5])
+        assert agrees()
+        for module, change in ((made.model.model.layers[1].mlp, 1.01), (made.model.model.embed_tokens, 2.0)):
+            handle = module.register_forward_hook(lambda module, args, out, change=change: out * change)
+            given = alone(made, ids, lengths, states=True)[1]
+            handle.remove()
+            assert not made.body.agrees(ids, lengths, given)
+        states = alone(made, ids, lengths, states=True)[1]
+        assert not made.body.agrees(ids, lengths, states[:-1])
+        assert not made.body.agrees(ids, lengths, [])
+        assert agrees()
         made.body.act = "gelu_tanh"
-        assert not made.body.agrees(ids, [9, 5])
+        assert not agrees()
+
+
+def test_a_model_that_keeps_its_states_to_itself_runs_by_its_modules(monkeypatch):
+    made = base("llama")
+    assert made.body is not None and made.plain_head
+    forward = made.model.forward
+    monkeypatch.setattr(made.model, "forward", lambda *args, output_hidden_states=False, **kw: forward(*args, **kw))
+    probe(made)
+    assert made.body is None and made.packs and made.plain_head
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_head_that_gets_something_else_is_found_out(family):
+    """Between the body and the head's module, with and without layers of our own."""
+    made = base(family)
+    assert made.plain_head
+    forward = made.model.forward
+
+    def treated(*args, **kw):
+        out = forward(*args, **kw)
+        out.logits = out.logits * 1.01
+        return out
+
+    made.model.forward = treated
+    probe(made)
+    assert made.packs and not made.plain_head
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

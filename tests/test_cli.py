@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from lorafit.cli import VERBS, main
+from lorafit.verbs.common import importing
 
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
@@ -54,6 +56,23 @@ def test_help_is_instant_and_imports_nothing_heavy():
     code = f"import sys, lorafit.cli as c; c.parser().format_help(); print([m for m in sys.modules if m in {heavy}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_imports_go_without_the_collector_once(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    gc.unfreeze()
+    try:
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    monkeypatch.setitem(sys.modules, "transformers", sys)
+    with importing():
+        assert gc.isenabled()
+    assert not gc.get_freeze_count()
 
 
 @pytest.mark.parametrize("verb", VERBS)

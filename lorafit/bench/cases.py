@@ -264,8 +264,9 @@ def _alone(bench: Bench, label: str, work: Work, option: str) -> dict[str, Any]:
     return found
 
 
-def start(bench: Bench) -> dict[str, list[float]]:
-    """Seconds from the command to the end of the first step: with native code to be built, with it built, and theirs.
+def start(bench: Bench) -> dict[str, list[dict[str, float]]]:
+    """Seconds from the command until the first step `begins` and `ends`: with native code to be built, with it built, and
+    theirs.
 
     Ours is the `lorafit train` that a user types; theirs a script that has nothing to do but train, if PEFT is installed.
     """
@@ -275,42 +276,52 @@ def start(bench: Bench) -> dict[str, list[float]]:
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in work.steps[0]]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     peers = [Side("trainer")] if not _missing() else []
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     for turn in range(bench.settings.repeats):
         with tempfile.TemporaryDirectory(dir=bench.scratch) as cache:  # empty: what is built once isn't there
             for name in ("cold", "warm"):
                 with bench.terminal.working(f"start: {name}, {turn + 1} of {bench.settings.repeats}"):
                     found.setdefault(name, []).append(_first_step(bench, data, Path(cache)))
-                bench.terminal.say(f"start: {name}, {turn + 1} of {bench.settings.repeats}: {found[name][-1]:.1f} s")
+                took = found[name][-1]["ends"]
+                bench.terminal.say(f"start: {name}, {turn + 1} of {bench.settings.repeats}: {took:.1f} s")
         for side in peers:
             with bench.terminal.working(f"start: {side.name}, {turn + 1} of {bench.settings.repeats}"):
                 theirs = harness.train(side, work)
             if "error" not in theirs:
-                found.setdefault(side.name, []).append(theirs["first_step_seconds"])
+                first = {"begins": theirs["first_step_begins"], "ends": theirs["first_step_ends"]}
+                found.setdefault(side.name, []).append(first)
     return found
 
 
-def _first_step(bench: Bench, data: Path, cache: Path) -> float:
+def _first_step(bench: Bench, data: Path, cache: Path) -> dict[str, float]:
+    """When the first step of a `lorafit train` begins and ends, seen by its files: the last one before it is chat.json, the
+    first one after it metrics.jsonl."""
     run = Path(tempfile.mkdtemp(dir=bench.scratch)) / "run"
     words = ["train", str(data), "--model", str(bench.model), "--out", str(run)]
     words += ["steps=1", "samples=0", "held_out_share=0", "batch_tokens=1000000", f"precision={bench.precision}"]
     words += ["device=cpu", "long=truncate"]
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions")}
-    metrics = run / "metrics.jsonl"
+    waited = {"begins": run / "chat.json", "ends": run / "metrics.jsonl"}
+    found: dict[str, float] = {}
     begin = time.perf_counter()
     command = [sys.executable, "-m", "lorafit", *words]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
-            while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+            while len(found) < len(waited):
+                over = process.poll() is not None
+                for name, file in waited.items():
+                    if name not in found and file.is_file() and file.stat().st_size:
+                        found[name] = time.perf_counter() - begin
+                if over:
+                    break
                 time.sleep(0.01)
-            seconds = time.perf_counter() - begin
             _, said = process.communicate()
         except BaseException:
             process.kill()
             raise
     if process.returncode:
         raise LorafitError(f"lorafit train failed: {(said.strip().splitlines() or ['without a word'])[-1]}")
-    return seconds
+    return found
 
 
 def _tokenizer(model: Path) -> Any:

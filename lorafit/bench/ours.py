@@ -64,19 +64,18 @@ def run(work: Work, *, held_out: bool = False, limit: bool = False, began: float
     """Train and say what was measured; see `figures`."""
     since = began or time.time()
     host, job = prepared(work)
-    begin = time.perf_counter()
-    marks, tokens, losses, first = [begin], [], [], 0.0
+    marks, tokens, losses, times = [time.perf_counter()], [], [], [time.time() - since]
     measured: list[list[float]] = []
     for step in _steps(host, job):
         marks.append(time.perf_counter())
-        first = first or time.time() - since
+        times.append(time.time() - since)
         tokens.append(step.tokens)
         losses.append(step.jobs[NAME].loss)
         if limit and len(tokens) == 1:
             measured.append(_products(host, work))
             marks[-1] = time.perf_counter()
     peak = peak_memory()
-    found = figures(tokens, marks, peak, first, work.targets) | {"losses": losses}
+    found = figures(tokens, marks, peak, times, work.targets) | {"losses": losses}
     found["tokens_through"] = sum(_through(host, step)[0] for step in work.steps)
     if limit:
         measured.append(_products(host, work))
@@ -99,8 +98,11 @@ def profiled(work: Work) -> dict[str, Any]:
     return profile_step(host, work.r, lambda: next(steps).tokens)
 
 
-def figures(tokens: Sequence[int], marks: Sequence[float], peak: int, first: float, targets: int) -> dict[str, Any]:
-    """What both sides report. `marks` holds when training began and when each step was done.
+def figures(
+    tokens: Sequence[int], marks: Sequence[float], peak: int, times: Sequence[float], targets: int
+) -> dict[str, Any]:
+    """What both sides report. `marks` holds when training began and when each step was done, `times` the seconds from the
+    command to the begin and the end of the first step (and of others, which are left out).
 
     `tokens_per_second` leaves the first step out, which warms up; `…_whole` has everything.
     """
@@ -113,7 +115,8 @@ def figures(tokens: Sequence[int], marks: Sequence[float], peak: int, first: flo
         "seconds": marks[-1] - marks[0],
         "tokens_per_second": after,
         "tokens_per_second_whole": whole,
-        "first_step_seconds": first,
+        "first_step_begins": times[0],
+        "first_step_ends": times[1],
         "peak_rss_bytes": peak,
     }
 

@@ -62,18 +62,21 @@ def run(
         trainer = made(work, mode, tuned, scratch)
         counted = trainer.data_collator = Counted(trainer.data_collator)
         marks: list[float] = []
-        first: list[float] = []
+        times: list[float] = []  # begin and end of each step, in seconds from the command
 
         class Clock(TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                times.append(time.time() - since)
+
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 marks.append(time.perf_counter())
-                first.append(time.time() - since)
+                times.append(time.time() - since)
 
         trainer.add_callback(Clock())
         begin = time.perf_counter()
         trainer.train()
     steps = len(marks)
-    found = figures(counted.tokens[:steps], [begin, *marks], peak_memory(), first[0], sum(counted.targets[:steps]))
+    found = figures(counted.tokens[:steps], [begin, *marks], peak_memory(), times, sum(counted.targets[:steps]))
     found["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if held_out:
         found["held_out_loss"] = score(trainer.model, work)

@@ -108,27 +108,29 @@ class Body:
         if h.requires_grad:
             h.register_hook(on_the_way_back)
 
-    def agrees(self, ids: Tensor, lengths: Sequence[int]) -> bool:
+    def agrees(self, ids: Tensor, lengths: Sequence[int], given: Sequence[Tensor]) -> bool:
         """Whether each layer, given what the module before it gave, gives what its module gives, up to rounding. Layer by
-        layer, because the rounding of thirty bf16 layers would hide a mistake."""
-        states = [
-            self.inner(doc[None], use_cache=False, output_hidden_states=True).hidden_states
-            for doc in ids.split(lengths)
-        ]
-        given = [torch.cat([state[0] for state in parts]) for parts in zip(*states, strict=True)]
+        layer, because the rounding of thirty bf16 layers would hide a mistake.
+
+        `given` are the modules' states (tokens, width) for these documents, each alone: before the first layer, after each,
+        and after the last one's norm; see base.alone.
+        """
+        layers = self.inner.layers
+        if len(given) != len(layers) + 1 or not torch.equal(self.inner.embed_tokens(ids), given[0]):
+            return False
         packing = Packing.apart(lengths)
         cos, sin = self._angles(given[0], packing)
         share, floor = (0.03, 2**-7) if given[0].dtype.itemsize < 4 else (1e-4, 1e-6)
-        for number, (layer, x, want) in enumerate(zip(self.inner.layers, given, given[1:], strict=False), 1):
+        for number, (layer, x, want) in enumerate(zip(layers, given[:-1], given[1:], strict=True), 1):
             h, y = self._layer(layer, x, None, cos=cos, sin=sin, packing=packing, products=plain_products)
             got = h + y
-            if number == len(self.inner.layers):
+            if number == len(layers):
                 got = rms_norm(got, self.inner.norm.weight, self.inner.norm.variance_epsilon)
                 x = torch.zeros_like(x)
             off, moved, size = (t.float().norm() for t in (got - want, want - x, want))
             if not off <= share * moved + floor * size:
                 return False
-        return len(given) == len(self.inner.layers) + 1
+        return True
 
     def _angles(self, h: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, head width) of each token's place in its document."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorafit.verbs.common import add_json, add_model, print_json, terminal
+from lorafit.verbs.common import add_json, add_model, importing, print_json, terminal
 
 ABOUT = "talk to adapters on one loaded base"
 EXAMPLE = """\
@@ -30,8 +30,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """One prompt, or a conversation."""
     from lorafit.errors import ConfigError
-    from lorafit.session import open_session
-    from lorafit.talk import Talk
+
+    with importing():
+        from lorafit.session import open_session
+        from lorafit.talk import Talk
 
     if args.json and args.prompt is None:
         raise ConfigError("--json needs --prompt")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from lorafit.verbs.common import add_json, given, print_json, terminal
+from lorafit.verbs.common import add_json, given, importing, print_json, terminal
 
 ABOUT = "look at a data file: formats, bad rows by line, lengths, duplicates, what is learned"
 EXAMPLE = """\
@@ -29,7 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the report; exit 2 through DataError if rows can't be used."""
     from lorafit.errors import DataError
-    from lorafit.fit import read_config, read_data
+
+    with importing():
+        from lorafit.fit import read_config, read_data
 
     config = read_config(args.data, given(args))
     _, chat, data = read_data(config, terminal(), strict=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorafit.verbs.common import terminal
+from lorafit.verbs.common import importing, terminal
 
 ABOUT = "the whole way on data of its own: fit an adapter, show what changed"
 EXAMPLE = """\
@@ -24,11 +24,13 @@ def run(args: argparse.Namespace) -> None:
     """Fit the embedded model to the project's own rows and answer three prompts before and after."""
     import json
 
-    from lorafit import fit
-    from lorafit.data import Message
-    from lorafit.generate import answer
-    from lorafit.session import open_session
     from lorafit.verbs.train import described
+
+    with importing():
+        from lorafit import fit
+        from lorafit.data import Message
+        from lorafit.generate import answer
+        from lorafit.session import open_session
 
     out = terminal()
     data = Path(__file__).parent.parent / "demo.jsonl"

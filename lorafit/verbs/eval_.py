@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lorafit.verbs.common import add_json, add_model, print_json, terminal
+from lorafit.verbs.common import add_json, add_model, importing, print_json, terminal
 
 ABOUT = "score adapters on a data file, beside their base"
 EXAMPLE = """\
@@ -39,13 +39,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score the base and each adapter, with the chat it was trained with."""
-    from lorafit import evaluate
     from lorafit.config import coerce
-    from lorafit.data import prepare
     from lorafit.errors import ConfigError
     from lorafit.log import count, table
     from lorafit.machine import memory_limit
-    from lorafit.session import open_session
+
+    with importing():
+        from lorafit import evaluate
+        from lorafit.data import prepare
+        from lorafit.session import open_session
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: must be at least 1")

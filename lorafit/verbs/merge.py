@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorafit.verbs.common import add_json, print_json, terminal
+from lorafit.verbs.common import add_json, importing, print_json, terminal
 
 ABOUT = "add an adapter into its base: a standard Hugging Face folder, checked against the unmerged model"
 EXAMPLE = """\
@@ -28,11 +28,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, prove, print the proof."""
-    import torch
+    with importing():
+        import torch
 
-    from lorafit.export.merge import merge
-    from lorafit.model.load import stored_dtype
-    from lorafit.session import open_session
+        from lorafit.export.merge import merge
+        from lorafit.model.load import stored_dtype
+        from lorafit.session import open_session
 
     out = terminal()
     with out.working("loading the base in fp32") as spinner:

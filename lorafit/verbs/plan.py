@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorafit.verbs.common import add_json, given, print_json, terminal
+from lorafit.verbs.common import add_json, given, importing, print_json, terminal
 
 ABOUT = "estimate the memory of a training run before any weights are read"
 EXAMPLE = """\
@@ -24,9 +24,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the parts and the sum."""
-    from lorafit.fit import read_config, read_data
     from lorafit.log import count, size, table
-    from lorafit.plan import estimate
+
+    with importing():
+        from lorafit.fit import read_config, read_data
+        from lorafit.plan import estimate
 
     config = read_config(args.source, given(args))
     path, _, data = read_data(config, terminal())

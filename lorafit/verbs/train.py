@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.log import count, duration, size
-from lorafit.verbs.common import add_json, given, print_json, terminal
+from lorafit.verbs.common import add_json, given, importing, print_json, terminal
 
 ABOUT = "fit an adapter: data file or YAML configuration in, run folder out"
 EXAMPLE = """\
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     if source is None and not args.resume and "data" not in found:
         raise ConfigError("no data; give a file: lorafit train DATA, or --resume --out RUN")
 
-    from lorafit import fit
+    with importing():
+        from lorafit import fit
 
     out = terminal()
     if args.resume:
