@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import subprocess
 import sys
@@ -65,18 +64,21 @@ def dense(
     lengths: list[int],
     scale: float,
     window: int | None,
-    asked: list[int] | None = None,
+    before=None,
 ) -> Tensor:
     """The definition: one mask over all pairs of tokens of the row."""
-    if asked is not None:  # queries of zero where there are none, and their rows left out
-        ends = list(itertools.accumulate(lengths))
-        at = torch.cat([torch.arange(end - some, end) for end, some in zip(ends, asked, strict=True)])
-        return dense(q.new_zeros(len(k), *q.shape[1:]).index_put((at,), q), k, v, lengths, scale, window)[at]
     n, heads, dim = q.shape
     group = heads // k.shape[1]
     doc = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    ahead = torch.arange(n)[:, None] - torch.arange(n)[None, :]
-    seen = (doc[:, None] == doc[None, :]) & (ahead >= 0) & (ahead < (window or n))
+    others = [None] * len(lengths) if before is None else before
+    place = torch.cat(
+        [torch.arange(n) + (0 if o is None else lengths[o]) for n, o in zip(lengths, others, strict=True)]
+    )
+    ahead = place[:, None] - place[None, :]
+    beginning = torch.tensor([-1 if o is None else o for o in others])[doc]
+    seen = (
+        ((doc[:, None] == doc[None, :]) | (beginning[:, None] == doc[None, :])) & (ahead >= 0) & (ahead < (window or n))
+    )
     scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * scale
     weights = torch.exp(scores - scores.masked_fill(~seen, -math.inf).amax(-1, keepdim=True)) * seen
     weights = weights / weights.sum(-1, keepdim=True)
@@ -125,47 +127,47 @@ def test_bf16_equals_fp32_of_the_same_inputs(lengths, heads, dim, window):
         assert error < BF16[name], name
 
 
-# Documents with queries for their last tokens alone; the others were asked for where several documents begin alike.
-ASKED = [
-    ([40, 70], [40, 30]),
-    ([1, 32, 33, 64], [1, 1, 2, 33]),
-    ([300, 700, 33, 64, 1000], [1, 500, 33, 32, 7]),
-    ([513, 600, 256, 257, 5, 64], [513, 87, 128, 1, 0, 0]),
-    ([1024, 2048, 130], [3, 1025, 2]),
+# Documents that go on from others: the same, different ones, long ones, from one after themselves, with nothing of their own.
+SHARED = [
+    ([40, 30, 1], [None, 0, 0]),
+    ([31, 32, 33, 64, 5], [None, 0, 0, None, 3]),
+    ([300, 700, 33, 64, 1000], [None, 0, 0, None, 3]),
+    ([5, 20, 87, 600, 128, 1, 0, 0], [3, 3, 3, None, 3, None, 3, 5]),
+    ([1024, 3, 513, 256, 1025], [None, 0, None, 2, 0]),
 ]
 
 
-@pytest.mark.parametrize(("lengths", "asked"), ASKED)
+@pytest.mark.parametrize(("lengths", "before"), SHARED)
 @pytest.mark.parametrize("window", [None, 7, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_of_the_last_tokens_alone(lengths, asked, window, dtype):
-    heads, dim = (6, 2), 64
-    q, k, v, _ = inputs(sum(lengths), heads, dim, dtype)
-    given = (q[: sum(asked)], k, v, inputs(sum(asked), heads, dim, dtype)[3])
-    args = (lengths, dim**-0.5, window, asked)
-    got, plain = run(attend, *given, *args), run(plain_attend, *wide(given), *args)
-    for name, error in errors(got, plain).items():
-        assert error < (FP32 if dtype == torch.float32 else BF16[name]), name
+def test_documents_that_go_on_from_others(lengths, before, window, dtype, threads):
+    dim = 64
+    given = inputs(sum(lengths), (6, 2), dim, dtype)
+    args = (lengths, dim**-0.5, window, before)
+    plain = run(plain_attend, *wide(given), *args)
+    for number in (1, 2):
+        threads(number)
+        for name, error in errors(run(attend, *given, *args), plain).items():
+            assert error < (FP32 if dtype == torch.float32 else BF16[name]), name
     assert max(errors(plain, run(dense, *wide(given), *args)).values()) < 1e-12
 
 
-def test_queries_that_documents_have_not():
+@pytest.mark.parametrize("before", [[None, 0], [1, None, 0], [None, None, 3], [None, None, -1], [2, None, 2]])
+def test_documents_that_cannot_go_on_from_others(before):
     q, k, v, _ = inputs(12, (2, 2), 16, torch.float32)
-    for asked in ([5, 8], [12], [7, 5]):
-        with pytest.raises(ValueError, match="quer"):
-            attend(q, k, v, [6, 6], asked=asked)
+    with pytest.raises(ValueError, match="go on from"):
+        attend(q, k, v, [4, 4, 4], before=before)
 
 
 @pytest.mark.parametrize("dim", [24, 64])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("asked", [None, [1, 2, 130, 30]])
-def test_the_kernel_for_any_processor(generic, monkeypatch, dim, window, asked):
+@pytest.mark.parametrize("before", [(), (2, 2, None, 2)])
+def test_the_kernel_for_any_processor(generic, monkeypatch, dim, window, before):
     lengths = [1, 17, 300, 64]
     monkeypatch.setattr(kernel, "library", lambda: generic)
     for dtype, tolerance in ((torch.float32, dict.fromkeys(BF16, FP32)), (torch.bfloat16, BF16)):
-        q, k, v, dout = inputs(sum(lengths), (4, 2), dim, dtype)
-        given = (q[: sum(asked or lengths)], k, v, dout[: sum(asked or lengths)])
-        args = (lengths, dim**-0.5, window, asked)
+        given = inputs(sum(lengths), (4, 2), dim, dtype)
+        args = (lengths, dim**-0.5, window, before)
         got = run(attend, *given, *args)
         for name, error in errors(got, run(plain_attend, *wide(given), *args)).items():
             assert error < tolerance[name], (dtype, name)
@@ -303,8 +305,7 @@ def tensors(n):
 def run(n, q, k, v):
     out, lse = torch.empty(n, 576).bfloat16(), torch.empty(9, n)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    starts = (a.ctypes.c_int64 * 2)(0, n)
-    tail = (starts, starts, 1, 9, 3, 64, 0.125, 0)
+    tail = ((a.ctypes.c_int64 * 2)(0, n), (a.ctypes.c_int64 * 1)(-1), 1, 9, 3, 64, 0.125, 0)
     yield
     a._forward(q.dtype, *a._rows(q, k, v), out, lse, *tail)
     yield

@@ -156,7 +156,8 @@ class Body:
         if added is None:
             parts = _parts(layer, self.act, lambda module: module)
             h, q, k, v = before(parts, h, y, cos, sin, products)
-            return after(parts, h, _attended(q, k, v, packing, attn.scaling, window), products)
+            a = attend(q, k, v, packing.lengths, attn.scaling, window, packing.before)
+            return after(parts, h, a, products)
 
         def linear(module: Any) -> Linear:
             return Linear(module.weight, module.bias, *added.get(module, (None, None, 0.0)))
@@ -164,7 +165,7 @@ class Body:
         first, second = _compiled()
         parts = _parts(layer, self.act, linear)
         h, q, k, v = first(parts, _any_length(h), y, _any_length(cos), _any_length(sin), linear_products)
-        a = _attended(q, k, v, packing, attn.scaling, window)
+        a = attend(q, k, v, packing.lengths, attn.scaling, window, packing.before)
         h, y = second(parts, h, _any_length(a), linear_products)
         return h, y
 
@@ -237,13 +238,6 @@ def after(parts: _Parts, h: Tensor, a: Tensor, products: Products) -> tuple[Tens
     m = gated(gate, up, parts.act)
     (down,) = products([parts.down], m, Remake(partial(_gated_again, act=parts.act), (gate, up)))
     return h, down
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None) -> Tensor:
-    """Attention (n, heads · head width) of a row's documents."""
-    if not packing.shared:
-        return attend(q, k, v, packing.lengths, scale, window)
-    return attend(q, packing.spread(k), packing.spread(v), packing.keys, scale, window, packing.lengths)
 
 
 def linear_products(linears: Sequence[Any], x: Tensor, remake: Remake | None = None) -> list[Tensor]:

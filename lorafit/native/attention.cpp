@@ -186,38 +186,64 @@ struct Rows {
     Rows from(int64_t token, int64_t offset) const { return {at + token * stride + offset, stride}; }
 };
 
-// A document is a stretch of keys and values, and the queries of its last tokens: of all of them, unless its beginning is
-// shared with others and was asked for elsewhere. Tokens are counted from its first key.
+// Documents lie end to end. One of them may be the beginning of others, which then have of themselves only what follows:
+// their queries see the keys of the beginning, then their own. Tokens are counted from the beginning's first.
 struct Shape {
-    const int64_t *starts, *query_starts;
+    const int64_t *starts, *before;  // before[doc]: the one that a document goes on from, or -1
     int64_t docs, heads, kv_heads, dim;
     float scale;
     int64_t window;  // the largest number of tokens a query may see, itself among them
     int threads;
 
     int64_t group() const { return heads / kv_heads; }
-    int64_t length(int64_t doc) const { return starts[doc + 1] - starts[doc]; }
-    // Its first token that has a query, and where in the row of queries that of one of its tokens is.
-    int64_t first(int64_t doc) const { return length(doc) - (query_starts[doc + 1] - query_starts[doc]); }
-    int64_t query(int64_t doc, int64_t token) const { return query_starts[doc] + token - first(doc); }
+    int64_t own(int64_t doc) const { return starts[doc + 1] - starts[doc]; }
+    // The first token of its own, and so the first with a query here.
+    int64_t first(int64_t doc) const { return before[doc] < 0 ? 0 : own(before[doc]); }
+    int64_t length(int64_t doc) const { return first(doc) + own(doc); }
+    // Where in the row a token is.
+    int64_t at(int64_t doc, int64_t token) const {
+        const int64_t other = first(doc);
+        return token < other ? starts[before[doc]] + token : starts[doc] + token - other;
+    }
     // The first key, in whole SUBs, that any query of the SUB at `query` sees.
     int64_t first_key(int64_t query) const { return query < window ? 0 : (query - window + 1) / SUB * SUB; }
 };
 
 constexpr int64_t whole(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
 
-// A left operand (padded, width): rows `first` to `rows` are the tokens from `from` on, those before and after them are zero.
+// Rows `begin` to `end` of a left operand (padded, width), from as many tokens.
 template <class Engine, typename X>
-APART void pack(Rows<const X> from, int64_t first, int64_t rows, int64_t padded, int64_t dim, int64_t width,
+APART void copy(Rows<const X> from, int64_t begin, int64_t end, int64_t padded, int64_t dim, int64_t width,
                 typename Engine::Number* left) {
     constexpr int64_t K = Engine::K;
-    for (int64_t r = first; r < rows; r++)
+    for (int64_t r = begin; r < end; r++)
         for (int64_t j = 0; j < width; j += K)
-            Engine::load(from.at + (r - first) * from.stride + j, dim - j, left + (j / K * padded + r) * K);
-    for (int64_t j = 0; j < width; j += K) {
-        std::memset(left + j * padded, 0, first * 64);
-        std::memset(left + (j / K * padded + rows) * K, 0, (padded - rows) * 64);
-    }
+            Engine::load(from.at + (r - begin) * from.stride + j, dim - j, left + (j / K * padded + r) * K);
+}
+
+template <class Engine>
+APART void clear(int64_t begin, int64_t end, int64_t padded, int64_t width, typename Engine::Number* left) {
+    constexpr int64_t K = Engine::K;
+    for (int64_t j = 0; j < width; j += K) std::memset(left + (j / K * padded + begin) * K, 0, (end - begin) * 64);
+}
+
+// A left operand (padded, width): rows `first` to `rows` are the tokens from `from` on, those before and after are zero.
+template <class Engine, typename X>
+void pack(Rows<const X> from, int64_t first, int64_t rows, int64_t padded, int64_t dim, int64_t width,
+          typename Engine::Number* left) {
+    clear<Engine>(0, first, padded, width, left);
+    copy<Engine, X>(from, first, rows, padded, dim, width, left);
+    clear<Engine>(rows, padded, padded, width, left);
+}
+
+// A left operand (padded, width) of a document's keys or values, `count` tokens from `begin`; the padding is zero.
+template <class Engine, typename X>
+void pack_keys(const Shape& s, int64_t doc, Rows<const X> x, int64_t offset, int64_t begin, int64_t count, int64_t padded,
+               int64_t width, typename Engine::Number* left) {
+    const int64_t shared = std::clamp<int64_t>(s.first(doc) - begin, 0, count);
+    if (shared) copy<Engine, X>(x.from(s.at(doc, begin), offset), 0, shared, padded, s.dim, width, left);
+    if (shared < count) copy<Engine, X>(x.from(s.at(doc, begin + shared), offset), shared, count, padded, s.dim, width, left);
+    clear<Engine>(count, padded, padded, width, left);
 }
 
 // Left operand (rows, dimensions) -> right operand (dimensions, rows), the dimensions being summed over.
@@ -327,7 +353,7 @@ template <class Engine, typename X>
 bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
     using Number = typename Engine::Number;
     constexpr int64_t K = Engine::K;
-    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.query_starts[s.docs];
+    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.starts[s.docs];
     const int64_t stretch = std::min<int64_t>(256, std::max<int64_t>(SUB, FORWARD_ROWS / group / SUB * SUB));
     const float scale = s.scale * LOG2E;
     std::vector<Unit> units;
@@ -345,7 +371,7 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
 
     order(units);
     return run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
-        const int64_t start = s.starts[unit.doc], begin = unit.begin, ahead = std::max<int64_t>(0, s.first(unit.doc) - begin);
+        const int64_t begin = unit.begin, ahead = std::max<int64_t>(0, s.first(unit.doc) - begin);
         const int64_t count = std::min(stretch, s.length(unit.doc) - begin), subs = whole(count, SUB) / SUB;
         Number* queries = scratch.take<Number>(subs * group * SUB * width);  // (head, sub) after (head, sub)
         Number* raw = scratch.take<Number>(KEYS * width);
@@ -359,7 +385,7 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
         for (int64_t g = 0; g < group; g++)
             for (int64_t sub = 0; sub < subs; sub++) {
                 const int64_t first = sub ? 0 : ahead;  // less than a SUB
-                pack<Engine>(q.from(s.query(unit.doc, begin + sub * SUB + first), (unit.kv_head * group + g) * dim), first,
+                pack<Engine, X>(q.from(s.at(unit.doc, begin + sub * SUB + first), (unit.kv_head * group + g) * dim), first,
                              std::min(SUB, count - sub * SUB), SUB, dim, width, queries + (g * subs + sub) * SUB * width);
             }
 
@@ -367,9 +393,9 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
         for (int64_t j0 = s.first_key(begin); j0 < last; j0 += KEYS) {
             const int64_t j1 = std::min(j0 + KEYS, last), padded = j1 - j0;
             const int64_t real = std::min(j1, s.length(unit.doc)) - j0;
-            pack<Engine>(k.from(start + j0, unit.kv_head * dim), 0, real, padded, dim, width, raw);
+            pack_keys<Engine, X>(s, unit.doc, k, unit.kv_head * dim, j0, real, padded, width, raw);
             turn<Engine>(raw, keys, padded, width);
-            pack<Engine>(v.from(start + j0, unit.kv_head * dim), 0, real, padded, dim, width, raw);
+            pack_keys<Engine, X>(s, unit.doc, v, unit.kv_head * dim, j0, real, padded, width, raw);
             Engine::left_to_right(raw, values, padded, width);
             for (int64_t g = 0; g < group; g++)
                 for (int64_t sub = 0; sub < subs; sub++) {
@@ -420,7 +446,7 @@ bool forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, 
         for (int64_t g = 0; g < group; g++)
             for (int64_t i = ahead; i < count; i++) {
                 const int64_t head = unit.kv_head * group + g, row = g * subs * SUB + i;
-                const int64_t token = s.query(unit.doc, begin + i);
+                const int64_t token = s.at(unit.doc, begin + i);
                 const float sum_all = sum(total[row]);
                 lse[head * tokens + token] = top[row] + std::log2(sum_all);
                 put(sums + row / SUB * SUB * width + row % SUB * 16, SUB * 16, dim, 1.0f / sum_all,
@@ -445,7 +471,7 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
               const X* dout, Rows<X> dq, Rows<X> dk, Rows<X> dv) {
     using Number = typename Engine::Number;
     constexpr int64_t K = Engine::K;
-    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.query_starts[s.docs], flat = s.heads * dim;
+    const int64_t dim = s.dim, width = whole(dim, K), group = s.group(), tokens = s.starts[s.docs], flat = s.heads * dim;
     const float scale = s.scale * LOG2E;
     std::vector<Unit> units;
     std::vector<int64_t> first_block(s.docs), first_sum(s.docs);  // of a document, in `turns` and `parts`
@@ -461,6 +487,24 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
         for (int64_t begin = 0; begin < length; begin += CHUNK)
             for (int64_t head = 0; head < s.kv_heads; head++) units.push_back({doc, head, begin, length - begin});
     }
+    // dK and dV of a beginning come from several documents: each one's part, (token, key or value, head, dim), until all are there.
+    std::vector<int64_t> first_part(s.docs, -1), begins;  // of a document, in `shared`; the beginnings
+    const int64_t padded_dim = whole(dim, 16), part_size = 2 * s.kv_heads * padded_dim;
+    int64_t part_tokens = 0;
+    for (int64_t doc = 0; doc < s.docs; doc++)
+        if (const int64_t other = s.before[doc]; other >= 0) {
+            for (int64_t sharer : {other, doc})
+                if (first_part[sharer] < 0) {
+                    first_part[sharer] = part_tokens;
+                    part_tokens += s.own(other);
+                    if (sharer == other) begins.push_back(other);
+                }
+        }
+    std::unique_ptr<float, void (*)(void*)> shared(nullptr, std::free);
+    if (part_tokens) {
+        shared.reset((float*)std::aligned_alloc(64, part_tokens * part_size * sizeof(float)));
+        if (!shared) return false;
+    }
     // dQ of documents of several chunks, until the last has been added.
     std::unique_ptr<float, void (*)(void*)> parts(nullptr, std::free);
     std::unique_ptr<std::atomic<int64_t>[]> turns(new std::atomic<int64_t>[blocks * s.kv_heads + 1]);
@@ -474,9 +518,8 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
                          (2 * chunk_rows * width + 2 * SUB * chunk_rows + SUB * width + 2 * QUERIES) * sizeof(float) + 64 * 32;
 
     order(units);
-    return run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
-        const int64_t start = s.starts[unit.doc], length = s.length(unit.doc), begin = unit.begin, chunk = begin / CHUNK;
-        const int64_t asked = s.first(unit.doc);
+    const bool fine = run<Engine>(units, s.threads, bytes, [&](const Unit& unit, Scratch& scratch) {
+        const int64_t length = s.length(unit.doc), begin = unit.begin, chunk = begin / CHUNK, asked = s.first(unit.doc);
         const int64_t count = std::min(CHUNK, length - begin), padded = whole(count, SUB);
         Number* raw = scratch.take<Number>(padded * width);
         Number* keys = scratch.take<Number>(padded * width);        // right (dim, keys)
@@ -498,9 +541,9 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
         float* row_lse = scratch.take<float>(QUERIES);
         float* row_dot = scratch.take<float>(QUERIES);
 
-        pack<Engine>(v.from(start + begin, unit.kv_head * dim), 0, count, padded, dim, width, raw);
+        pack_keys<Engine, X>(s, unit.doc, v, unit.kv_head * dim, begin, count, padded, width, raw);
         turn<Engine>(raw, values, padded, width);
-        pack<Engine>(k.from(start + begin, unit.kv_head * dim), 0, count, padded, dim, width, raw);
+        pack_keys<Engine, X>(s, unit.doc, k, unit.kv_head * dim, begin, count, padded, width, raw);
         turn<Engine>(raw, keys, padded, width);
         Engine::left_to_right(raw, keys_again, padded, width);
         std::memset(dkeys, 0, padded * width * sizeof(float));
@@ -516,14 +559,14 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
                 const int64_t head = unit.kv_head * group + g;
                 for (int64_t sub = first_sub; sub < subs; sub++) {
                     const int64_t i = i0 + sub * SUB, here = std::min(SUB, rows - sub * SUB);
-                    const int64_t first = std::max<int64_t>(0, asked - i), token = s.query(unit.doc, i + first);
+                    const int64_t first = std::max<int64_t>(0, asked - i), token = s.at(unit.doc, i + first);
                     const int64_t low = std::max(begin, s.first_key(i)), high = std::min(begin + padded, i + SUB);
                     if (low >= high) continue;
                     Number *query = queries + sub * SUB * width, *dresult = douts + sub * SUB * width;
-                    pack<Engine>(q.from(token, head * dim), first, here, SUB, dim, width, query);
+                    pack<Engine, X>(q.from(token, head * dim), first, here, SUB, dim, width, query);
                     Engine::left_to_right(query, paired, SUB, width);
                     flip<Engine>(paired, queries_t + sub * SUB * width, SUB, width);
-                    pack<Engine>(Rows<const X>{dout + token * flat + head * dim, flat}, first, here, SUB, dim, width, dresult);
+                    pack<Engine, X>(Rows<const X>{dout + token * flat + head * dim, flat}, first, here, SUB, dim, width, dresult);
                     Engine::left_to_right(dresult, paired, SUB, width);
                     flip<Engine>(paired, douts_t + sub * SUB * width, SUB, width);
                     for (int64_t r = 0; r < SUB; r++) {
@@ -603,17 +646,40 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
                 transpose(dkeys + j * width + d * 16, 64, turned[0], 64);
                 transpose(dvalues + j * width + d * 16, 64, turned[1], 64);
                 for (int64_t r = 0; r < std::min<int64_t>(16, count - j); r++) {
-                    const int64_t token = start + begin + j + r, offset = unit.kv_head * dim + d, some = std::min<int64_t>(16, dim - d);
-                    put(turned[0] + r * 16, 0, some, s.scale, dk.from(token, offset).at);
-                    put(turned[1] + r * 16, 0, some, 1.0f, dv.from(token, offset).at);
+                    const int64_t token = begin + j + r;
+                    if (token < asked || (s.before[unit.doc] < 0 && first_part[unit.doc] >= 0)) {
+                        float* part = shared.get() + (first_part[unit.doc] + token) * part_size + unit.kv_head * padded_dim + d;
+                        *(Floats*)part = *(Floats*)(turned[0] + r * 16) * s.scale;
+                        *(Floats*)(part + s.kv_heads * padded_dim) = *(Floats*)(turned[1] + r * 16);
+                        continue;
+                    }
+                    const int64_t row = s.at(unit.doc, token), offset = unit.kv_head * dim + d, some = std::min<int64_t>(16, dim - d);
+                    put(turned[0] + r * 16, 0, some, s.scale, dk.from(row, offset).at);
+                    put(turned[1] + r * 16, 0, some, 1.0f, dv.from(row, offset).at);
                 }
             }
     });
+    if (!fine) return false;
+    for (const int64_t other : begins) {
+#pragma omp parallel for num_threads(s.threads)
+        for (int64_t token = 0; token < s.own(other); token++) {
+            float* whole_part = shared.get() + (first_part[other] + token) * part_size;
+            for (int64_t doc = 0; doc < s.docs; doc++)
+                if (s.before[doc] == other)
+                    for (int64_t d = 0; d < part_size; d += 16)
+                        *(Floats*)(whole_part + d) += *(Floats*)(shared.get() + (first_part[doc] + token) * part_size + d);
+            for (int64_t head = 0; head < s.kv_heads; head++) {
+                put(whole_part + head * padded_dim, 16, dim, 1.0f, dk.from(s.starts[other] + token, head * dim).at);
+                put(whole_part + (s.kv_heads + head) * padded_dim, 16, dim, 1.0f, dv.from(s.starts[other] + token, head * dim).at);
+            }
+        }
+    }
+    return true;
 }
 
-Shape shape(const int64_t* starts, const int64_t* query_starts, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
+Shape shape(const int64_t* starts, const int64_t* before, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
             int threads) {
-    return {starts, query_starts, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
+    return {starts, before, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
 }
 
 // With tiles where there are any for this type of number.
@@ -638,27 +704,27 @@ bool best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const 
 
 }  // namespace
 
-// q (n, heads, dim), k and v (m, kv_heads, dim): the heads of a token are contiguous, tokens lie a stride of elements apart.
+// q (n, heads, dim), k and v (n, kv_heads, dim): the heads of a token are contiguous, tokens lie a stride of elements apart.
 // out (n, heads, dim) contiguous; lse (heads, n): the base-2 logarithm of each row's sum of 2^(score * scale * log2 e).
-// Document d has the keys starts[d] to starts[d + 1], and of its last tokens the queries query_starts[d] to
-// query_starts[d + 1]. Of its tokens, query i sees key j if 0 <= i - j, and < window where that isn't 0.
+// Document d is the tokens starts[d] to starts[d + 1], after those of document before[d] where that isn't -1; that one goes on
+// from none. Of these, query i sees key j if 0 <= i - j, and < window where that isn't 0.
 // scale > 0. Both return 0, or 1 where memory ran out. The backward takes what the forward wrote, and dout, laid out as out; dq, dk and dv have strides of their own.
 #define ATTENTION(NAME, X)                                                                                             \
     KERNEL int attention_forward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,        \
                                         int64_t v_stride, X* out, float* lse, const int64_t* starts,                  \
-                                        const int64_t* query_starts, int64_t docs,                                     \
+                                        const int64_t* before, int64_t docs,                                           \
                                         int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,     \
                                         int threads) {                                                                 \
-        Shape s = shape(starts, query_starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+        Shape s = shape(starts, before, docs, heads, kv_heads, dim, scale, window, threads);                                   \
         return best_forward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse) ? 0 : 1;                      \
     }                                                                                                                  \
     KERNEL int attention_backward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,       \
                                          int64_t v_stride, const X* out, const float* lse, const X* dout, X* dq,       \
                                          int64_t dq_stride, X* dk, int64_t dk_stride, X* dv, int64_t dv_stride,        \
-                                         const int64_t* starts, const int64_t* query_starts, int64_t docs,             \
+                                         const int64_t* starts, const int64_t* before, int64_t docs,                   \
                                          int64_t heads, int64_t kv_heads,                                              \
                                          int64_t dim, float scale, int64_t window, int threads) {                      \
-        Shape s = shape(starts, query_starts, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+        Shape s = shape(starts, before, docs, heads, kv_heads, dim, scale, window, threads);                                   \
         bool fine = best_backward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},  \
                                      {dk, dk_stride}, {dv, dv_stride});                                                \
         return fine ? 0 : 1;                                                                                           \

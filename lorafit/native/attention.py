@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from lorafit.native import build
 from lorafit.native.kernel import Kernel, usable
 
-_TAIL = "ppiiiifi"  # starts of keys and of queries, documents, heads, kv heads, dim, scale, window
+_TAIL = "ppiiiifi"  # starts, what each goes on from, documents, heads, kv heads, dim, scale, window
 _forward = Kernel("attention_forward", "pi" * 3 + "pp" + _TAIL)
 _backward = Kernel("attention_backward", "pi" * 3 + "ppp" + "pi" * 3 + _TAIL)
 
@@ -34,31 +34,27 @@ def attend(
     lengths: Sequence[int],
     scale: float | None = None,
     window: int | None = None,
-    asked: Sequence[int] | None = None,
+    before: Sequence[int | None] = (),
 ) -> Tensor:
-    """Causal attention inside each document: q (n, heads, dim), k and v (m, kv heads, dim) -> (n, heads · dim).
+    """Causal attention inside each document: q (n, heads, dim), k and v (n, kv heads, dim) -> (n, heads · dim).
 
-    `lengths` are the documents' tokens, m in all. `asked` says of how many of its last tokens each document has queries, n
-    in all; of every token where it isn't given. Query i sees key j of its document if 0 <= i - j, and i - j < `window`
-    where one is given. Scores are multiplied by `scale`, dim^-0.5 by default. Each group of heads / kv heads neighbouring
-    query heads shares a kv head. Products are of the tensors' type; sums and the softmax are fp32.
+    `lengths` are the documents' tokens, n in all. Where `before` names another one for a document, one that itself has
+    none, its tokens go on from that one's: they see them too. Query i sees key j of its document if 0 <= i - j, and
+    i - j < `window` where one is given. Scores are multiplied by `scale`, dim^-0.5 by default. Each group of
+    heads / kv heads neighbouring query heads shares a kv head. Products are of the tensors' type; sums and the softmax are
+    fp32.
     """
-    scale = _check(q, k, v, lengths, scale, window, asked)
+    scale = _check(q, k, v, lengths, scale, window, before)
     if q.numel() and usable(q, k, v):
-        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0, tuple(asked or lengths))  # type: ignore[no-untyped-call]
+        out: Tensor = _Attention.apply(q, k, v, tuple(lengths), scale, window or 0, tuple(before))  # type: ignore[no-untyped-call]
         return out
-    if (
-        q.numel()
-        and q.is_cuda
-        and build.on()
-        and asked is None
-        and (varlen := _varlen(q.device, q.dtype, q.shape[2])) is not None
-    ):
+    varlen = _varlen(q.device, q.dtype, q.shape[2]) if q.is_cuda and build.on() else None
+    if q.numel() and varlen is not None and not any(other is not None for other in before):
         starts, longest = _starts(tuple(lengths), q.device), max(lengths)
         left = -1 if window is None or window >= longest else window - 1
         out = varlen(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(left, 0))
         return out.flatten(1)
-    return plain_attend(q, k, v, lengths, scale, window, asked)
+    return plain_attend(q, k, v, lengths, scale, window, before)
 
 
 @cache
@@ -93,13 +89,18 @@ def plain_attend(
     lengths: Sequence[int],
     scale: float | None = None,
     window: int | None = None,
-    asked: Sequence[int] | None = None,
+    before: Sequence[int | None] = (),
 ) -> Tensor:
     """`attend` in ordinary torch, on any device and in any type."""
-    scale = _check(q, k, v, lengths, scale, window, asked)
+    scale = _check(q, k, v, lengths, scale, window, before)
     # `split`, because the gradient of a slice is a whole tensor of zeros around it.
-    docs = zip(q.split(list(asked or lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True)
-    found = [_plain_document(a, b, c, scale, window) for a, b, c in docs if a.shape[0]]
+    queries, keys, values = (x.split(list(lengths)) for x in (q, k, v))
+    found = []
+    for i, other in enumerate(before or [None] * len(lengths)):
+        seen = [i] if other is None else [other, i]
+        if lengths[i]:
+            key, value = (torch.cat([x[j] for j in seen]) for x in (keys, values))
+            found.append(_plain_document(queries[i], key, value, scale, window))
     return (torch.cat(found) if found else q).flatten(1)
 
 
@@ -118,19 +119,19 @@ def _check(
     lengths: Sequence[int],
     scale: float | None,
     window: int | None,
-    asked: Sequence[int] | None,
+    before: Sequence[int | None],
 ) -> float:
     """The scale, if everything fits together."""
     n, heads, dim = q.shape
-    queries = lengths if asked is None else asked
-    if k.shape != v.shape or (k.shape[0] != n and asked is None) or k.shape[2] != dim or heads % k.shape[1]:
+    if k.shape != v.shape or (k.shape[0], k.shape[2]) != (n, dim) or heads % k.shape[1]:
         raise ValueError(f"queries {tuple(q.shape)} don't go with keys {tuple(k.shape)} and values {tuple(v.shape)}")
-    if sum(lengths) != k.shape[0] or min(lengths, default=0) < 0:
-        raise ValueError(f"documents of {sum(lengths)} tokens in all can't cut a row of {k.shape[0]}")
-    if sum(queries) != n or len(queries) != len(lengths):
-        raise ValueError(f"{len(queries)} documents with {sum(queries)} queries can't cut a row of {n}")
-    if any(not 0 <= some <= whole for some, whole in zip(queries, lengths, strict=True)):
-        raise ValueError("a document has fewer tokens than queries")
+    if sum(lengths) != n or min(lengths, default=0) < 0:
+        raise ValueError(f"documents of {sum(lengths)} tokens in all can't cut a row of {n}")
+    others = [other for other in before if other is not None]
+    if before and (
+        len(before) != len(lengths) or any(not 0 <= i < len(before) or before[i] is not None for i in others)
+    ):
+        raise ValueError(f"{len(lengths)} documents can't go on from {list(before)}")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens sees nothing")
     scale = dim**-0.5 if scale is None else scale
@@ -163,13 +164,16 @@ class _Attention(torch.autograd.Function):
         lengths: tuple[int, ...],
         scale: float,
         window: int,
-        asked: tuple[int, ...],
+        before: tuple[int | None, ...],
     ) -> Tensor:
         n, heads, dim = q.shape
         q, k, v = (_heads_together(x) for x in (q, k, v))
         out, lse = q.new_empty(n, heads * dim), torch.empty(heads, n)
-        starts = [(ctypes.c_int64 * (len(n) + 1))(*accumulate(n, initial=0)) for n in (lengths, asked)]
-        ctx.tail = (*starts, len(lengths), heads, k.shape[1], dim, scale, window)
+        starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
+        others = (ctypes.c_int64 * max(1, len(lengths)))(
+            *(-1 if other is None else other for other in before or [None] * len(lengths))
+        )
+        ctx.tail = (starts, others, len(lengths), heads, k.shape[1], dim, scale, window)
         _forward(q.dtype, *_rows(q, k, v), out, lse, *ctx.tail)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
