@@ -451,11 +451,15 @@ class _Fit:
         # No larger than a training forward, so that it never needs more memory than training does.
         assert self.config.batch_tokens is not None
         tokens = math.ceil(self.config.batch_tokens / self.config.accumulate / 2**self.halvings)
-        loss = evaluate(self.host, self.data.held_out, NAME, tokens=min(TOKENS, tokens)).loss
+        with self.terminal.working("scoring the held-out rows") as spinner:
+            loss = evaluate(
+                self.host, self.data.held_out, NAME, tokens=min(TOKENS, tokens), progress=spinner.update
+            ).loss
         if step == 0:
             self.watch.before = loss
         best, stop = self.watch.evaluation(step, loss)
-        samples = self._samples()
+        with self.terminal.working("answering held-out prompts"):
+            samples = self._samples()
         run.record("evaluations", {"step": step, "held_out_loss": loss, "best": best, "samples": samples})
         if writer is not None:
             writer.add_scalar("held_out/loss", loss, step)
