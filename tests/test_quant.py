@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
 
+from lorafit.batches import Plan
 from lorafit.errors import ModelError
+from lorafit.evaluate import evaluate
+from lorafit.generate import generate
+from lorafit.host import Host
 from lorafit.model import quant
+from lorafit.model.load import prepare
 from lorafit.native import build
+from lorafit.native.lowrank import Frozen, LowRank, products
 from lorafit.native.quantised import BLOCK, TABLES, dequantise, dynamic, plain_dequantise, quantise
+from lorafit.route import Route
+from lorafit.train import optim
+from lorafit.train.loop import Job, train
 
 SHAPES = [(1, 1), (3, 5), (8, 64), (7, 65), (5, 101), (33, 96), (64, 512), (257, 255)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,7 +131,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_refused(kind):
         w = weight((8, 64))
         w[3, 5] = bad
         with pytest.raises(ModelError, match="layer.weight isn't finite"):
-            quant.quantise(w, kind, True, "layer.weight")
+            quant.quantise(w, quant.Quant(kind), "layer.weight")
 
 
 def test_a_weight_of_several_pieces_is_that_of_one(monkeypatch):
@@ -156,3 +169,191 @@ def test_the_kernel_gives_what_its_twin_gives_bit_for_bit(kind, double, dtype):
 def test_so_does_the_kernel_for_any_processor(kind, dtype, generic, monkeypatch):
     monkeypatch.setattr(build, "_built", generic)
     same_as_the_twin(kind, True, dtype)
+
+
+# --- products ----------------------------------------------------------------------------------------------------------
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+
+
+def both(family: str, kind: str = "nf4", dtype: torch.dtype = torch.float32, **changes):
+    """A quantised base, and one that holds as its weights what the first one's codes stand for."""
+    coded, plain = (tiny.model(family, **changes).to(dtype) for _ in range(2))
+    quant.convert(coded, quant.Quant(kind))
+    modules = dict(plain.named_modules())
+    with torch.no_grad():
+        for path, module in coded.named_modules():
+            if isinstance(module, quant.QuantLinear):
+                w = plain_dequantise(module.quantised, dtype)
+                modules[path].weight.copy_(w.t() if module.turned else w)
+    return [prepare(model, None, Path("nowhere"), family) for model in (coded, plain)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_layer_gives_the_product_with_its_numbers_and_its_gradient(kind, dtype):
+    w, bias = weight((96, 64)), torch.randn(96).to(dtype)
+    layer = quant.QuantLinear(quantise(w, kind), bias, dtype)
+    x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().double().requires_grad_()
+    y = layer(ours)
+    want = torch.nn.functional.linear(theirs, layer.numbers().double(), bias.double())
+    y.float().square().sum().backward()
+    want.square().sum().backward()
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    assert (y - want).abs().max() <= tolerance * want.abs().max()
+    assert (ours.grad - theirs.grad).abs().max() <= 2 * tolerance * theirs.grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("native", [True, False])
+def test_products_with_low_rank_additions_are_those_with_the_numbers(native, dtype):
+    """Bit for bit: the same kernels on the same numbers, made for each call."""
+    found = []
+    with build.switched(native):
+        for coded in (True, False):
+            generator = torch.Generator().manual_seed(1)
+            x = torch.randn(40, 64, generator=generator).to(dtype).requires_grad_()
+            a, b = (torch.randn(shape, generator=generator).requires_grad_() for shape in [(4, 64), (96, 4)])
+            weights = [quantise(weight((out, 64), seed=out), "nf4") for out in (96, 32)]
+            frozen = [Frozen(q if coded else plain_dequantise(q, dtype)) for q in weights]
+            made = products(x, frozen, [LowRank(a, b, 0.5), None])
+            torch.cat(made, 1).float().square().sum().backward()
+            found.append([*made, x.grad, a.grad, b.grad])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantised_base_is_the_one_that_holds_those_numbers(family, native):
+    """Hidden states, logits and gradients of adapters, by the modules' forward and by our own; fp32."""
+    found = []
+    with build.switched(native):
+        for base in both(family):
+            assert (base.body is not None) == (family != "gpt2")
+            host = Host(base)
+            host.add("a", r=4)
+            tiny.randomize(host.adapters["a"])
+            ids, lengths = tiny.ids(20), [9, 7, 4]
+            with host.route(Route.of([(9, "a"), (11, None)])):
+                mixed = host.hidden(ids, lengths).detach()
+            with host.route("a"):
+                host.hidden(ids, lengths).square().sum().backward()
+                logits = host.logits(ids, lengths).detach()
+            grads = torch.cat([p.grad.flatten() for p in host.adapters["a"].parameters()])
+            found.append((mixed, logits, grads, base.logits(ids, lengths), base.parameters()))
+    for ours, theirs in zip(*found, strict=True):
+        if isinstance(ours, int):
+            assert ours == theirs
+        else:
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_adapters_of_every_kind_of_site_and_merged_weights():
+    coded, plain = map(Host, both("gpt2"))
+    assert {path: (s.kind, s.shape) for path, s in coded.sites.items()} == {
+        path: (s.kind, s.shape) for path, s in plain.sites.items()
+    }
+    for host in (coded, plain):
+        host.add("a", targets=["all"], r=2)
+        tiny.randomize(host.adapters["a"])
+    for path in coded.sites:
+        pair = [host.merged_weight(host.sites[path], "a") for host in (coded, plain)]
+        assert torch.equal(*pair), path
+    with coded.route("a"), plain.route("a"):
+        ids = tiny.ids(12)
+        assert torch.allclose(coded.logits(ids, [12]), plain.logits(ids, [12]), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what else the collector knows
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_number_of_a_weight_is_kept_for_the_backward(family):
+    """With everything that a forward leaves still alive, no float tensor of a linear weight's size is."""
+    host = Host(
+        both(family, hidden_size=40, intermediate_size=88)[0] if family == "llama" else both(family, n_embd=40)[0]
+    )
+    host.add("a", r=2)
+    shapes = {site.shape for site in host.sites.values() if isinstance(site.module, quant.QuantLinear)}
+    shapes |= {torch.Size(reversed(shape)) for shape in shapes}
+    with host.route("a"):
+        loss = host.hidden(tiny.ids(13), [13]).sum()
+        gc.collect()
+        alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_floating_point()]
+        kept = [t.shape for t in [*alive, *_saved(loss.grad_fn)] if t.shape in shapes]
+        loss.backward()
+    assert not kept
+
+
+def _saved(node):
+    """Every tensor that a graph keeps."""
+    seen, todo = set(), [node]
+    while todo:
+        if (node := todo.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [other for other, _ in node.next_functions]
+        yield from (
+            t for name in dir(node) if name.startswith("_saved") and isinstance(t := getattr(node, name), torch.Tensor)
+        )
+        yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_evaluating_and_generating_leave_training_as_it_is(family, dtype):
+    """Three steps with a look at the base before, answers between, and a look after: the adapter is that of three steps
+    alone, the codes are what they were, and so are the base's logits, bit for bit."""
+    found = []
+    for looks in (False, True):
+        base = both(family, dtype=dtype)[0]
+        host = Host(base)
+        host.add("a", r=4, seed=3)
+        codes = [m.codes.clone() for m in base.model.modules() if isinstance(m, quant.QuantLinear)]
+        job = Job("a", Plan(tiny.rows([11, 7, 9, 12]), 20), 3, 0.01, "constant", 0, 1.0, 0)
+        job.optimizer = optim.optimizer(host.adapters["a"], job.lr, 0)
+        before = evaluate(host, tiny.rows([9, 8], seed=4), None).loss if looks else None
+        for _ in train(host, [job]):
+            if looks:
+                evaluate(host, tiny.rows([9, 8], seed=4), "a")
+                assert len(list(generate(host, tiny.ids(5).tolist(), "a", max_new=4))) == 4
+        if looks:
+            assert evaluate(host, tiny.rows([9, 8], seed=4), None).loss == before
+            assert evaluate(host, tiny.rows([9, 8], seed=4), "a").loss != before
+        now = [m.codes for m in base.model.modules() if isinstance(m, quant.QuantLinear)]
+        assert all(map(torch.equal, codes, now))
+        found.append(host.adapters["a"].state_dict())
+    assert job.done == 3
+    assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())
+    assert any(p.abs().sum() > 0 for name, p in found[0].items() if name.endswith(".b"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpointing_gives_the_same_gradient(family):
+    found = []
+    for on in (False, True):
+        base = both(family)[0]
+        host = Host(base)
+        host.add("a", r=4)
+        tiny.randomize(host.adapters["a"])
+        base.checkpointing(on)
+        with host.route("a"):
+            host.hidden(tiny.ids(20), [9, 11]).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in host.adapters["a"].parameters()]))
+    assert torch.allclose(*found, rtol=1e-6)
+
+
+def test_answers_are_those_of_the_base_that_holds_those_numbers():
+    answers = [list(generate(Host(base), tiny.ids(6).tolist(), max_new=20)) for base in both("llama")]
+    assert answers[0] == answers[1]
+
+
+def test_experts_are_refused():
+    with pytest.raises(ModelError, match="experts can't be quantised"):
+        quant.convert(tiny.model("mixtral"), quant.Quant("nf4"))
+
+
+def test_a_base_whose_absmax_were_cast_says_so():
+    base = both("llama")[0]
+    base.model.to(torch.bfloat16)
+    with pytest.raises(AssertionError, match="cast"):
+        base.logits(tiny.ids(4), [4])

@@ -4,18 +4,100 @@ bitsandbytes gives them, and computed with through `QuantLinear`, which makes th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import ModelError
 from lorafit.native import quantised
+from lorafit.native.lowrank import Frozen, products
 from lorafit.native.quantised import Quantised
 
 
-def quantise(weight: Tensor, kind: str, double: bool, name: str) -> Quantised:
-    """As native.quantised.quantise. ModelError naming the weight if it isn't finite: everything that shares a block with
-    such a number would be lost."""
-    made = quantised.quantise(weight, kind, double)
+@dataclass(frozen=True)
+class Quant:
+    """How linear weights are stored: a kind of native.quantised.KINDS; `double`: the absmax of blocks are quantised too."""
+
+    kind: str
+    double: bool = True
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer that holds codes. In the place of nn.Linear, or of GPT-2's Conv1D (`turned`).
+
+    It keeps nothing but codes between calls, and for the backward no more than it was given: bitsandbytes' layer repacks its
+    codes for inference on a CPU and is wrong, and without a gradient, when it is trained after that.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, q: Quantised, bias: Tensor | None, dtype: torch.dtype, turned: bool = False) -> None:
+        super().__init__()
+        self.kind, self.shape, self.dtype, self.turned = q.kind, q.shape, dtype, turned
+        self.out_features, self.in_features = q.shape
+        for name in ("codes", "absmax", "nested", "offset"):
+            self.register_buffer(name, getattr(q, name))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def quantised(self) -> Quantised:
+        """The weight as it is stored."""
+        return Quantised(self.kind, self.shape, self.codes, self.absmax, self.nested, self.offset)
+
+    def numbers(self) -> Tensor:
+        """The weight (out, in) in the base's number type, made now."""
+        return quantised.dequantise(self.quantised, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        (y,) = products(x.reshape(-1, self.in_features), [Frozen(self.quantised, self.bias)], [None])
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What a printed model shows of it."""
+        return f"{self.in_features}, {self.out_features}, {self.kind}"
+
+
+def quantise(weight: Tensor, quant: Quant, name: str) -> Quantised:
+    """A weight (out, in). ModelError naming it if it isn't finite: what shares a block with such a number would be lost."""
+    made = quantised.quantise(weight, quant.kind, quant.double)
     if not torch.isfinite(made.absmax if made.nested is None else made.nested).all():
         raise ModelError(f"{name} isn't finite, so it can't be quantised; the model is damaged")
     return made
+
+
+def linears(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The linear modules of a causal language model that are quantised: all but its output head, by path.
+
+    ModelError for weights of experts, which aren't linear modules: they are most of such a model.
+    """
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if hasattr(module, "has_gate") and hasattr(module, "num_experts"):
+            raise ModelError(f"{path}: experts can't be quantised yet; leave quant out")
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            yield path, module
+
+
+@torch.no_grad()
+def convert(model: Any, quant: Quant) -> None:
+    """Quantise a model that is in memory, module by module."""
+    dtype = model.dtype
+    for path, module in list(linears(model)):
+        turned = isinstance(module, Conv1D)
+        weight: Any = module.weight
+        q = quantise(weight.t() if turned else weight, quant, f"{path}.weight")
+        put(model, path, QuantLinear(q, module.bias, dtype, turned))  # type: ignore[arg-type]
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the module at a path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

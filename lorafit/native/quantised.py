@@ -56,6 +56,10 @@ class Quantised:
     nested: Tensor | None = None
     offset: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        scales = [self.absmax] if self.nested is None else [self.nested, self.offset]
+        assert all(t is not None and t.dtype == torch.float32 for t in scales), "absmax were cast with the model"
+
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
