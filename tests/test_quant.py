@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorafit.batches import Plan
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, UserError
 from lorafit.evaluate import evaluate
 from lorafit.generate import generate
 from lorafit.host import Host
-from lorafit.model import quant
+from lorafit.model import quant, quant_load
+from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import prepare
 from lorafit.native import build
 from lorafit.native.lowrank import Frozen, LowRank, products
@@ -357,3 +363,200 @@ def test_a_base_whose_absmax_were_cast_says_so():
     base.model.to(torch.bfloat16)
     with pytest.raises(AssertionError, match="cast"):
         base.logits(tiny.ids(4), [4])
+
+
+# --- loading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lorafit" / "quantised"
+
+
+def saved(to: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, shard: str = "2KB", **changes) -> Path:
+    model = tiny.model(family, **changes).to(dtype)
+    model.save_pretrained(to, max_shard_size=shard)
+    return to
+
+
+def opened(path: Path, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, double: bool = True):
+    config = AutoConfig.from_pretrained(path)
+    return quant_load.load(path, config, dtype, quant.Quant(kind, double), fingerprint(path), lambda text: None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_loads_as_if_it_were_loaded_and_then_quantised(family, tied, cache, tmp_path):
+    path = saved(tmp_path / "model", family, tie_word_embeddings=tied)
+    assert len(list(path.glob("*.safetensors"))) > 1
+    for kind, dtype in (("nf4", torch.bfloat16), ("fp4", torch.float32), ("int8", torch.bfloat16)):
+        for _ in ("made", "mapped"):
+            made = opened(path, kind, dtype)
+            plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+            quant.convert(plain, quant.Quant(kind))
+            for ours, theirs in (
+                (made.named_parameters(remove_duplicate=False), plain.named_parameters(remove_duplicate=False)),
+                (made.named_buffers(), plain.named_buffers()),
+            ):
+                for (a, x), (b, y) in zip(ours, theirs, strict=True):
+                    assert a == b and torch.equal(x, y.to(x.dtype)), a
+                    assert x.dtype == (dtype if isinstance(x, torch.nn.Parameter) else y.dtype), a
+            head, table = made.get_output_embeddings().weight, made.get_input_embeddings().weight
+            assert (head is table) == tied
+        if dtype == torch.bfloat16:
+            made, plain = (prepare(model, None, path) for model in (made, plain))
+            assert torch.equal(made.logits(tiny.ids(9), [9]), plain.logits(tiny.ids(9), [9]))
+
+
+def test_a_second_start_quantises_nothing_and_another_base_has_its_own_codes(cache, tmp_path, monkeypatch):
+    path = saved(tmp_path / "model")
+    first = opened(path)
+    (file,) = cache.glob("*/*")
+    before = file.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(quant_load, "quantise", None)
+        again = opened(path)
+        shutil.copytree(path, tmp_path / "elsewhere")
+        opened(tmp_path / "elsewhere")
+    assert file.stat().st_mtime_ns == before and len(list(cache.iterdir())) == 1
+    assert all(map(torch.equal, first.buffers(), again.buffers()))
+    opened(path, double=False)
+    opened(path, "fp4")
+    saved(tmp_path / "other", scale=0.3)
+    opened(tmp_path / "other")
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_damaged_file_of_codes_is_made_again(cache, tmp_path):
+    path = saved(tmp_path / "model")
+    want = [t.clone() for t in opened(path).buffers()]
+    (file,) = cache.glob("*/*")
+    for damaged in (b"", b"nonsense", file.read_bytes()[:-10], None):
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+        assert all(map(torch.equal, want, opened(path).buffers()))
+
+
+def test_the_file_of_codes_is_one_that_bitsandbytes_reads(bnb, cache, tmp_path):
+    path = saved(tmp_path / "model")
+    made = opened(path)
+    (file,) = cache.glob("*/*")
+    tensors = safetensors.torch.load_file(file)
+    for name, module in made.named_modules():
+        if isinstance(module, quant.QuantLinear):
+            parts = {key: t for key, t in tensors.items() if key.startswith(f"{name}.weight.")}
+            state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+            assert state.shape == module.shape and state.nested
+            state.dtype = torch.float32
+            theirs = torch.ops.bitsandbytes.dequantize_4bit.default(
+                tensors[f"{name}.weight"].T.contiguous().T,
+                bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset,
+                64,
+                "nf4",
+                (1, module.shape.numel()),
+                torch.float32,
+            )
+            assert torch.equal(theirs.view(module.shape), plain_dequantise(module.quantised, torch.float32))
+
+
+def test_what_can_not_be_loaded_is_said(cache, tmp_path, monkeypatch):
+    path = saved(tmp_path / "model", shard="1GB")
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    q = "model.layers.1.self_attn.q_proj.weight"
+
+    def save(**changes):
+        kept = {name: t for name, t in {**tensors, **changes}.items() if t is not None}
+        safetensors.torch.save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+
+    for changes, message in (
+        ({q: None}, "q_proj.weight is missing"),
+        ({q: torch.zeros(8, 16)}, r"q_proj.weight is \(8, 16\), expected \(16, 16\)"),
+        ({q: torch.full((16, 16), float("nan"))}, "q_proj.weight isn't finite"),
+        ({"model.norm.weight": None}, "model.norm.weight is missing"),
+    ):
+        save(**changes)
+        with pytest.raises(ModelError, match=message):
+            opened(path)
+    assert not list(cache.glob("*"))
+    save(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)})  # of older files; made anew
+    assert opened(path).model.rotary_emb.inv_freq.all()
+    with pytest.raises(ModelError, match="experts can't be quantised"):
+        opened(saved(tmp_path / "experts", "mixtral"))
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(cache)
+    cache.write_text("")  # a file where the folder should be
+    with pytest.raises(UserError, match="can't write"):
+        opened(path)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from lorafit.batches import Plan
+from lorafit.machine import memory, peak_memory
+from lorafit.host import Host
+from lorafit.model import quant, quant_load
+from lorafit.model.fingerprint import fingerprint
+from lorafit.model.load import prepare
+from transformers import AutoConfig
+
+path, kind = Path(sys.argv[1]), sys.argv[2]
+config = AutoConfig.from_pretrained(path)
+torch.nn.functional.linear(torch.randn(64, 1024).bfloat16(), torch.randn(64, 1024).bfloat16())
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = memory()
+if kind == "none":
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.bfloat16)
+else:
+    model = quant_load.load(path, config, torch.bfloat16, quant.Quant(kind), fingerprint(path), lambda text: None)
+loaded = peak_memory() - before
+base = prepare(model, None, path)
+host = Host(base)
+host.add("a", r=4)
+with host.route("a"):
+    host.hidden(torch.arange(24), [24]).sum().backward()
+print(loaded, peak_memory() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_neither_loading_nor_a_step_holds_the_16_bit_model(cache, tmp_path):
+    """412 MB in 16 bits, 106 MB in 4, a layer 26 MB. The peak of quantising, and of a step on the mapped codes, stay at the 4-bit
+    size and a few layers."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=512,
+    )
+    path = tmp_path / "model"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.01)
+            p.view(-1)[::3] = -0.02
+    model.save_pretrained(path, max_shard_size="100MB")
+    whole = sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    del model
+    coded = whole * 4.127 / 16
+    found = {}
+    for kind in ("nf4", "nf4", "none"):
+        done = subprocess.run([sys.executable, "-c", PEAK, str(path), kind], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.setdefault(kind, []).append(list(map(int, done.stdout.split())))
+    (quantised, first), (mapped, second) = found["nf4"]
+    assert mapped <= quantised <= coded + 3 * layer
+    assert max(first, second) <= coded + 4 * layer
+    assert found["none"][0][1] > 0.9 * whole, "the measurement doesn't see the model"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorafit.native.gemm import DEEP, lines, native
 from lorafit.native.kernel import Kernel, wide
-from lorafit.native.quantised import Quantised, dequantise
+from lorafit.native.quantised import Quantised, dequantise, dequantise_all
 
 _forward = Kernel("low_rank_forward", "p")
 _backward = Kernel("low_rank_backward", "pp")
@@ -31,10 +31,6 @@ class Frozen:
     weight: Tensor | Quantised
     bias: Tensor | None = None
     across: bool = True
-
-    def numbers(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a tensor; of `dtype` where it has to be made."""
-        return self.weight if isinstance(self.weight, Tensor) else dequantise(self.weight, dtype)
 
     def suits(self, dtype: torch.dtype) -> bool:
         """Its numbers are of this type, and those of a row side by side."""
@@ -74,13 +70,19 @@ def plain_products(x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank 
     """The twin, in torch's own operations and torch's own gradients."""
     made = []
     for base, low in zip(frozen, added, strict=True):
-        w = base.numbers(x.dtype)
+        w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
         y = x @ (w.t() if base.across else w)
         y = y if base.bias is None else y + base.bias
         if low is not None:
             y = y + (x @ low.a.t().to(x.dtype)) @ low.b.t().to(x.dtype) * low.scale
         made.append(y)
     return tuple(made)
+
+
+def _numbers(frozen: Sequence[Frozen], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as tensors; those that have to be made, of `dtype`, are there until the next call."""
+    made = iter(dequantise_all([base.weight for base in frozen if isinstance(base.weight, Quantised)], dtype))
+    return [base.weight if isinstance(base.weight, Tensor) else next(made) for base in frozen]
 
 
 def _paired(scales: Sequence[float | None], trained: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, float] | None]:
@@ -110,7 +112,7 @@ class _Composed(torch.autograd.Function):
         thin = [] if stacked is None else list((x @ stacked.t()).split([pair[0].shape[0] for pair in pairs if pair], 1))
         made, xas = [], iter(thin)
         for base, pair in zip(frozen, pairs, strict=True):
-            weight = base.numbers(x.dtype)
+            (weight,) = _numbers([base], x.dtype)
             weight = weight.t() if base.across else weight
             y = x @ weight if base.bias is None else torch.addmm(base.bias, x, weight)
             made.append(y if pair is None else y.addmm_(next(xas), (pair[1] * pair[2]).to(x.dtype).t()))
@@ -139,7 +141,7 @@ class _Composed(torch.autograd.Function):
                 found += [] if pair is None else [None, None]
                 continue
             if ctx.needs_input_grad[0]:
-                weight = base.numbers(dy.dtype)
+                (weight,) = _numbers([base], dy.dtype)
                 weight = weight if base.across else weight.t()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if pair is not None and xa is not None and x is not None:
@@ -220,7 +222,7 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x, pairs = lines(x), _paired(scales, trained)
         made = [x.new_empty(len(x), base.weight.shape[0 if base.across else 1]) for base in frozen]
-        weights = [base.numbers(x.dtype) for base in frozen]
+        weights = _numbers(frozen, x.dtype)
         lows = (_Low * len(made))(*map(_low, frozen, weights, pairs, made))
         start, width, room = 0, 0, 0  # of the additions' columns in x·Aᵀ, and of the packed B's
         for low in lows:
@@ -252,7 +254,7 @@ class _Tiled(torch.autograd.Function):
             x, xa, thin = some.new_empty(len(some), 0), some.new_empty(0, 0), some.new_empty(0)
         pairs, lows = _paired(ctx.scales, trained), (_Low * len(dys))()
         found: list[Tensor | None] = []
-        weights = [base.numbers(some.dtype) for base in ctx.frozen]
+        weights = _numbers(ctx.frozen, some.dtype)
         for i, (base, pair, dy) in enumerate(zip(ctx.frozen, pairs, dys, strict=True)):
             made = [] if pair is None or dy is None else [torch.empty_like(pair[0]), torch.empty_like(pair[1])]
             lows[i] = _low(base, weights[i], pair, dy, made)

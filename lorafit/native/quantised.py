@@ -9,8 +9,11 @@ to 127 for each weight, and the largest magnitude of each row.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -150,11 +153,12 @@ def _by_rows(weight: Tensor) -> Quantised:
     return Quantised("int8", weight.shape, codes, absmax)
 
 
-def dequantise(q: Quantised, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in), computed in fp32 and rounded once."""
+def dequantise(q: Quantised, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weight (out, in), computed in fp32 and rounded once; in `out`, which is contiguous, or a new tensor."""
     if not gives(dtype, q.codes):
-        return plain_dequantise(q, dtype)
-    out = torch.empty(q.shape, dtype=dtype)
+        made = plain_dequantise(q, dtype)
+        return made if out is None else out.copy_(made)
+    out = torch.empty(q.shape, dtype=dtype) if out is None else out
     if q.kind == "int8":
         _eight_bits(dtype, q.codes, q.absmax, out, *q.shape)
         return out
@@ -175,6 +179,36 @@ def plain_dequantise(q: Quantised, dtype: torch.dtype) -> Tensor:
     shares[: whole * BLOCK].view(whole, BLOCK).mul_(absmax[:whole, None])
     shares[whole * BLOCK :].mul_(absmax[whole:].repeat_interleave(BLOCK)[: len(shares) - whole * BLOCK])
     return shares.view(q.shape).to(dtype)
+
+
+class _Scratch(threading.local):
+    """A thread's place for numbers, kept between calls. Made and freed for each product, they would leave holes between what
+    is kept for the backward: that took up to the memory of the 16-bit model (measured)."""
+
+    kept: Tensor | None = None
+
+    def of(self, size: int) -> Tensor:
+        """This many bytes; what was in them is gone."""
+        if self.kept is None or len(self.kept) < size:
+            self.kept = None
+            self.kept = torch.empty(size, dtype=torch.uint8)
+        return self.kept
+
+
+_scratch = _Scratch()
+
+
+def dequantise_all(weights: Sequence[Quantised], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in memory that the thread's next call uses again."""
+    if any(q.codes.device.type != "cpu" for q in weights):
+        return [dequantise(q, dtype) for q in weights]
+    ends = list(accumulate(-(-q.shape.numel() * dtype.itemsize // 64) * 64 for q in weights))
+    room = _scratch.of(ends[-1]) if ends else torch.empty(0)
+    starts = [0, *ends[:-1]]
+    return [
+        dequantise(q, dtype, room[start : start + q.shape.numel() * dtype.itemsize].view(dtype).view(q.shape))
+        for q, start in zip(weights, starts, strict=False)
+    ]
 
 
 def blocks_absmax(q: Quantised) -> Tensor:
