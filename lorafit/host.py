@@ -88,6 +88,7 @@ class Host:
         modules = [path for path, _ in self.base.model.named_modules()]
         made = self.adapters[name]
         made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
+        made.notes |= self.base.quant.notes() if self.base.quant else {"quant": "none"}
         peft_files.save(made, folder, self.sites, str(self.base.path), modules)
 
     def remove(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,18 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lorafit import fit, plan, session
 from lorafit.batches import Plan
-from lorafit.errors import ModelError, UserError
+from lorafit.cli import main
+from lorafit.errors import AdapterError, ModelError, RunError, UserError
 from lorafit.evaluate import evaluate
+from lorafit.export.merge import merge
 from lorafit.generate import generate
 from lorafit.host import Host
+from lorafit.log import Terminal
 from lorafit.model import quant, quant_load
 from lorafit.model.fingerprint import fingerprint
-from lorafit.model.load import prepare
+from lorafit.model.load import load, prepare
 from lorafit.native import build
 from lorafit.native.lowrank import Frozen, LowRank, products
 from lorafit.native.quantised import BLOCK, TABLES, dequantise, dynamic, plain_dequantise, quantise
@@ -29,6 +34,7 @@ from lorafit.route import Route
 from lorafit.train import optim
 from lorafit.train.loop import Job, train
 
+QUIET = Terminal(quiet=True)
 SHAPES = [(1, 1), (3, 5), (8, 64), (7, 65), (5, 101), (33, 96), (64, 512), (257, 255)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -371,8 +377,13 @@ def test_a_base_whose_absmax_were_cast_says_so():
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache of the test's own."""
+    kernels = build._place()[1] if build.library() is not None else None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "lorafit" / "quantised"
+    place = tmp_path / "cache" / "lorafit"
+    if kernels is not None:  # other processes needn't compile them again
+        place.mkdir(parents=True)
+        shutil.copy(kernels, place)
+    return place / "quantised"
 
 
 def saved(to: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, shard: str = "2KB", **changes) -> Path:
@@ -486,7 +497,6 @@ def test_what_can_not_be_loaded_is_said(cache, tmp_path, monkeypatch):
     assert opened(path).model.rotary_emb.inv_freq.all()
     with pytest.raises(ModelError, match="experts can't be quantised"):
         opened(saved(tmp_path / "experts", "mixtral"))
-    cache.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(cache)
     cache.write_text("")  # a file where the folder should be
     with pytest.raises(UserError, match="can't write"):
@@ -502,7 +512,7 @@ from lorafit.machine import memory, peak_memory
 from lorafit.host import Host
 from lorafit.model import quant, quant_load
 from lorafit.model.fingerprint import fingerprint
-from lorafit.model.load import prepare
+from lorafit.model.load import load, prepare
 from transformers import AutoConfig
 
 path, kind = Path(sys.argv[1]), sys.argv[2]
@@ -560,3 +570,133 @@ def test_neither_loading_nor_a_step_holds_the_16_bit_model(cache, tmp_path):
     assert mapped <= quantised <= coded + 3 * layer
     assert max(first, second) <= coded + 4 * layer
     assert found["none"][0][1] > 0.9 * whole, "the measurement doesn't see the model"
+
+
+# --- settings, runs, verbs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, data_file, tmp_path_factory):
+    """The same short training on the base as it is, and in nf4; and the cache that all tests of it share."""
+    place = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        for kind in ("none", "nf4"):
+            fit.fit(config_of(tiny_model, data_file, place / kind, quant=kind), QUIET)
+        yield place
+
+
+def config_of(model, data, out, **changes):
+    settings = {"model": str(model), "out": str(out), "precision": "fp32", "steps": "6", "lr": "0.01", "dropout": "0.1"}
+    return fit.read_config(str(data), {**settings, "eval_every": "3", "samples": "1", **changes})
+
+
+def test_a_run_remembers_how_its_base_was_stored(runs):
+    for kind in ("none", "nf4"):
+        assert f"quant: {kind}\n" in (runs / kind / "config.yaml").read_text()
+        assert json.loads((runs / kind / "summary.json").read_text())["quant"] == kind
+        assert json.loads((runs / kind / "adapter" / "lorafit.json").read_text())["quant"] == kind
+    summary = json.loads((runs / "nf4" / "summary.json").read_text())
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    rows = fit.held_out_rows(runs / "nf4", session.open_session([str(runs / "nf4")]).chat("nf4"))
+    said: list[str] = []
+    for asked, want in ((None, "nf4"), ("nf4", "nf4"), ("none", None), ("int8", "int8")):
+        said.clear()
+        opened = session.open_session([str(runs / "nf4")], quant=asked, precision="fp32", say=said.append)
+        stored = opened.host.base.quant
+        assert (stored and stored.kind) == want
+        loss = evaluate(opened.host, rows, "nf4").loss
+        assert (loss == pytest.approx(summary["held_out_loss_after"], rel=1e-6)) == (want == "nf4")
+        assert any("quant=nf4, this one has" in line for line in said) == (want != "nf4")
+
+
+def test_adapters_of_bases_stored_otherwise_need_a_choice(runs):
+    paths = [str(runs / "none"), str(runs / "nf4")]
+    with pytest.raises(AdapterError, match=r"\(none none, nf4 nf4\); choose one with --quant"):
+        session.open_session(paths)
+    assert session.open_session(paths, quant="none").host.base.quant is None
+    assert session.open_session(paths[1:], quant="nf4").host.base.quant == quant.Quant("nf4")
+
+
+def test_a_kind_that_is_not_known_is_said(runs, tmp_path):
+    shutil.copytree(runs / "nf4" / "adapter", tmp_path / "a")
+    notes = json.loads((tmp_path / "a" / "lorafit.json").read_text())
+    (tmp_path / "a" / "lorafit.json").write_text(json.dumps({**notes, "quant": "nf2"}))
+    with pytest.raises(AdapterError, match="a base in 'nf2'"):
+        session.open_session([str(tmp_path / "a")])
+
+
+def test_resumed_it_is_the_unbroken_run_and_another_storage_is_refused(runs, tmp_path):
+    shutil.copytree(runs / "nf4", tmp_path / "run")
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        if step.name != "step-000003":
+            shutil.rmtree(step)
+    with pytest.raises(RunError, match="quant: nf4 -> none"):
+        fit.resume(tmp_path / "run", {"quant": "none"}, terminal=QUIET)
+    fit.resume(tmp_path / "run", {}, terminal=QUIET)
+    ends = [
+        safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (tmp_path / "run", runs / "nf4")
+    ]
+    assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
+
+
+def test_training_from_an_adapter_takes_its_base_as_it_was_stored(runs, tiny_model, data_file, tmp_path):
+    for given, want in (({}, "nf4"), ({"quant": "int8"}, "int8")):
+        values = {"start": str(runs / "nf4"), "steps": "1", "out": str(tmp_path / want), **given}
+        assert fit.fit(fit.read_config(str(data_file), values), QUIET).folder
+        assert f"quant: {want}\n" in (tmp_path / want / "config.yaml").read_text()
+    assert fit.read_config(str(data_file), {"start": str(runs / "none")}).quant == "none"
+
+
+@pytest.mark.parametrize("into", ["original", "dequantised"])
+def test_merging_into_weights_of_16_bits(runs, tmp_path, tiny_model, into, capsys):
+    """Into the original weights, and into those that the codes stand for: then it is the model that was trained."""
+    assert main(["merge", str(runs / "nf4"), str(tmp_path / "out"), "--dtype", "fp32", "--into", into, "--json"]) == 0
+    said = capsys.readouterr()
+    assert ("quant=nf4, this one has none" in said.err) == (into == "original")
+    trained = session.open_session(
+        [str(runs / "nf4")], quant="none" if into == "original" else None, precision="fp32"
+    ).host
+    assert (trained.base.quant is None) == (into == "original")
+    merged = load(str(tmp_path / "out"), precision="fp32")
+    ids = torch.arange(20) % 40
+    with torch.no_grad(), trained.route("nf4"):
+        want = trained.logits(ids, [20])
+    assert (merged.logits(ids, [20]) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_merging_into_codes_is_refused(runs, tmp_path):
+    opened = session.open_session([str(runs / "nf4")], precision="fp32")
+    with pytest.raises(RunError, match="stored in nf4"):
+        merge(opened.host, "nf4", tmp_path / "out", [[1, 2]], dtype=torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verbs_open_it_as_it_was_trained(runs, data_file, capsys):
+    losses = []
+    for words in ([], ["--quant", "none"]):
+        code = main(["eval", str(runs / "nf4"), str(data_file), "--precision", "fp32", "--json", *words])
+        losses.append(json.loads(capsys.readouterr().out)["scores"]["nf4"]["loss"])
+        assert code == 0
+    assert losses[0] != losses[1]
+    assert main(["chat", str(runs / "nf4"), "--prompt", "one two", "--max-new", "3", "--compare"]) == 0
+    assert main(["chat", "--model", "nowhere/at/all", "--quant", "nf4"]) == 2
+
+
+def test_a_plan_counts_codes(tiny_model, data_file):
+    whole, coded = (
+        plan.estimate(
+            fit.read_config(str(data_file), {"precision": "bf16", "quant": q}), tiny_model, tiny.rows([20] * 9)
+        )
+        for q in ("none", "nf4")
+    )
+    base = both("llama")[0]
+    sizes = [
+        (quant.Quant("nf4").size(m.shape), m.quantised.nbytes) for m in base.model.modules() if hasattr(m, "codes")
+    ]
+    assert sizes and all(a == b for a, b in sizes)
+    assert coded.weights < whole.weights and coded.total_parameters == whole.total_parameters
+    for kind, double in (("nf4", False), ("int8", True)):
+        q = quantise(weight((33, 96)), kind, double)
+        assert quant.Quant(kind, double).size(q.shape) == q.nbytes

@@ -20,7 +20,7 @@ from lorafit.model import attention, embedded, experts, quant_load
 from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
-from lorafit.model.quant import Quant
+from lorafit.model.quant import Quant, restore
 from lorafit.native import build
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -146,10 +146,12 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     quant: Quant | None = None,
+    restored: bool = False,
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either. With `quant`, its linear weights
-    are codes, quantised on first use and mapped from the cache after that."""
+    are codes, quantised on first use and mapped from the cache after that; `restored`: what those codes stand for, as numbers
+    of the base's own type."""
     place = pick_device(device)
     if place.type == "cpu":
         build.prepare()
@@ -163,6 +165,9 @@ def load(
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if quant is not None:
             model = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
+            if restored:
+                restore(model)
+                quant = None
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True

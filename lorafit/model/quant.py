@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.errors import ModelError
 from lorafit.native import quantised
 from lorafit.native.lowrank import Frozen, products
-from lorafit.native.quantised import Quantised
+from lorafit.native.quantised import BLOCK, NESTED, Quantised
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,25 @@ class Quant:
 
     kind: str
     double: bool = True
+
+    @staticmethod
+    def of(kind: str, double: bool = True) -> Quant | None:
+        """As the settings `quant` and `double_quant` say it; None for `none`."""
+        return None if kind == "none" else Quant(kind, double)
+
+    def notes(self) -> dict[str, Any]:
+        """What an adapter remembers of the base it was trained on."""
+        return {"quant": self.kind, "double_quant": self.double}
+
+    def __str__(self) -> str:
+        return self.kind if self.double or self.kind == "int8" else f"{self.kind} without double quantisation"
+
+    def size(self, shape: torch.Size) -> int:
+        """Bytes that a weight (out, in) takes."""
+        if self.kind == "int8":
+            return shape.numel() + 4 * shape[0]
+        blocks = -(-shape.numel() // BLOCK)
+        return -(-shape.numel() // 2) + (blocks + 4 * -(-blocks // NESTED) + 4 if self.double else 4 * blocks)
 
 
 class QuantLinear(nn.Module):
@@ -95,6 +114,20 @@ def convert(model: Any, quant: Quant) -> None:
         weight: Any = module.weight
         q = quantise(weight.t() if turned else weight, quant, f"{path}.weight")
         put(model, path, QuantLinear(q, module.bias, dtype, turned))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def restore(model: Any) -> None:
+    """Undo `convert` but for what it rounded: modules of the model's number type that hold what the codes stand for."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            with torch.device("meta"):
+                out, width = module.shape
+                made: Any = Conv1D(out, width) if module.turned else nn.Linear(width, out, module.bias is not None)
+            weight = module.numbers()
+            made.weight = nn.Parameter(weight.t().contiguous() if module.turned else weight, requires_grad=False)
+            made.bias = module.bias
+            put(model, path, made)
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

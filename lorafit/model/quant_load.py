@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import ModelError
@@ -78,6 +78,8 @@ def load(
             given = shards.read(keys[name])
             _set(model, name, given.to(dtype) if given.is_floating_point() else given)
     model.tie_weights()
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model
 
 
