@@ -29,7 +29,7 @@ from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import load, prepare
 from lorafit.native import build
 from lorafit.native.lowrank import Frozen, LowRank, products
-from lorafit.native.quantised import BLOCK, TABLES, dequantise, dynamic, plain_dequantise, quantise
+from lorafit.native.quantised import BLOCK, FEW, TABLES, dequantise, dynamic, few_rows, plain_dequantise, quantise
 from lorafit.route import Route
 from lorafit.train import optim
 from lorafit.train.loop import Job, train
@@ -215,6 +215,31 @@ def test_a_layer_gives_the_product_with_its_numbers_and_its_gradient(kind, dtype
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     assert (y - want).abs().max() <= tolerance * want.abs().max()
     assert (ours.grad - theirs.grad).abs().max() <= 2 * tolerance * theirs.grad.abs().max()
+
+
+def few_rows_are_products(dtype: torch.dtype) -> None:
+    for kind, double, bias in [("nf4", True, True), ("nf4", False, False), ("fp4", True, False)]:
+        q = quantise(weight((37, 192), seed=1), kind, double)
+        b = torch.randn(37).to(dtype) if bias else None
+        for rows in range(1, FEW + 1):
+            x = torch.randn(192, rows).to(dtype).t()  # lines that lie apart
+            want = x.double() @ dequantise(q, dtype).double().t() + (0 if b is None else b.double())
+            got = few_rows(x, q, b)
+            assert got.dtype == dtype
+            assert (got - want).abs().max() <= (1e-6 if dtype == torch.float32 else 2**-8) * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_few_rows_are_multiplied_with_codes(dtype, generic, monkeypatch):
+    if build.library() is None:
+        pytest.skip("no kernels")
+    few_rows_are_products(dtype)
+    monkeypatch.setattr(build, "_built", generic)
+    few_rows_are_products(dtype)
+    x = torch.randn(FEW + 1, 192).to(dtype)
+    assert few_rows(x, quantise(weight((37, 192)), "nf4")) is None
+    assert few_rows(x[:2], quantise(weight((37, 192)), "int8")) is None
+    assert few_rows(x[:2, :96], quantise(weight((37, 96)), "nf4")) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -76,7 +76,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        (y,) = products(x.reshape(-1, self.in_features), [Frozen(self.quantised, self.bias)], [None])
+        rows, q = x.reshape(-1, self.in_features), self.quantised
+        y = None if rows.requires_grad else quantised.few_rows(rows, q, self.bias)
+        if y is None:
+            (y,) = products(rows, [Frozen(q, self.bias)], [None])
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-// Weights to 4 bits, and from 4 or 8 bits back to numbers, see quantised.py. Sums and products are those of the twin, rounding by rounding.
+// Weights to 4 bits, from 4 or 8 bits back to numbers, and products of a few rows with them, see quantised.py. Sums and products are those of the twin, rounding by rounding.
 #include "common.h"
 
 namespace {
@@ -96,6 +96,50 @@ void four_bits(const uint8_t* codes, const float* table, const float* plain, con
         }
 }
 
+// acc += the products of 64 numbers with those of x.
+#ifdef __AVX512BF16__
+inline void add_products(const bf16* numbers, const bf16* x, Floats& acc) {
+    for (int i = 0; i < 2; i++)
+        acc = (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(numbers + 32 * i),
+                                       (__m512bh)_mm512_loadu_si512(x + 32 * i));
+}
+#else
+inline void add_products(const bf16* numbers, const bf16* x, Floats& acc) {
+    for (int i = 0; i < BLOCK; i += LANES) acc += widen(numbers + i) * widen(x + i);
+}
+#endif
+inline void add_products(const float* numbers, const float* x, Floats& acc) {
+    for (int i = 0; i < BLOCK; i += LANES) acc += widen(numbers + i) * widen(x + i);
+}
+
+// y = x·Wᵀ + bias for R rows x (R, width); a block's numbers are used as soon as they are made. Rows of W are whole blocks.
+template <typename T, int R>
+void few_rows(const uint8_t* codes, const float* table, const float* plain, const uint8_t* coded, const float* nested,
+              const float* offset, const float* sizes, const T* x, const T* bias, T* y, int64_t width, int64_t out,
+              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < out; row++) {
+        alignas(64) T numbers[BLOCK];
+        Floats acc[R] = {};
+        for (int64_t at = 0; at < width; at += BLOCK) {
+            int64_t block = (row * width + at) / BLOCK;
+            whole_block(codes + block * (BLOCK / 2), table, scale_of(plain, coded, sizes, nested, offset, block), numbers);
+            for (int r = 0; r < R; r++) add_products(numbers, x + r * width + at, acc[r]);
+        }
+        for (int r = 0; r < R; r++) y[r * out + row] = narrow<T>(sum(acc[r]) + (bias ? widen(bias[row]) : 0.0f));
+    }
+}
+
+template <typename T>
+void some_rows(const uint8_t* codes, const float* table, const float* plain, const uint8_t* coded, const float* nested,
+               const float* offset, const float* sizes, const T* x, const T* bias, T* y, int64_t rows, int64_t width,
+               int64_t out, int threads) {
+    for (int64_t r = 0; r < rows; r += 4, x += 4 * width, y += 4 * out) {
+        auto run = rows - r == 1 ? few_rows<T, 1> : rows - r == 2 ? few_rows<T, 2> : rows - r == 3 ? few_rows<T, 3> : few_rows<T, 4>;
+        run(codes, table, plain, coded, nested, offset, sizes, x, bias, y, width, out, threads);
+    }
+}
+
 template <typename T>
 void eight_bits(const int8_t* codes, const float* absmax, T* to, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -117,6 +161,12 @@ void eight_bits(const int8_t* codes, const float* absmax, T* to, int64_t rows, i
                                            const uint8_t* coded, const float* nested, const float* offset,             \
                                            const float* sizes, T* to, int64_t numbers, int threads) {                  \
         four_bits(codes, table, plain, coded, nested, offset, sizes, to, numbers, threads);                            \
+        return 0;                                                                                                      \
+    }                                                                                                                  \
+    KERNEL int few_rows_##NAME(const uint8_t* codes, const float* table, const float* plain, const uint8_t* coded,     \
+                               const float* nested, const float* offset, const float* sizes, const T* x,               \
+                               const T* bias, T* y, int64_t rows, int64_t width, int64_t out, int threads) {           \
+        some_rows(codes, table, plain, coded, nested, offset, sizes, x, bias, y, rows, width, out, threads);           \
         return 0;                                                                                                      \
     }                                                                                                                  \
     KERNEL int dequantise_eight_bits_##NAME(const int8_t* codes, const float* absmax, T* to, int64_t rows,             \

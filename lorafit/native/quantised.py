@@ -42,6 +42,9 @@ PIECE = (
 _quantise = Kernel("quantise_four_bits", "pppppi")
 _four_bits = Kernel("dequantise_four_bits", "ppppppppi")
 _eight_bits = Kernel("dequantise_eight_bits", "pppii")
+_few_rows = Kernel("few_rows", "ppppppppppiii")
+
+FEW = 8  # rows up to which a product reads codes: with more of them the numbers are made once for all
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,25 @@ def dequantise(q: Quantised, dtype: torch.dtype, out: Tensor | None = None) -> T
     if q.kind == "int8":
         _eight_bits(dtype, q.codes, q.absmax, out, *q.shape)
         return out
-    plain = (q.absmax, None, None, None) if q.nested is None else (None, q.absmax, q.nested, q.offset)
-    _four_bits(dtype, q.codes, table(q.kind, "cpu"), *plain, dynamic("cpu"), out, out.numel())
+    _four_bits(dtype, *_given(q), out, out.numel())
     return out
+
+
+def _given(q: Quantised) -> tuple[Tensor | None, ...]:
+    """A weight of 4 bits as the kernels take it."""
+    scales = (q.absmax, None, None, None) if q.nested is None else (None, q.absmax, q.nested, q.offset)
+    return q.codes, table(q.kind, "cpu"), *scales, dynamic("cpu")
+
+
+def few_rows(x: Tensor, q: Quantised, bias: Tensor | None = None) -> Tensor | None:
+    """x (n, in) times the weight, plus bias (out,), without a gradient: what generation asks for token by token. None where
+    the numbers have to be made first: for more rows than a few, int8, or rows that aren't whole blocks."""
+    if q.kind == "int8" or not 0 < len(x) <= FEW or x.shape[1] % BLOCK or not gives(x.dtype, x, q.codes):
+        return None
+    x = x.contiguous()
+    y = x.new_empty(len(x), q.shape[0])
+    _few_rows(x.dtype, *_given(q), x, bias, y, *x.shape, q.shape[0])
+    return y
 
 
 @torch.no_grad()
