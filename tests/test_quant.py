@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -725,3 +727,43 @@ def test_a_plan_counts_codes(tiny_model, data_file):
     for kind, double in (("nf4", False), ("int8", True)):
         q = quantise(weight((33, 96)), kind, double)
         assert quant.Quant(kind, double).size(q.shape) == q.nbytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_on_a_gpu_it_is_the_same(kind):
+    w = weight((64, 512))
+    q, there = quantise(w, kind), quantise(w.cuda(), kind)
+    assert torch.equal(q.codes, there.codes.cpu())
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny.model("llama")
+        quant.convert(model, quant.Quant(kind))
+        host = Host(prepare(model.to(device), None, Path("nowhere"), quant=quant.Quant(kind)))
+        host.add("a", r=4)
+        tiny.randomize(host.adapters["a"].cpu())
+        host.adapters["a"].to(device)
+        with host.route("a"):
+            hidden = host.hidden(tiny.ids(20).to(device), [9, 11])
+            hidden.square().sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in host.adapters["a"].parameters()])
+        found.append([hidden.detach().cpu(), grads.cpu()])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+# --- benchmarks/ -------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_counts_what_it_says(tiny_model, cache, monkeypatch, capsys):
+    root = Path(__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    script = runpy.run_path(str(root / "benchmarks" / "quant.py"))
+    words = ["quant.py", "--model", str(tiny_model), "--precision", "fp32", "--tokens", "32", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    script["main"]()
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["speed"]["seconds"]) == {"none", "nf4"} and found["speed"]["throughput"] > 0
+    assert found["errors"]["weights"] == 14 and 0.05 < found["errors"]["error"][1] < 0.15
+    assert found["errors"].get("codes that differ", 0) == 0
+    assert min(found["peak"].values()) > 50_000_000

@@ -56,18 +56,18 @@ void to_four_bits(const T* from, const float* middles, const uint8_t* order, uin
         int64_t first = block * BLOCK, count = numbers - first < BLOCK ? numbers - first : BLOCK;
         alignas(64) float shares[BLOCK] = {};
         alignas(64) int32_t exceeded[BLOCK];
-        float most = 0, finite = 0;
-        for (int64_t i = 0; i < count; i++) {
-            shares[i] = widen(from[first + i]);
-            float size = std::fabs(shares[i]);
-            most = size > most ? size : most;
-            finite += shares[i] * 0.0f;  // a NaN once one of them isn't
+        Floats mosts{}, finite{};
+        for (int64_t i = 0; i < count; i += LANES) {
+            Floats x = count - i < LANES ? widen_some(from + first + i, count - i) : widen(from + first + i);
+            mosts = greater(x, mosts), mosts = greater(-x, mosts);
+            finite += x * 0.0f;  // a NaN once one of them isn't
+            narrow(x, shares + i);
         }
-        float least = most > 1e-38f ? most : 1e-38f, inverse = 1.0f / least;
-        absmax[block] = (count == BLOCK ? most : least) + finite;
-        for (int64_t i = 0; i < count; i++) shares[i] = count == BLOCK ? shares[i] * inverse : shares[i] / least;
+        float most = largest(mosts), least = most > 1e-38f ? most : 1e-38f, inverse = 1.0f / least;
+        absmax[block] = (count == BLOCK ? most : least) + sum(finite);
         for (int64_t i = 0; i < BLOCK; i += LANES) {
             Floats x = widen(shares + i);
+            x = count == BLOCK ? x * inverse : x / least;
             Ints more{};
             for (int m = 0; m < 15; m++) more -= (Ints)(x > middles[m]);
             std::memcpy(exceeded + i, &more, sizeof more);

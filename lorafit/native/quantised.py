@@ -129,18 +129,22 @@ def _middles(kind: str, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _nested(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (blocks,) uint8 of the absmax, and the largest magnitude of each 256 of them.
-
-    bitsandbytes rounds a share to one of 65,536 places before it looks for its code, on the CPU; so does this.
-    """
-    values = dynamic(str(absmax.device))
+    """Codes (blocks,) uint8 of the absmax, and the largest magnitude of each 256 of them."""
     parts = torch.nn.functional.pad(absmax, (0, -len(absmax) % NESTED)).view(-1, NESTED)
     nested = parts.abs().amax(1)
     shares = (parts * (1 / nested.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-    places = ((shares + 1) * 0.5 * 65535 + 0.5).int()
-    codes = torch.bucketize(-1 + 2 * places.float() / 65535, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+    places = ((shares + 1) * 0.5 * 65535 + 0.5).int().clamp_(0, 65535)  # what isn't a number has no place
+    codes = _places(str(absmax.device))[places]
     codes[nested == 0] = 0
     return codes.flatten()[: len(absmax)].clone(), nested
+
+
+@cache
+def _places(device: str) -> Tensor:
+    """The code of each of 65,536 places in [-1, 1]: bitsandbytes, on the CPU, rounds a share to one of them first."""
+    values = dynamic("cpu")
+    places = -1 + 2 * torch.arange(65536).float() / 65535
+    return torch.bucketize(places, (values[:-1] + values[1:]) / 2).to(torch.uint8).to(device)
 
 
 def _by_rows(weight: Tensor) -> Quantised:
