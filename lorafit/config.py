@@ -59,7 +59,11 @@ class Config:
     rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")
     alpha_pattern: dict[str, float] = setting({}, "another alpha for sites that match a name or glob")
     start: str | None = setting(None, "run or adapter folder to start new training from (--from)")
-    quant: Literal["none"] = setting("none", "precision that the frozen base is stored in")
+    quant: Literal["none", "nf4", "fp4", "int8"] = setting(
+        "none",
+        "keep the frozen base's linear weights in 4 or 8 bits: a quarter or half of the memory, somewhat less exact",
+    )
+    double_quant: bool = setting(True, "with nf4 and fp4: quantise their scales too, 4.13 bits a weight instead of 4.5")
 
     epochs: float = setting(3.0, "passes over the training rows", low=0)
     steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)

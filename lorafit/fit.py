@@ -30,9 +30,10 @@ from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
 from lorafit.model.body import Body
 from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids
+from lorafit.model.quant import Quant
 from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
-from lorafit.session import adapter_folder, base_chat, base_of
+from lorafit.session import adapter_folder, base_chat, base_of, quant_of
 from lorafit.train import optim
 from lorafit.train.loop import Job, Step, train
 from lorafit.train.watch import Watch
@@ -71,8 +72,10 @@ def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
             values = settings.read_yaml(Path(source))
         else:
             values["data"] = source
-    if {**values, **given}.get("start"):
+    if start := {**values, **given}.get("start"):
         _check_start(given)
+        before = quant_of(adapter_folder(start))
+        values = {**(before.notes() if before else {}), **values}
     return build({**values, **given})
 
 
@@ -187,7 +190,13 @@ class _Fit:
             kernels.prepare()
         ready = config.native and (kernels.built() or not on_cpu)
         with terminal.working("loading the base") as spinner, kernels.switched(ready):
-            base = load(config.model, precision=config.precision, device=config.device, working=spinner.rename)
+            base = load(
+                config.model,
+                precision=config.precision,
+                device=config.device,
+                quant=Quant.of(config.quant, config.double_quant),
+                working=spinner.rename,
+            )
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
         config.device = str(base.device)
         if config.checkpointing:
@@ -258,7 +267,7 @@ class _Fit:
         """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end. On a GPU
         there are layers to compile instead."""
         base, job = self.host.base, self.job
-        if self.config.native and base.device.type == "cuda" and base.body is not None:
+        if self.config.native and base.device.type == "cuda" and base.body is not None and base.quant is None:
             if job.steps * len(base.body.inner.layers) > WORTH_COMPILING_LAYERS:
                 self._compile_layers(base.body)
             return
@@ -540,6 +549,7 @@ class _Fit:
             "base": self.config.model,
             "base_path": str(base.path),
             "base_fingerprint": base.fingerprint,
+            "quant": self.config.quant,
             "method": self.config.method,
             "held_out_loss_before": _finite(watch.before),
             "held_out_loss_after": _finite(watch.best_loss),
@@ -567,7 +577,8 @@ class _Fit:
         rows = self.data.report
         say = self.terminal.say
         place = f"{base.device}{_kernels(base)}"
-        say(f"base      {config.model}: {count(base.parameters())} parameters, {config.precision} on {place}")
+        stored = f"{base.quant}, computed in " if base.quant else ""
+        say(f"base      {config.model}: {count(base.parameters())} parameters, {stored}{config.precision} on {place}")
         say(
             f"data      {count(len(self.data.train))} rows to train on, {len(self.data.held_out)} held out,"
             f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"

@@ -23,6 +23,7 @@ from lorafit.methods import find, settings
 from lorafit.model import experts
 from lorafit.model.base import Base
 from lorafit.model.body import Added
+from lorafit.model.quant import QuantLinear
 from lorafit.model.sites import Site, find_sites, select
 from lorafit.native.lowrank import Frozen, LowRank, Remake, products
 from lorafit.packing import Packing
@@ -88,6 +89,7 @@ class Host:
         modules = [path for path, _ in self.base.model.named_modules()]
         made = self.adapters[name]
         made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
+        made.notes |= self.base.quant.notes() if self.base.quant else {"quant": "none"}
         peft_files.save(made, folder, self.sites, str(self.base.path), modules)
 
     def remove(self, name: str) -> None:
@@ -223,7 +225,10 @@ class Host:
         """What these modules, which share the input x (n, in), give under the open route: base product and deltas at once
         where every delta is one of low rank, else one after the other."""
         sites = [self.site_of[module] for module in modules]
-        frozen = [Frozen(module.weight, module.bias) for module in modules]
+        frozen = [
+            Frozen(module.quantised if isinstance(module, QuantLinear) else module.weight, module.bias)
+            for module in modules
+        ]
         stacks = {names for _, names in self._route.runs} if self._route else {()}
         found = {site.path: [layer for names in stacks for layer in self._layers(site.path, names)] for site in sites}
         low = {path: layers[0].low_rank() if len(layers) == 1 else None for path, layers in found.items()}

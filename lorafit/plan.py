@@ -20,6 +20,7 @@ from lorafit.config import Config
 from lorafit.data import Tokens
 from lorafit.methods import find
 from lorafit.model.load import pick_device, pick_dtype
+from lorafit.model.quant import Quant
 from lorafit.model.sites import find_sites, pattern_value, select
 from lorafit.train.loss import CHUNK
 
@@ -80,6 +81,11 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
     dtype = pick_dtype(config.precision, pick_device(config.device))
     wide = dtype.itemsize
     total = sum(p.numel() for p in model.parameters())
+    weights = total * wide
+    if quant := Quant.of(config.quant, config.double_quant):
+        coded = [site.shape for site in sites.values() if site.kind in ("linear", "conv1d") and not site.head]
+        weights += sum(quant.size(shape) - shape.numel() * wide for shape in coded)
+        weights += 2 * max(shape.numel() for shape in coded) * wide  # numbers of those that share an input
     text = shape.get_text_config()
     batches = Batches(rows, config.batch_tokens or default_tokens(rows), config.accumulate, config.seed)
     largest = most = 0
@@ -88,7 +94,7 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
         most = max(most, targets(micro))
     return Estimate(
         runtime=RUNTIME,
-        weights=total * wide,
+        weights=weights,
         adapter=number * 4,
         gradients=number * 4,
         optimizer=number * 8,

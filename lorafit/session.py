@@ -11,6 +11,8 @@ from lorafit.errors import AdapterError, RunError
 from lorafit.host import Host
 from lorafit.model.base import Base
 from lorafit.model.load import load, stop_ids
+from lorafit.model.quant import Quant
+from lorafit.native.quantised import KINDS
 from lorafit.peft_files import read_config, read_notes
 
 Say = Callable[[str], object]
@@ -62,10 +64,23 @@ def base_of(folder: Path) -> str:
     return str(name)
 
 
+def quant_of(folder: Path) -> Quant | None:
+    """How the base was stored that an adapter was trained on."""
+    notes = read_notes(folder)
+    kind = notes.get("quant", "none")
+    if kind not in ("none", *KINDS):
+        raise AdapterError(
+            f"{folder} was trained on a base in '{kind}', which isn't known here; choose one with --quant"
+        )
+    return Quant.of(kind, bool(notes.get("double_quant", True)))
+
+
 def open_session(
     paths: Sequence[str],
     *,
     model: str | None = None,
+    quant: str | None = None,
+    restored: bool = False,
     precision: str = "auto",
     device: str = "auto",
     say: Say = lambda text: None,
@@ -73,20 +88,37 @@ def open_session(
 ) -> Session:
     """Load a base and these adapters over it (none: the base alone). `say` is told of every mismatch.
 
-    Adapters are named by their run's folder. RunError/AdapterError if two of them are for different bases.
+    Adapters are named by their run's folder. RunError/AdapterError if two of them are for different bases. `quant` as in the
+    settings; None: as the adapters' base was stored. `restored` as in `load`.
     """
     folders = _named(paths)
     bases = {base_of(folder) for folder in folders.values()}
     if model is None and len(bases) > 1:
         raise AdapterError(f"these adapters are for different bases: {', '.join(sorted(bases))}")
+    trained = {name: quant_of(folder) for name, folder in folders.items()}
+    stored = Quant.of(quant) if quant is not None else next(iter(trained.values()), None)
+    if quant is None and len(set(trained.values())) > 1:
+        each = ", ".join(f"{name} {kept or 'none'}" for name, kept in trained.items())
+        raise AdapterError(f"these adapters were trained on bases stored otherwise ({each}); choose one with --quant")
+    if stored is not None:  # without double quantisation, if that is what an adapter knows
+        stored = next((kept for kept in trained.values() if kept is not None and kept.kind == stored.kind), stored)
     host = Host(
-        load(model or (bases.pop() if bases else "smollm2"), precision=precision, device=device, working=working)
+        load(
+            model or (bases.pop() if bases else "smollm2"),
+            precision=precision,
+            device=device,
+            quant=stored,
+            restored=restored,
+            working=working,
+        )
     )
     chats: dict[str | None, Chat] = {None: base_chat(host.base)}
     for name, folder in folders.items():
         adapter = host.load(folder, name)
         if "fingerprint" not in adapter.notes:
             say(f"{folder} doesn't say which weights it was made for; only names and shapes were checked")
+        if trained[name] != stored:
+            say(f"{name} was trained on a base with quant={trained[name] or 'none'}, this one has {stored or 'none'}")
         saved = adapter.notes.get("chat")
         chats[name] = Chat.from_json(saved, host.base.tokenizer) if saved else chats[None]
         for difference in mismatches(chats[name], chats[None]):

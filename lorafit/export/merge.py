@@ -85,6 +85,11 @@ def merge(
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already and isn't empty; name another folder")
+    if host.base.quant is not None:
+        raise RunError(
+            f"this base is stored in {host.base.quant}; rounding to that would undo most of what was learned, so merge into"
+            " the original weights (quant=none) or what the codes stand for (restored)"
+        )
     assert host.base.dtype is torch.float32
     want, plain = _logits(host, spec, prompts), _logits(host, None, prompts)
     working("adding the adapter to the base")

@@ -18,13 +18,15 @@ from torch import Tensor
 from lorafit.errors import ModelError
 from lorafit.model.attention import UNREAD_MASK
 from lorafit.model.body import Added, Body, Products, plain_products
+from lorafit.model.quant import Quant, QuantLinear
 from lorafit.packing import Packing
 
 
 @dataclass
 class Base:
     """A loaded base. `packs`: documents may share a row. `plain_head`: logits are the head's product with the hidden state.
-    `body`: our own run through its layers, where its family is known."""
+    `body`: our own run through its layers, where its family is known. `quant`: how its linear weights are stored, if not in
+    its own type."""
 
     model: Any
     tokenizer: Any
@@ -34,6 +36,7 @@ class Base:
     packs: bool = False
     plain_head: bool = False
     body: Body | None = None
+    quant: Quant | None = None
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +63,8 @@ class Base:
 
     def parameters(self) -> int:
         """How many numbers the base holds (a shared weight counted once)."""
-        return sum(p.numel() for p in self.model.parameters())
+        total: int = sum(p.numel() for p in self.model.parameters())
+        return total + sum(m.shape.numel() for m in self.model.modules() if isinstance(m, QuantLinear))
 
     def checkpointing(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass. The base's own dropout stays off."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorafit.model.quant import QuantLinear
 from lorafit.native import build
 from lorafit.native.attention import attend
 from lorafit.native.gated import ACTIVATIONS, gated
@@ -67,8 +68,8 @@ class Body:
         for layer in layers:
             kind = type(layer)
             known = kind.__name__ in LAYERS and kind.__module__.startswith("transformers.models.")
-            linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-            if not known or len(linears) != 7 or any(type(m) is not nn.Linear for m in linears):
+            linears = [type(m) for m in layer.modules() if isinstance(m, nn.Linear | QuantLinear)]
+            if not known or len(linears) != 7 or not {*linears} <= {nn.Linear, QuantLinear}:
                 return None
         return Body(inner, act)
 

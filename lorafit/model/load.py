@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lorafit.errors import ModelError
+from lorafit.errors import LorafitError, ModelError
 from lorafit.files import read_json
 from lorafit.machine import keep_memory
-from lorafit.model import attention, embedded, experts
+from lorafit.model import attention, embedded, experts, quant_load
 from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
+from lorafit.model.quant import Quant, restore
 from lorafit.native import build
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -144,9 +145,13 @@ def load(
     *,
     precision: str = "auto",
     device: str = "auto",
+    quant: Quant | None = None,
+    restored: bool = False,
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
-    """A frozen base in evaluation mode: its own dropout is never active, in training either."""
+    """A frozen base in evaluation mode: its own dropout is never active, in training either. With `quant`, its linear weights
+    are codes, quantised on first use and mapped from the cache after that; `restored`: what those codes stand for, as numbers
+    of the base's own type."""
     place = pick_device(device)
     if place.type == "cpu":
         build.prepare()
@@ -155,18 +160,28 @@ def load(
 
     quiet()
     path = locate(name, working)
+    dtype = pick_dtype(precision, place)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=pick_dtype(precision, place), local_files_only=True, use_safetensors=True
-        )
+        if quant is not None:
+            model = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
+            if restored:
+                restore(model)
+                quant = None
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except LorafitError:
+        raise
     except Exception as error:
         raise ModelError(f"{path} can't be loaded as a causal language model: {_first_line(error)}") from None
-    return prepare(model.to(place), load_tokenizer(path), path, name)
+    return prepare(model.to(place), load_tokenizer(path), path, name, quant)
 
 
-def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
-    """A Base around a transformers model that is already in memory: frozen, probed, its files fingerprinted."""
+def prepare(model: Any, tokenizer: Any, path: Path, name: str = "", quant: Quant | None = None) -> Base:
+    """A Base around a transformers model that is already in memory: frozen, probed, its files fingerprinted. `quant` says how
+    its linear weights are stored."""
     model.eval().requires_grad_(False)
     with contextlib.suppress(ValueError, KeyError, AttributeError):  # no pluggable attention: the probe finds out
         model.set_attn_implementation(attention.NAME)
@@ -174,6 +189,7 @@ def prepare(model: Any, tokenizer: Any, path: Path, name: str = "") -> Base:
         model.set_experts_implementation(experts.NAME)
     has_files = path.is_dir() and any(path.glob("*.safetensors"))
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
+    base.quant = quant
     base.body = Body.of(model)
     try:
         probe(base)

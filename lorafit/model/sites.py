@@ -2,8 +2,8 @@
 transformers stores weights.
 
 Kinds: `linear` (nn.Linear), `conv1d` (GPT-2's, stored transposed), `embedding` (a product with one-hot rows: out = width,
-in = vocabulary), `experts` (3-D parameters, lead = experts). One weight is one site: an output head that shares the
-embedding's weight is a second use of that site, not a site of its own.
+in = vocabulary), `experts` (3-D parameters, lead = experts). A QuantLinear is of the kind that it stands for. One weight is
+one site: an output head that shares the embedding's weight is a second use of that site, not a site of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
+from lorafit.model.quant import QuantLinear
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 PRESETS = {
@@ -60,21 +61,27 @@ class Site:
     @property
     def stored(self) -> Tensor:
         """The parameter as the base holds it."""
+        if isinstance(self.module, QuantLinear):
+            return self.module.codes
         tensor: Tensor = getattr(self.module, self.parameter)
         return tensor
 
     @property
     def shape(self) -> torch.Size:
         """(*lead, out, in)."""
-        return self.weight().shape
+        return self.module.shape if isinstance(self.module, QuantLinear) else self.weight().shape
 
     def weight(self) -> Tensor:
         """The weight as (*lead, out, in), without a copy where storage allows."""
+        if isinstance(self.module, QuantLinear):
+            return self.module.numbers()
         w = self.stored.detach()
         return w.transpose(-1, -2) if self.flipped else w
 
     def write(self, w: Tensor) -> None:
-        """Overwrite the base's weight with w (*lead, out, in), cast once. For merging alone."""
+        """Overwrite the base's weight with w (*lead, out, in), cast once. For merging alone; not into codes, which would round
+        away what was learned."""
+        assert not isinstance(self.module, QuantLinear)
         with torch.no_grad():
             self.stored.copy_(w.transpose(-1, -2) if self.flipped else w)
 
@@ -90,6 +97,8 @@ def find_sites(model: Any) -> dict[str, Site]:
         if module is head:
             if not shares:
                 found[path] = Site(path, "linear", module, head=True)
+        elif isinstance(module, QuantLinear):
+            found[path] = Site(path, "conv1d" if module.turned else "linear", module)
         elif isinstance(module, nn.Linear):
             found[path] = Site(path, "linear", module)
         elif isinstance(module, Conv1D):

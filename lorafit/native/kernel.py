@@ -57,8 +57,9 @@ def wide(x: Tensor) -> Tensor:
 def usable(*tensors: Tensor) -> bool:
     """There are kernels for these tensors: on the CPU, in bf16 or fp32, all alike."""
     first = tensors[0]
-    return (
-        first.dtype in _SUFFIX
-        and all(t.device.type == "cpu" and t.dtype == first.dtype for t in tensors)
-        and library() is not None
-    )
+    return gives(first.dtype, *tensors) and all(t.dtype == first.dtype for t in tensors)
+
+
+def gives(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """There are kernels that make numbers of this type from these tensors, which are on the CPU."""
+    return dtype in _SUFFIX and all(t.device.type == "cpu" for t in tensors) and library() is not None

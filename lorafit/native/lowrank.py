@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorafit.native.gemm import DEEP, lines, native
 from lorafit.native.kernel import Kernel, wide
+from lorafit.native.quantised import Quantised, dequantise, dequantise_all
 
 _forward = Kernel("low_rank_forward", "p")
 _backward = Kernel("low_rank_backward", "pp")
@@ -24,11 +25,17 @@ _backward = Kernel("low_rank_backward", "pp")
 
 @dataclass(frozen=True)
 class Frozen:
-    """A weight that isn't trained: (out, in) where `across`, (in, out) as GPT-2 stores it otherwise; bias (out,)."""
+    """A weight that isn't trained: (out, in) where `across`, (in, out) as GPT-2 stores it otherwise; bias (out,). A quantised
+    one is (out, in); its numbers are made for each product and gone after it."""
 
-    weight: Tensor
+    weight: Tensor | Quantised
     bias: Tensor | None = None
     across: bool = True
+
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Its numbers are of this type, and those of a row side by side."""
+        w = self.weight
+        return isinstance(w, Quantised) or (w.dtype == dtype and w.stride(1) == 1)
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,19 @@ def plain_products(x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank 
     """The twin, in torch's own operations and torch's own gradients."""
     made = []
     for base, low in zip(frozen, added, strict=True):
-        y = x @ (base.weight.t() if base.across else base.weight)
+        w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
+        y = x @ (w.t() if base.across else w)
         y = y if base.bias is None else y + base.bias
         if low is not None:
             y = y + (x @ low.a.t().to(x.dtype)) @ low.b.t().to(x.dtype) * low.scale
         made.append(y)
     return tuple(made)
+
+
+def _numbers(frozen: Sequence[Frozen], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as tensors; those that have to be made, of `dtype`, are there until the next call."""
+    made = iter(dequantise_all([base.weight for base in frozen if isinstance(base.weight, Quantised)], dtype))
+    return [base.weight if isinstance(base.weight, Tensor) else next(made) for base in frozen]
 
 
 def _paired(scales: Sequence[float | None], trained: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, float] | None]:
@@ -98,7 +112,8 @@ class _Composed(torch.autograd.Function):
         thin = [] if stacked is None else list((x @ stacked.t()).split([pair[0].shape[0] for pair in pairs if pair], 1))
         made, xas = [], iter(thin)
         for base, pair in zip(frozen, pairs, strict=True):
-            weight = base.weight.t() if base.across else base.weight
+            (weight,) = _numbers([base], x.dtype)
+            weight = weight.t() if base.across else weight
             y = x @ weight if base.bias is None else torch.addmm(base.bias, x, weight)
             made.append(y if pair is None else y.addmm_(next(xas), (pair[1] * pair[2]).to(x.dtype).t()))
         ctx.frozen, ctx.scales, ctx.make = frozen, scales, remake.make if remake is not None else lambda x: x
@@ -126,7 +141,8 @@ class _Composed(torch.autograd.Function):
                 found += [] if pair is None else [None, None]
                 continue
             if ctx.needs_input_grad[0]:
-                weight = base.weight if base.across else base.weight.t()
+                (weight,) = _numbers([base], dy.dtype)
+                weight = weight if base.across else weight.t()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
             if pair is not None and xa is not None and x is not None:
                 a, b, scale = pair
@@ -159,16 +175,21 @@ def _takes(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[Tensor]) -> bo
     return (
         native(x, *sizes)
         and len(x) > 0
-        and all(base.weight.dtype == x.dtype and base.weight.stride(1) == 1 for base in frozen)
+        and all(base.suits(x.dtype) for base in frozen)
         and all(t.dtype == torch.float32 and t.is_contiguous() for t in trained)
     )
 
 
 def _low(
-    base: Frozen, pair: tuple[Tensor, Tensor, float] | None, y: Tensor | None, grads: Sequence[Tensor] = ()
+    base: Frozen,
+    weight: Tensor,
+    pair: tuple[Tensor, Tensor, float] | None,
+    y: Tensor | None,
+    grads: Sequence[Tensor] = (),
 ) -> _Low:
-    """One product as the kernels take it; y its result, or what arrives in the backward; grads those of a and b."""
-    weight, bias = base.weight, base.bias
+    """One product as the kernels take it; y its result, or what arrives in the backward; grads those of a and b. Whoever calls
+    keeps the weight's numbers until the kernel is done."""
+    bias = base.bias
     out = weight.shape[0 if base.across else 1]
     low = _Low(weight.data_ptr(), weight.stride(0), base.across, out, None if bias is None else bias.data_ptr())
     if pair is not None:
@@ -201,7 +222,8 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x, pairs = lines(x), _paired(scales, trained)
         made = [x.new_empty(len(x), base.weight.shape[0 if base.across else 1]) for base in frozen]
-        lows = (_Low * len(made))(*(_low(base, pair, y) for base, pair, y in zip(frozen, pairs, made, strict=True)))
+        weights = _numbers(frozen, x.dtype)
+        lows = (_Low * len(made))(*map(_low, frozen, weights, pairs, made))
         start, width, room = 0, 0, 0  # of the additions' columns in x·Aᵀ, and of the packed B's
         for low in lows:
             span = -(-low.r // DEEP) * DEEP
@@ -232,9 +254,10 @@ class _Tiled(torch.autograd.Function):
             x, xa, thin = some.new_empty(len(some), 0), some.new_empty(0, 0), some.new_empty(0)
         pairs, lows = _paired(ctx.scales, trained), (_Low * len(dys))()
         found: list[Tensor | None] = []
+        weights = _numbers(ctx.frozen, some.dtype)
         for i, (base, pair, dy) in enumerate(zip(ctx.frozen, pairs, dys, strict=True)):
             made = [] if pair is None or dy is None else [torch.empty_like(pair[0]), torch.empty_like(pair[1])]
-            lows[i] = _low(base, pair, dy, made)
+            lows[i] = _low(base, weights[i], pair, dy, made)
             found += [None, None] if pair is not None and dy is None else made
         dx = some.new_empty(len(some), width) if ctx.needs_input_grad[0] else None
         _call(_backward, lows, x, (len(some), width), xa, thin, dx)

@@ -41,7 +41,13 @@ def run(args: argparse.Namespace) -> None:
     paths = [path for path in args.runs if path != "base"]
     with out.working("loading") as spinner:
         session = open_session(
-            paths, model=args.model, precision=args.precision, device=args.device, say=out.say, working=spinner.rename
+            paths,
+            model=args.model,
+            quant=args.quant,
+            precision=args.precision,
+            device=args.device,
+            say=out.say,
+            working=spinner.rename,
         )
     talk = Talk(
         session,

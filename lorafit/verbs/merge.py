@@ -22,6 +22,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: as the base is stored"
     )
+    parser.add_argument(
+        "--into",
+        choices=["original", "dequantised"],
+        default="original",
+        help="of an adapter trained with quant: add it to the original weights, or to those that it was trained on",
+    )
     parser.add_argument("--tolerance", type=float, help="largest logit difference allowed")
     add_json(parser)
 
@@ -38,7 +44,14 @@ def run(args: argparse.Namespace) -> None:
     out = terminal()
     with out.working("loading the base in fp32") as spinner:
         session = open_session(
-            [args.run], model=args.model, precision="fp32", device="cpu", say=out.say, working=spinner.rename
+            [args.run],
+            model=args.model,
+            quant="none" if args.into == "original" else None,
+            restored=True,
+            precision="fp32",
+            device="cpu",
+            say=out.say,
+            working=spinner.rename,
         )
         host = session.host
         (name,) = host.adapters

@@ -1,0 +1,267 @@
+"""A model folder to a quantised model, without the 16-bit model ever being in memory.
+
+The model is built without weights; each linear weight is read, quantised and written to a file in the user's cache, one
+after the other. That file, named by the contents of the folder, is then mapped into memory: at the next start nothing is
+quantised, and processes share its pages. It holds the linear weights alone, under the names that bitsandbytes gives its
+tensors; the others are read from the model's own files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from lorafit.errors import ModelError
+from lorafit.files import cache_folder, write_folder
+from lorafit.model.quant import Quant, QuantLinear, linears, put, quantise
+from lorafit.native.quantised import BLOCK, NESTED, Quantised, dynamic, table
+
+FORMAT = 1  # raised when what is written changes
+FILE = "weights.safetensors"
+_STATE = 256  # bytes of the JSON that bitsandbytes keeps beside a weight, padded
+_TYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8"}
+
+
+class Shards:
+    """The tensors of a folder's safetensors files, read one at a time. A file is mapped only while one of its tensors is in
+    use, so that pages of others don't count as this process's memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, torch.Size] = {}
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    self._files[name] = file
+                    self.shapes[name] = torch.Size(tensors.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; its memory is that of the file."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(name)
+        return found
+
+
+def load(
+    path: Path, config: Any, dtype: torch.dtype, quant: Quant, fingerprint: str, working: Callable[[str], object]
+) -> Any:
+    """The transformers model of a folder on the CPU, its linear modules QuantLinear, all else in `dtype`.
+
+    ModelError where a tensor is missing or of another shape, or the cache can't be written.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    found = list(linears(model))
+    _fill_buffers(model)
+    shards = Shards(path)
+    keys = _keys(model, shards)
+    codes = _cached(found, keys, shards, quant, fingerprint, working)
+    with safe_open(codes, framework="pt") as tensors:
+        for name, module in found:
+            bias: Any = getattr(module, "bias", None)
+            if bias is not None:
+                bias = shards.read(keys[f"{name}.bias"]).to(dtype)
+            put(model, name, QuantLinear(_read(tensors, name, module, quant), bias, dtype, isinstance(module, Conv1D)))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            given = shards.read(keys[name])
+            _set(model, name, given.to(dtype) if given.is_floating_point() else given)
+    model.tie_weights()
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
+
+
+def _fill_buffers(model: Any) -> None:
+    """What the files don't hold: buffers such as rotary frequencies, made as transformers makes them after loading."""
+    for name, module in model.named_modules():
+        own = {key: t for key, t in module.named_buffers(recurse=False) if key in module._non_persistent_buffers_set}
+        for key, empty in own.items():
+            unset = math.nan if empty.is_floating_point() else -1
+            setattr(module, key, torch.full(empty.shape, unset, dtype=empty.dtype, device="cpu"))
+        if own:
+            model._init_weights(module)
+        for key in own:
+            made = getattr(module, key)
+            if bool((made != made).any() if made.is_floating_point() else (made == -1).any()):
+                raise ModelError(f"{name}.{key} can't be made for a quantised base; leave quant out")
+
+
+def _keys(model: Any, shards: Shards) -> dict[str, str]:
+    """Where each tensor of the model lies in the files, by its name; those that share a weight have one key."""
+    prefix = f"{model.base_model_prefix}."
+    owners: dict[int, list[str]] = {}
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    everything |= {name: t for name, t in model.named_buffers() if t.is_meta}
+    for name, tensor in everything.items():
+        owners.setdefault(id(tensor), []).append(name)
+    found: dict[str, str] = {}
+    wrong = []
+    for names in owners.values():
+        spellings = [s for name in names for s in (name, name.removeprefix(prefix), prefix + name)]
+        key = next((s for s in spellings if s in shards.shapes), None)
+        shape = everything[names[0]].shape
+        if key is None:
+            wrong.append(f"{names[0]} is missing")
+        elif shards.shapes[key] != shape:
+            wrong.append(f"{key} is {tuple(shards.shapes[key])}, expected {tuple(shape)}")
+        else:
+            found |= dict.fromkeys(names, key)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ModelError(f"{shards.folder} can't be loaded quantised: {'; '.join(wrong[:3])}{more}")
+    return found
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, key = name.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, key, nn.Parameter(tensor, requires_grad=False) if key in module._parameters else tensor)
+
+
+# --- the file of codes -------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def folder(fingerprint: str, quant: Quant) -> Path:
+    """Where the codes of the weights with this fingerprint are kept."""
+    name = hashlib.sha256(f"{FORMAT} {fingerprint} {quant.kind} {quant.double}".encode()).hexdigest()[:32]
+    return cache_folder() / "quantised" / name
+
+
+def _cached(
+    found: list[tuple[str, nn.Module]],
+    keys: dict[str, str],
+    shards: Shards,
+    quant: Quant,
+    fingerprint: str,
+    working: Callable[[str], object],
+) -> Path:
+    """The file of codes, made now if it isn't there or isn't whole."""
+    place = folder(fingerprint, quant)
+    entries = [entry for name, module in found for entry in _entries(name, _shape(module), quant)]
+    if _whole(place / FILE, entries):
+        return place / FILE
+
+    def fill(scratch: Path) -> None:
+        with (scratch / FILE).open("wb") as file:
+            places = _header(file, entries)
+            for number, (name, module) in enumerate(found, 1):
+                working(f"quantising to {quant.kind}, once: {number} of {len(found)}")
+                given = shards.read(keys[f"{name}.weight"])
+                q = quantise(given.t() if isinstance(module, Conv1D) else given, quant, f"{name}.weight")
+                for key, tensor in _tensors(name, q).items():
+                    file.seek(places[key])
+                    file.write(tensor.contiguous().numpy().data)
+
+    write_folder(place, fill, again="quantise again, or set XDG_CACHE_HOME to a folder on another disk")
+    return place / FILE
+
+
+def _shape(module: Any) -> torch.Size:
+    """(out, in)."""
+    shape: torch.Size = module.weight.shape
+    return torch.Size(reversed(shape)) if isinstance(module, Conv1D) else shape
+
+
+def _entries(name: str, shape: torch.Size, quant: Quant) -> Iterator[Entry]:
+    """The tensors of a weight (out, in), under bitsandbytes' names."""
+    if quant.kind == "int8":
+        yield Entry(f"{name}.weight", torch.int8, tuple(shape))
+        yield Entry(f"{name}.SCB", torch.float32, (shape[0],))
+        return
+    blocks = -(-shape.numel() // BLOCK)
+    yield Entry(f"{name}.weight", torch.uint8, (-(-shape.numel() // 2), 1))
+    yield Entry(f"{name}.weight.absmax", torch.uint8 if quant.double else torch.float32, (blocks,))
+    yield Entry(f"{name}.weight.quant_map", torch.float32, (16,))
+    yield Entry(f"{name}.weight.quant_state.bitsandbytes__{quant.kind}", torch.uint8, (_STATE,))
+    if quant.double:
+        yield Entry(f"{name}.weight.nested_absmax", torch.float32, (-(-blocks // NESTED),))
+        yield Entry(f"{name}.weight.nested_quant_map", torch.float32, (256,))
+
+
+def _tensors(name: str, q: Quantised) -> dict[str, Tensor]:
+    """A weight as those tensors."""
+    if q.kind == "int8":
+        return {f"{name}.weight": q.codes, f"{name}.SCB": q.absmax}
+    state: dict[str, Any] = {
+        "quant_type": q.kind,
+        "blocksize": BLOCK,
+        "dtype": "bfloat16",
+        "shape": list(q.shape),
+    }
+    found = {
+        f"{name}.weight": q.codes,
+        f"{name}.weight.absmax": q.absmax,
+        f"{name}.weight.quant_map": table(q.kind, "cpu"),
+    }
+    if q.nested is not None and q.offset is not None:
+        state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": q.offset.item()}
+        found |= {f"{name}.weight.nested_absmax": q.nested, f"{name}.weight.nested_quant_map": dynamic("cpu")}
+    text = json.dumps(state).encode().ljust(_STATE)
+    found[f"{name}.weight.quant_state.bitsandbytes__{q.kind}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return found
+
+
+def _read(tensors: Any, name: str, module: nn.Module, quant: Quant) -> Quantised:
+    """A weight from an open file of codes."""
+    shape = _shape(module)
+    if quant.kind == "int8":
+        return Quantised("int8", shape, tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.SCB"))
+    codes, absmax = tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.weight.absmax")
+    if not quant.double:
+        return Quantised(quant.kind, shape, codes, absmax)
+    state = json.loads(bytes(tensors.get_tensor(f"{name}.weight.quant_state.bitsandbytes__{quant.kind}").tolist()))
+    nested, offset = tensors.get_tensor(f"{name}.weight.nested_absmax"), torch.tensor(state["nested_offset"])
+    return Quantised(quant.kind, shape, codes, absmax, nested, offset)
+
+
+def _header(file: Any, entries: list[Entry]) -> dict[str, int]:
+    """Write the header of a safetensors file, and say where each tensor's bytes go: the widest numbers first, so that all
+    are aligned."""
+    header, places, at = {}, {}, 0
+    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+        header[entry.name] = {
+            "dtype": _TYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.size],
+        }
+        places[entry.name] = at
+        at += entry.size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text = text.ljust(-(-len(text) // 64) * 64 - 8 + 64)  # the first number is at a multiple of 64
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + at)
+    return {name: 8 + len(text) + place for name, place in places.items()}
+
+
+def _whole(path: Path, entries: list[Entry]) -> bool:
+    """The file is there, as long as its header says, with these tensors. It was renamed into place when it was whole."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return set(tensors.keys()) == {entry.name for entry in entries}
+    except (OSError, SafetensorError):
+        return False
