@@ -20,6 +20,9 @@ from lorafit.data.store import lengths_of
 from lorafit.data.tokens import Tokens
 from lorafit.packing import SHORTEST, Packing
 
+SAMPLE = 32  # rows that are looked at for what they share
+TOGETHER = 4  # rows of a step that share most of their tokens, at least
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -80,8 +83,9 @@ def join(parts: Sequence[tuple[int, Sequence[Tokens]]], share: bool = False) -> 
         segments.append((owner, at - start))
     positions, successors, copies = np.concatenate(found), np.concatenate(labels), None
     if any(other is not None for other in before):
-        pairs, copies = np.unique(np.stack([positions, successors]), axis=1, return_inverse=True)
-        positions, successors = pairs
+        words = int(successors.max(initial=0)) + 1
+        pairs, copies = np.unique(positions.astype(np.int64) * words + successors, return_inverse=True)
+        positions, successors = pairs // words, pairs % words
     return Micro(
         torch.from_numpy(np.concatenate(stretches).astype(np.int64)),
         Packing(tuple(len(stretch) for stretch in stretches), tuple(before)),
@@ -93,10 +97,11 @@ def join(parts: Sequence[tuple[int, Sequence[Tokens]]], share: bool = False) -> 
     )
 
 
-def alike(rows: Sequence[np.ndarray], members: Sequence[int]) -> list[tuple[int, list[int]]]:
+def alike(rows: Sequence[np.ndarray], members: Sequence[int], depth: int = 50) -> list[tuple[int, list[int]]]:
     """Groups of these rows that begin alike: how many tokens they share, and which rows. Every row keeps a token of its own.
 
-    All of them or finer groups with longer beginnings, whichever saves more tokens.
+    All of them or finer groups with longer beginnings, whichever saves more tokens; groups within groups are looked for
+    `depth` deep.
     """
     if len(members) < 2:
         return []
@@ -110,7 +115,7 @@ def alike(rows: Sequence[np.ndarray], members: Sequence[int]) -> list[tuple[int,
     for i in members:
         if len(rows[i]) > length + 1:
             branches.setdefault(int(rows[i][length]), []).append(i)
-    finer = [group for branch in branches.values() for group in alike(rows, branch)]
+    finer = [group for branch in branches.values() for group in alike(rows, branch, depth - 1)] if depth else []
     return max(together, finer, key=lambda groups: sum(length * (len(some) - 1) for length, some in groups))
 
 
@@ -197,7 +202,15 @@ class Plan:
             number += 1
 
 
-def default_tokens(rows: Sequence[Tokens]) -> int:
-    """Tokens a step when the user names none: small data needs many small steps to learn at all, large data full ones."""
+def default_tokens(rows: Sequence[Tokens], share: bool = True) -> int:
+    """Tokens a step when the user names none: small data needs many small steps to learn at all, large data full ones.
+
+    Where rows share most of their tokens, a step has several of them at least: the first is nearly all there is to compute.
+    """
     total = int(lengths_of(rows).sum())
-    return max(256, min(2048, total // 32))
+    tokens = max(256, min(2048, total // 32))
+    some = [rows[i].ids for i in range(0, len(rows), -(-len(rows) // SAMPLE))][:SAMPLE] if share and len(rows) else []
+    held = sum(map(len, some))
+    if 2 * sum(length * (len(group) - 1) for length, group in alike(some, range(len(some)))) > held:
+        tokens = max(tokens, TOGETHER * -(-held // len(some)))
+    return tokens

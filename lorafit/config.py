@@ -72,7 +72,11 @@ class Config:
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises", low=0, high=1)
     clip: float = setting(1.0, "largest gradient norm; 0 for none", low=0)
     weight_decay: float = setting(0.0, "AdamW weight decay", low=0)
-    batch_tokens: int | None = setting(None, "tokens of an optimiser step; default: by the size of the data", low=1)
+    batch_tokens: int | None = setting(
+        None,
+        "tokens of an optimiser step; default: by the size of the data, four rows or more if they share most",
+        low=1,
+    )
     accumulate: int = setting(1, "micro-batches a step is split into; changes memory, not the result", low=1)
     seed: int = setting(0, "order of rows, split, initial weights, dropout", low=0)
     precision: Literal["auto", "bf16", "fp32"] = setting(
@@ -109,6 +113,12 @@ Extra = Mapping[str, tuple[Any, Any]]  # option name -> (type, default); a metho
 def defaults(cls: type = Config) -> dict[str, dataclasses.Field[Any]]:
     """The settings a user can write, by name."""
     return {f.name: f for f in dataclasses.fields(cls) if f.name != "options"}
+
+
+def choices(name: str) -> list[str]:
+    """The words that a setting of words takes; none where it takes anything else."""
+    hint = typing.get_type_hints(Config)[name]
+    return [str(word) for word in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
 
 
 # What other tools call our settings; a hint names ours.
@@ -202,7 +212,10 @@ def byte_count(key: str, text: str) -> int:
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if not found or (found[3] and not found[2]):
         raise ConfigError(f"{key}={text}: must be an amount of memory, for example {key}=6G or {key}=500M")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    amount = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    if amount < 1e6:
+        raise ConfigError(f"{key}={text}: that is {amount} bytes; write {key}={found[1]}G or {key}={found[1]}M")
+    return amount
 
 
 def _bounds(key: str, value: Any, metadata: Mapping[str, Any]) -> None:

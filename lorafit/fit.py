@@ -16,7 +16,7 @@ import torch
 import lorafit
 from lorafit import config as settings
 from lorafit import files, report
-from lorafit.batches import Plan, default_tokens
+from lorafit.batches import Plan, default_tokens, pack
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
 from lorafit.errors import ConfigError, DataError, MissingExtra, OutOfMemory, RunError, UserError
@@ -253,7 +253,7 @@ class _Fit:
 
     def _job(self) -> Job:
         config = self.config
-        config.batch_tokens = config.batch_tokens or default_tokens(self.data.train)
+        config.batch_tokens = config.batch_tokens or default_tokens(self.data.train, config.share)
         if config.lr is None:
             config.lr = default_lr(self.host) * find(config.method).lr_factor
         plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
@@ -590,16 +590,22 @@ class _Fit:
                 f"          over {config.max_tokens} tokens: {rows.truncated} rows cut"
                 f" ({rows.truncated_end} inside an answer), {rows.skipped} left out"
             )
+        evaluation = f" evaluation every {config.eval_every};" if self.data.held_out else ""
         if not self.data.held_out:
             say("          nothing is held out: no evaluation, no early stop, the last step's adapter is kept")
         say(
             f"adapter   {config.method} {options} on {len(list(adapter.items()))} sites: {count(adapter.numbers())}"
             f" trainable ({share:.2%}), {size(adapter.numbers() * 4)} on disk"
         )
+        first = next(job.plan.since(job.done))
+        once = len(pack(first, share=True).ids) if self.host.shares({NAME}) else 0
+        shared = sum(len(row.ids) for row in first) - once if once else 0
         say(
-            f"training  {job.steps} steps of about {config.batch_tokens} tokens, lr {config.lr:.2g} {config.schedule},"
-            f" evaluation every {config.eval_every}; run folder {run.folder}"
+            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {len(first)} rows), lr"
+            f" {config.lr:.2g} {config.schedule},{evaluation} run folder {run.folder}"
         )
+        if shared:
+            say(f"          rows begin alike: of the first step's tokens {count(shared)} needn't be computed again")
         if self.memory is not None:
             say(f"memory    at most {size(self.memory)}; now {size(self._used())}")
 

@@ -87,7 +87,7 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
         weights += sum(quant.size(shape) - shape.numel() * wide for shape in coded)
         weights += 2 * max(shape.numel() for shape in coded) * wide  # numbers of those that share an input
     text = shape.get_text_config()
-    batches = Batches(rows, config.batch_tokens or default_tokens(rows), config.accumulate, config.seed)
+    batches = Batches(rows, config.batch_tokens or default_tokens(rows, config.share), config.accumulate, config.seed)
     largest = most = 0
     for micro in (micro for step in batches.epoch(0) for micro in batches.micros(step)):
         largest = max(largest, sum(len(row.ids) for row in micro))

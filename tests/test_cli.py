@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from lorafit.cli import VERBS, main
+from lorafit.verbs import common
 from lorafit.verbs.common import importing
 
 
@@ -205,3 +206,25 @@ def test_no_traceback_from_the_real_command(tmp_path):
 def test_resume_takes_the_run_as_an_argument_too(capsys, run):
     code, _, err = call(capsys, "train", "--resume", run)
     assert code == 2 and "is finished" in err
+
+
+@pytest.mark.parametrize(("counts", "busy"), [([1] * 9, False), ([1, 1, 1, 1, 5, 1, 1, 1, 1], False), ([2] * 9, True)])
+def test_other_programs_that_keep_processors_busy_are_noticed(monkeypatch, counts, busy):
+    monkeypatch.setattr(os, "cpu_count", lambda: len(os.sched_getaffinity(0)))
+    each = iter(counts)
+    assert common.beside_others(lambda: next(each)) == busy
+    monkeypatch.setattr(
+        os, "cpu_count", lambda: len(os.sched_getaffinity(0)) + 8
+    )  # others have processors of their own
+    assert not common.beside_others(lambda: 3)
+
+
+def test_threads_wait_asleep_beside_other_programs(monkeypatch):
+    code = "import os; from lorafit.verbs import common; common.beside_others = lambda: {busy};\n"
+    code += "with common.importing(): pass\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    for given, busy, want in ((None, True, common.BRIEFLY), (None, False, "None"), ("7", True, "7")):
+        env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | (
+            {"GOMP_SPINCOUNT": given} if given else {}
+        )
+        done = subprocess.run([sys.executable, "-c", code.format(busy=busy)], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == want, done.stderr

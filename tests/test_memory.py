@@ -221,7 +221,7 @@ def test_an_evaluation_halves_too(monkeypatch):
         ("500M", 5 * 10**8),
         ("1.5 gb", 15 * 10**8),
         ("6GiB", 6 << 30),
-        ("123", 123),
+        ("12345678", 12345678),
         ("2T", 2 * 10**12),
     ],
 )
@@ -233,6 +233,12 @@ def test_amounts_of_memory(text, number):
 def test_amounts_that_are_none(text, data_file):
     with pytest.raises(ConfigError, match=r"memory=.*: must be an amount of memory, for example memory=6G"):
         fit.read_config(str(data_file), {"memory": text})
+
+
+@pytest.mark.parametrize("text", ["2", "800K"])
+def test_an_amount_too_small_to_be_meant(text):
+    with pytest.raises(ConfigError, match=rf"memory={text}: that is \d+ bytes; write memory={text.strip('K')}G or "):
+        byte_count("memory", text)
 
 
 @linux

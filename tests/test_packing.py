@@ -209,3 +209,18 @@ def test_the_groups_that_save_most():
 def test_positions():
     packing = Packing((16, 3, 2, 4), (None, 0, 0, None))
     assert packing.positions.tolist() == [*range(16), 16, 17, 18, 16, 17, *range(4)]
+
+
+def test_rows_within_rows_without_end():
+    rows = [np.zeros(n, np.int32) for n in range(1, 1500)]
+    groups = alike(rows, range(len(rows)))
+    assert groups and all(length >= SHORTEST for length, _ in groups)
+
+
+def test_a_row_that_teaches_an_adapted_head_nothing():
+    host = Host(base("llama"))
+    host.add("a", r=3, targets=["lm_head"])
+    rows = [*documents((0, [5])), *documents((0, [6]), learned_from=6)]
+    want, gradients = loss_and_gradients(host, rows, 1)
+    loss, found = loss_and_gradients(host, rows, 2)
+    assert abs(loss - want) < 1e-5 * want and distance(found, gradients) < 1e-5

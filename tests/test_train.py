@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -286,6 +288,15 @@ def test_fill_and_default_tokens():
     assert fill([5, 5, 5, 20, 1], 10) == [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
     assert default_tokens(rows([50] * 10)) == 256
     assert default_tokens(rows([1000] * 100)) == 2048
+
+
+def test_a_step_has_several_rows_where_they_share_most_of_their_tokens():
+    prompt, others = rows([400], seed=1)[0].ids, rows([20] * 40)
+    alike = [replace(row, ids=np.concatenate([prompt, row.ids]), learn=np.arange(420) > 400) for row in others]
+    assert default_tokens(alike) == 4 * 420
+    assert default_tokens(alike, share=False) == 420 * 40 // 32
+    assert default_tokens(rows([420] * 40)) == 420 * 40 // 32
+    assert default_tokens([]) == 256
 
 
 def test_schedules():

@@ -19,6 +19,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -489,10 +490,12 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
     }
     // dK and dV of a beginning come from several documents: each one's part, (token, key or value, head, dim), until all are there.
     std::vector<int64_t> first_part(s.docs, -1), begins;  // of a document, in `shared`; the beginnings
+    std::vector<std::vector<int64_t>> sharers(s.docs);    // the documents that go on from each
     const int64_t padded_dim = whole(dim, 16), part_size = 2 * s.kv_heads * padded_dim;
     int64_t part_tokens = 0;
     for (int64_t doc = 0; doc < s.docs; doc++)
         if (const int64_t other = s.before[doc]; other >= 0) {
+            sharers[other].push_back(doc);
             for (int64_t sharer : {other, doc})
                 if (first_part[sharer] < 0) {
                     first_part[sharer] = part_tokens;
@@ -664,10 +667,9 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
 #pragma omp parallel for num_threads(s.threads)
         for (int64_t token = 0; token < s.own(other); token++) {
             float* whole_part = shared.get() + (first_part[other] + token) * part_size;
-            for (int64_t doc = 0; doc < s.docs; doc++)
-                if (s.before[doc] == other)
-                    for (int64_t d = 0; d < part_size; d += 16)
-                        *(Floats*)(whole_part + d) += *(Floats*)(shared.get() + (first_part[doc] + token) * part_size + d);
+            for (const int64_t doc : sharers[other])
+                for (int64_t d = 0; d < part_size; d += 16)
+                    *(Floats*)(whole_part + d) += *(Floats*)(shared.get() + (first_part[doc] + token) * part_size + d);
             for (int64_t head = 0; head < s.kv_heads; head++) {
                 put(whole_part + head * padded_dim, 16, dim, 1.0f, dk.from(s.starts[other] + token, head * dim).at);
                 put(whole_part + (s.kv_heads + head) * padded_dim, 16, dim, 1.0f, dv.from(s.starts[other] + token, head * dim).at);
@@ -677,8 +679,8 @@ bool backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v,
     return true;
 }
 
-Shape shape(const int64_t* starts, const int64_t* before, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,
-            int threads) {
+Shape shape(const int64_t* starts, const int64_t* before, int64_t docs, int64_t heads, int64_t kv_heads, int64_t dim,
+            float scale, int64_t window, int threads) {
     return {starts, before, docs, heads, kv_heads, dim, scale, window > 0 ? window : INT64_MAX / 2, std::max(threads, 1)};
 }
 
@@ -711,23 +713,25 @@ bool best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const 
 // scale > 0. Both return 0, or 1 where memory ran out. The backward takes what the forward wrote, and dout, laid out as out; dq, dk and dv have strides of their own.
 #define ATTENTION(NAME, X)                                                                                             \
     KERNEL int attention_forward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,        \
-                                        int64_t v_stride, X* out, float* lse, const int64_t* starts,                  \
-                                        const int64_t* before, int64_t docs,                                           \
-                                        int64_t heads, int64_t kv_heads, int64_t dim, float scale, int64_t window,     \
-                                        int threads) {                                                                 \
-        Shape s = shape(starts, before, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+                                        int64_t v_stride, X* out, float* lse, const int64_t* starts,                   \
+                                        const int64_t* before, int64_t docs, int64_t heads, int64_t kv_heads,          \
+                                        int64_t dim, float scale, int64_t window, int threads) try {                   \
+        Shape s = shape(starts, before, docs, heads, kv_heads, dim, scale, window, threads);                           \
         return best_forward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse) ? 0 : 1;                      \
+    } catch (const std::bad_alloc&) {                                                                                  \
+        return 1;                                                                                                      \
     }                                                                                                                  \
     KERNEL int attention_backward_##NAME(const X* q, int64_t q_stride, const X* k, int64_t k_stride, const X* v,       \
                                          int64_t v_stride, const X* out, const float* lse, const X* dout, X* dq,       \
                                          int64_t dq_stride, X* dk, int64_t dk_stride, X* dv, int64_t dv_stride,        \
-                                         const int64_t* starts, const int64_t* before, int64_t docs,                   \
-                                         int64_t heads, int64_t kv_heads,                                              \
-                                         int64_t dim, float scale, int64_t window, int threads) {                      \
-        Shape s = shape(starts, before, docs, heads, kv_heads, dim, scale, window, threads);                                   \
+                                         const int64_t* starts, const int64_t* before, int64_t docs, int64_t heads,    \
+                                         int64_t kv_heads, int64_t dim, float scale, int64_t window, int threads) try {\
+        Shape s = shape(starts, before, docs, heads, kv_heads, dim, scale, window, threads);                           \
         bool fine = best_backward<X>(s, {q, q_stride}, {k, k_stride}, {v, v_stride}, out, lse, dout, {dq, dq_stride},  \
                                      {dk, dk_stride}, {dv, dv_stride});                                                \
         return fine ? 0 : 1;                                                                                           \
+    } catch (const std::bad_alloc&) {                                                                                  \
+        return 1;                                                                                                      \
     }
 
 ATTENTION(f32, float)

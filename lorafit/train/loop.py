@@ -137,7 +137,9 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
             with host.route(route), watched(host):  # open until backward ends: a recomputed forward reads it again
                 each = losses(host, micro)
                 owners = micro.owners.to(each.device)
-                (each / counts.to(each)[owners]).sum().backward()
+                mean = (each / counts.to(each)[owners]).sum()
+                if mean.requires_grad:  # not where nothing is learned here that meets an adapter
+                    mean.backward()
             totals.index_add_(0, micro.owners, each.detach().cpu().double())
     except BaseException:
         for adapter in adapters:

@@ -40,7 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, then say what came of it."""
-    from lorafit.errors import ConfigError
+    from lorafit.config import build, defaults
+    from lorafit.errors import ConfigError, DataError
 
     if args.help_settings:
         print(settings_table())
@@ -57,6 +58,10 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--resume needs the run folder: lorafit train --resume --out RUN")
     if args.resume and args.start:
         raise ConfigError("--resume goes on with a run, --from starts a new one; use one of them")
+    # Told before seconds of imports; names are looked at after them, since methods have settings of their own.
+    build({key: value for key, value in found.items() if key in defaults()})
+    if source is not None and not Path(source).expanduser().is_file():
+        raise DataError(f"no such file: {source}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
     if args.force and not args.resume:
         raise ConfigError("--force only goes with --resume")
     if source is None and not args.resume and "data" not in found:
@@ -84,7 +89,9 @@ def described(run: str, summary: dict[str, Any]) -> str:
     lines = []
     if before is not None and after is not None:
         change = (after - before) / before
-        verdict = "it learned" if change < -0.02 else "it hardly learned" if change < 0.02 else "it got worse"
+        falling = summary["best_step"] == summary["steps"]
+        learned = "it learned, and was still learning at the end: more epochs may help" if falling else "it learned"
+        verdict = learned if change < -0.02 else "it hardly learned" if change < 0.02 else "it got worse"
         lines.append(
             f"held-out loss  {before:.4f} -> {after:.4f} ({change:+.1%}), best at step {summary['best_step']}: {verdict}"
         )
@@ -93,7 +100,7 @@ def described(run: str, summary: dict[str, Any]) -> str:
             "               no evaluation was better than the start, so adapter/ holds the start; try another lr"
         )
     share = summary["trainable_parameters"] / summary["total_parameters"]
-    speed = f"{summary['tokens_per_second']:.0f} tokens/s, " if summary["tokens_per_second"] else ""
+    speed = f"{summary['tokens_per_second']:.0f} tokens/s in its steps, " if summary["tokens_per_second"] else ""
     lines += [
         f"stopped        {summary['stopped']}, after {summary['steps']} steps",
         f"took           {duration(summary['seconds'])}, {speed}peak memory {size(summary['peak_rss_bytes'])}",
@@ -113,7 +120,7 @@ def settings_table() -> str:
     """Every setting with its default, the methods' own among them."""
     import dataclasses
 
-    from lorafit.config import defaults
+    from lorafit.config import choices, defaults
     from lorafit.log import table
     from lorafit.methods import METHODS
     from lorafit.methods import settings as own
@@ -121,7 +128,8 @@ def settings_table() -> str:
     rows = []
     for name, f in defaults().items():
         default = None if f.default is dataclasses.MISSING else f.default
-        rows.append([name, "-" if default in (None, "") else str(default), f.metadata["help"]])
+        meaning = f.metadata["help"] + (f" ({', '.join(known)})" if (known := choices(name)) else "")
+        rows.append([name, "-" if default in (None, "") else str(default), meaning])
     for method, kind in METHODS.items():
         rows += [[name, str(default), f"of method={method}"] for name, (_, default) in own(kind).items()]
     return table(["setting", "default", "meaning"], rows, "lll")
