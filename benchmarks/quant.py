@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from lorafit.bench.ours import NAME, GivenPlan, as_tokens
-from lorafit.bench.work import of_lengths
+from lorafit.bench.ours import NAME, GivenPlan
+from lorafit.bench.work import as_tokens, of_lengths
 from lorafit.host import Host
 from lorafit.machine import peak_memory
 from lorafit.model.load import load, locate

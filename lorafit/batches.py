@@ -81,14 +81,15 @@ def join(parts: Sequence[tuple[int, Sequence[Tokens]]], share: bool = False) -> 
             before.append(other)
             at += len(row.ids) - length
         segments.append((owner, at - start))
+    packing = Packing(tuple(map(len, stretches)), tuple(before))
     positions, successors, copies = np.concatenate(found), np.concatenate(labels), None
-    if any(other is not None for other in before):
+    if packing.shared:
         words = int(successors.max(initial=0)) + 1
         pairs, copies = np.unique(positions.astype(np.int64) * words + successors, return_inverse=True)
         positions, successors = pairs // words, pairs % words
     return Micro(
         torch.from_numpy(np.concatenate(stretches).astype(np.int64)),
-        Packing(tuple(len(stretch) for stretch in stretches), tuple(before)),
+        packing,
         torch.from_numpy(positions.astype(np.int64)),
         torch.from_numpy(successors.astype(np.int64)),
         tuple(segments),
@@ -116,7 +117,16 @@ def alike(rows: Sequence[np.ndarray], members: Sequence[int], depth: int = 50) -
         if len(rows[i]) > length + 1:
             branches.setdefault(int(rows[i][length]), []).append(i)
     finer = [group for branch in branches.values() for group in alike(rows, branch, depth - 1)] if depth else []
-    return max(together, finer, key=lambda groups: sum(length * (len(some) - 1) for length, some in groups))
+    return max(together, finer, key=_saved)
+
+
+def _saved(groups: Sequence[tuple[int, list[int]]]) -> int:
+    return sum(length * (len(members) - 1) for length, members in groups)
+
+
+def spared(documents: Sequence[Tokens]) -> int:
+    """How many tokens needn't be in a row again, because documents before them begin alike."""
+    return _saved(alike([row.ids for row in documents], range(len(documents))))
 
 
 def targets(rows: Sequence[Tokens]) -> int:
@@ -209,8 +219,8 @@ def default_tokens(rows: Sequence[Tokens], share: bool = True) -> int:
     """
     total = int(lengths_of(rows).sum())
     tokens = max(256, min(2048, total // 32))
-    some = [rows[i].ids for i in range(0, len(rows), -(-len(rows) // SAMPLE))][:SAMPLE] if share and len(rows) else []
-    held = sum(map(len, some))
-    if 2 * sum(length * (len(group) - 1) for length, group in alike(some, range(len(some)))) > held:
+    some = [rows[i] for i in range(0, len(rows), max(1, -(-len(rows) // SAMPLE)))] if share else []
+    held = sum(len(row.ids) for row in some)
+    if 2 * spared(some) > held:
         tokens = max(tokens, TOGETHER * -(-held // len(some)))
     return tokens

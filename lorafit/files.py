@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import RunError, UserError
+from lorafit.errors import DataError, RunError, UserError
 
 
 def cache_folder() -> Path:
@@ -24,6 +24,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def need_data(name: str) -> None:
+    """DataError where there is no such file."""
+    if not Path(name).expanduser().is_file():
+        raise DataError(f"no such file: {name}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
 
 
 def write_text(path: Path, text: str, again: str = "go on with --resume") -> None:

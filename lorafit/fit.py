@@ -16,10 +16,10 @@ import torch
 import lorafit
 from lorafit import config as settings
 from lorafit import files, report
-from lorafit.batches import Plan, default_tokens, pack
+from lorafit.batches import Plan, default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
-from lorafit.errors import ConfigError, DataError, MissingExtra, OutOfMemory, RunError, UserError
+from lorafit.errors import ConfigError, MissingExtra, OutOfMemory, RunError, UserError
 from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
@@ -600,14 +600,12 @@ class _Fit:
             f" trainable ({share:.2%}), {size(adapter.numbers() * 4)} on disk"
         )
         first = next(job.plan.since(job.done))
-        once = len(pack(first, share=True).ids) if self.host.shares({NAME}) else 0
-        shared = sum(len(row.ids) for row in first) - once if once else 0
         say(
             f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {len(first)} rows), lr"
             f" {config.lr:.2g} {config.schedule},{evaluation} run folder {run.folder}"
         )
-        if shared:
-            say(f"          rows begin alike: of the first step's tokens {count(shared)} needn't be computed again")
+        if self.host.shares({NAME}) and (again := spared(first)):
+            say(f"          rows begin alike: of the first step's tokens {count(again)} needn't be computed again")
         if self.memory is not None:
             say(f"memory    at most {size(self.memory)}; now {size(self._used())}")
 
@@ -658,8 +656,8 @@ def default_lr(host: Host) -> float:
 def _check_files(config: Config) -> None:
     """Said before a model is looked for, loaded, or converted for the first time."""
     for file in (config.data, config.held_out):
-        if file and not Path(file).expanduser().is_file():
-            raise DataError(f"no such file: {file}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
+        if file:
+            files.need_data(file)
 
 
 def _check_extras(config: Config) -> None:

@@ -119,9 +119,10 @@ class Host:
     def shares(self, names: Iterable[str]) -> bool:
         """Whether documents through these adapters may share their beginning: our own run through the layers, and nothing
         drawn for a token that another document would draw anew."""
-        base, drawn = self.base, any(layer.draws for name in names for _, layer in self.adapters[name].items())
-        runs = base.body is not None and base.body.shares and base.plain_head and base.device.type == "cpu"
-        return runs and not drawn
+        base = self.base
+        if base.body is None or not (base.body.shares and base.plain_head and base.device.type == "cpu"):
+            return False
+        return not any(layer.draws for name in names for _, layer in self.adapters[name].items())
 
     def hidden(self, ids: Tensor, lengths: Packing | Sequence[int]) -> Tensor:
         """Last hidden states (tokens, width) of documents in ids (tokens,), under the open route. The documents' lengths say

@@ -97,9 +97,8 @@ def plain_attend(
     queries, keys, values = (x.split(list(lengths)) for x in (q, k, v))
     found = []
     for i, other in enumerate(before or [None] * len(lengths)):
-        seen = [i] if other is None else [other, i]
         if lengths[i]:
-            key, value = (torch.cat([x[j] for j in seen]) for x in (keys, values))
+            key, value = (x[i] if other is None else torch.cat([x[other], x[i]]) for x in (keys, values))
             found.append(_plain_document(queries[i], key, value, scale, window))
     return (torch.cat(found) if found else q).flatten(1)
 

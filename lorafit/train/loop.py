@@ -128,11 +128,12 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
         for adapter in adapters:
             adapter.train()
         for piece in _micros(live, documents, halvings):
-            for owner in {owner for owner, _ in piece}:
+            present = {owner for owner, _ in piece}
+            for owner in present:
                 job = live[owner]
                 adapters[owner].reseed(zlib.crc32(f"{job.plan.seed}:{job.done}:{taken[owner]}".encode()))
                 taken[owner] += 1
-            micro = _joined(piece, host.shares({live[owner].name for owner, _ in piece}))
+            micro = _joined(piece, host.shares(live[owner].name for owner in present))
             route = Route.of((tokens, live[owner].name) for owner, tokens in micro.segments)
             with host.route(route), watched(host):  # open until backward ends: a recomputed forward reads it again
                 each = losses(host, micro)

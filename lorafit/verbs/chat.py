@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lorafit.verbs.common import add_json, add_model, importing, print_json, terminal
+from lorafit.verbs.common import add_json, add_model, importing, opened, print_json, terminal
 
 ABOUT = "talk to adapters on one loaded base"
 EXAMPLE = """\
@@ -32,23 +32,12 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.errors import ConfigError
 
     with importing():
-        from lorafit.session import open_session
         from lorafit.talk import Talk
 
     if args.json and args.prompt is None:
         raise ConfigError("--json needs --prompt")
     out = terminal()
-    paths = [path for path in args.runs if path != "base"]
-    with out.working("loading") as spinner:
-        session = open_session(
-            paths,
-            model=args.model,
-            quant=args.quant,
-            precision=args.precision,
-            device=args.device,
-            say=out.say,
-            working=spinner.rename,
-        )
+    session = opened(args, out)
     talk = Talk(
         session,
         compare=args.compare,

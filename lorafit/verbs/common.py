@@ -12,9 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lorafit.config import choices
 from lorafit.log import Terminal
+
+if TYPE_CHECKING:
+    from lorafit.session import Session
 
 SAMPLES = 9  # in a tenth of a second
 
@@ -27,10 +31,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --precision, --quant, --device."""
     parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the base")
-    parser.add_argument(
-        "--quant", choices=["none", "nf4", "fp4", "int8"], help="how the base is stored; default: as trained"
-    )
+    parser.add_argument("--quant", choices=choices("quant"), help="how the base is stored; default: as trained")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def opened(args: argparse.Namespace, out: Terminal) -> Session:
+    """The base and the adapters that `runs` names (`base`: the base alone), as the options of `add_model` say."""
+    from lorafit.session import open_session
+
+    with out.working("loading") as spinner:
+        return open_session(
+            [path for path in args.runs if path != "base"],
+            model=args.model,
+            quant=args.quant,
+            precision=args.precision,
+            device=args.device,
+            say=out.say,
+            working=spinner.rename,
+        )
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,22 +87,22 @@ def terminal() -> Terminal:
     return Terminal(stream=sys.stderr)
 
 
-def beside_others(running: Callable[[], int] | None = None) -> bool:
+def _running() -> int:
+    return int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].split("/")[0])
+
+
+def beside_others(running: Callable[[], int] = _running) -> bool:
     """Whether other programs keep processors busy that our threads would take. `running` counts the processes that run or
     wait for a processor, this one among them; /proc/loadavg's own count by default, and False where there is none."""
     counts = []
     for _ in range(SAMPLES):
         try:
-            counts.append((running or _running)() - 1)
+            counts.append(running() - 1)
         except (OSError, ValueError, IndexError):
             return False
         time.sleep(0.01)
     threads = len(os.sched_getaffinity(0))
     return statistics.median(counts) + threads > (os.cpu_count() or threads)
-
-
-def _running() -> int:
-    return int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].split("/")[0])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lorafit.verbs.common import add_json, add_model, importing, print_json, terminal
+from lorafit.verbs.common import add_json, add_model, importing, opened, print_json, terminal
 
 ABOUT = "score adapters on a data file, beside their base"
 EXAMPLE = """\
@@ -47,22 +47,11 @@ def run(args: argparse.Namespace) -> None:
     with importing():
         from lorafit import evaluate
         from lorafit.data import prepare
-        from lorafit.session import open_session
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: must be at least 1")
     out = terminal()
-    paths = [path for path in args.runs if path != "base"]
-    with out.working("loading") as spinner:
-        session = open_session(
-            paths,
-            model=args.model,
-            quant=args.quant,
-            precision=args.precision,
-            device=args.device,
-            say=out.say,
-            working=spinner.rename,
-        )
+    session = opened(args, out)
     host = session.host
     result: dict[str, Any] = {"data": args.data, "base": host.base.name, "scores": {}}
     first = next(iter(host.adapters), None)

@@ -41,7 +41,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, then say what came of it."""
     from lorafit.config import build, defaults
-    from lorafit.errors import ConfigError, DataError
+    from lorafit.errors import ConfigError
+    from lorafit.files import need_data
 
     if args.help_settings:
         print(settings_table())
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--resume goes on with a run, --from starts a new one; use one of them")
     # Told before seconds of imports; names are looked at after them, since methods have settings of their own.
     build({key: value for key, value in found.items() if key in defaults()})
-    if source is not None and not Path(source).expanduser().is_file():
-        raise DataError(f"no such file: {source}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
+    if source is not None:
+        need_data(source)
     if args.force and not args.resume:
         raise ConfigError("--force only goes with --resume")
     if source is None and not args.resume and "data" not in found:
