@@ -158,6 +158,14 @@ def test_evaluation_shares_and_scores_the_same():
     assert shared.target_tokens == sum(int(row.learn[1:].sum()) for row in rows)
 
 
+def test_evaluation_of_who_may_not_share_takes_each_row_whole():
+    host = host_with("gpt2")
+    rows = STEPS["one"]
+    each = [evaluate(host, [row], "a") for row in rows]
+    want = sum(scores.loss * scores.target_tokens for scores in each) / sum(scores.target_tokens for scores in each)
+    assert evaluate(host, rows, "a").loss == pytest.approx(want, rel=1e-5)
+
+
 def spelled(micro: Micro) -> list[tuple[list[int], list[int]]]:
     """Each document's tokens, and the learned ones, read back from a row."""
     starts = np.cumsum([0, *micro.packing.lengths])
