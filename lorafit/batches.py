@@ -151,10 +151,10 @@ class Epoch(Sequence[list[Tokens]]):
     """The steps of an epoch; a step's rows are read when it is asked for, so that only its tokens are in memory."""
 
     def __init__(self, rows: Sequence[Tokens], order: np.ndarray, runs: Sequence[range]) -> None:
-        self._rows, self._order, self._runs = rows, order, runs
+        self._rows, self.order, self.runs = rows, order, runs
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self.runs)
 
     @overload
     def __getitem__(self, key: int) -> list[Tokens]: ...
@@ -163,8 +163,8 @@ class Epoch(Sequence[list[Tokens]]):
     def __getitem__(self, key: Any) -> Any:
         """A step's documents, or some steps."""
         if isinstance(key, slice):
-            return Epoch(self._rows, self._order, self._runs[key])
-        return [self._rows[self._order[i]] for i in self._runs[key]]
+            return Epoch(self._rows, self.order, self.runs[key])
+        return [self._rows[self.order[i]] for i in self.runs[key]]
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,18 @@ class Plan:
         total = sum(len(row.ids) for row in documents)
         runs = fill([len(row.ids) for row in documents], max(1, -(-total // self.accumulate)))
         return [[documents[i] for i in run] for run in runs]
+
+    def largest(self) -> list[Tokens]:
+        """The documents of the first epoch's largest micro-batch; no others are read."""
+        epoch = self.epoch(0)
+        most, where = 0, (0, range(0))
+        for number, run in enumerate(epoch.runs):
+            lengths = self.lengths[epoch.order[run.start : run.stop]].tolist()
+            for cut in fill(lengths, max(1, -(-sum(lengths) // self.accumulate))):
+                if (tokens := sum(lengths[cut.start : cut.stop])) > most:
+                    most, where = tokens, (number, cut)
+        number, cut = where
+        return epoch[number][cut.start : cut.stop] if most else []
 
     def steps(self, epochs: float) -> int:
         """How many steps that many epochs have; a part of an epoch counts by its share of the steps."""

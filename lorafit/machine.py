@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import os
 import resource
 import signal
 import sys
@@ -125,6 +126,14 @@ class Gauge:
             return 0
 
 
+def available() -> int:
+    """Bytes that this process may still take: of the system's, of its control groups' and under a limit of its own."""
+    rooms = [n for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
+    if sys.platform == "linux" and (limit := resource.getrlimit(resource.RLIMIT_DATA)[0]) != resource.RLIM_INFINITY:
+        rooms.append(max(0, limit - private_memory()))
+    return min(rooms) if rooms else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def private_memory() -> int:
     """Bytes of this process's private writable memory, as the system counts them against RLIMIT_DATA; 0 if unknown."""
     return _field("/proc/self/status", "VmData")
@@ -198,7 +207,8 @@ def _frugal() -> None:
 
 
 def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes left in this process's control groups and those above them, version 2 and 1; file cache counts as left."""
+    """Bytes left in this process's control groups and those above them, version 2 and 1. Pages of files count as left, those
+    that are in use too: a base that is mapped from a file gives way to whatever needs the memory."""
     found = []
     try:
         lines = own.read_text().splitlines()
@@ -209,9 +219,9 @@ def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
         if kinds and "memory" not in kinds.split(","):
             continue
         names = (
-            (("memory.max", "memory.high"), "memory.current", "inactive_file")
+            (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
             if not kinds
-            else (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+            else (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
         )
         for top in (root, root / "unified") if not kinds else (root / "memory",):
             place = top / path.strip("/")
@@ -222,13 +232,14 @@ def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
     return found
 
 
-def _left(folder: Path, limits: tuple[str, ...], usage: str, cache: str) -> list[int]:
+def _left(folder: Path, limits: tuple[str, ...], usage: str, caches: tuple[str, ...]) -> list[int]:
     found = []
     for name in limits:
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no limit
             most = int((folder / name).read_text())
             if most < 1 << 60:  # what version 1 writes for none
-                used = int((folder / usage).read_text()) - _field(str(folder / "memory.stat"), cache, 1)
+                files = sum(_field(str(folder / "memory.stat"), cache, 1) for cache in caches)
+                used = int((folder / usage).read_text()) - files
                 found.append(max(1, most - used))
     return found
 

@@ -1,36 +1,47 @@
-"""How much memory a run will take, told before a byte of weights is read: from config.json and the rows' lengths alone.
+"""How much memory and disk a run will take, told before a byte of weights is read: from config.json and the rows' lengths.
 
-The estimate adds up what must be in memory at the height of a step. The activation term counts what autograd keeps in a
-Llama-like layer, times 1.5 for the backward pass's own buffers and the allocator's gaps (measured: within about 10 % on
-SmolLM2-135M at 256 to 2048 tokens, bf16 and fp32).
+The model is built without weights, so that every site is known. What is in memory at the height of a step is then added up:
+the base, the adapter with its gradients and optimiser, what the layers keep for the backward, and the chunk of logits or
+the widest part of a layer's backward, whichever is more. docs/memory.md shows predictions beside measured peaks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorafit.batches import Plan as Batches
-from lorafit.batches import default_tokens, targets
+from lorafit.batches import default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Tokens
-from lorafit.methods import find
+from lorafit.data.store import lengths_of
+from lorafit.evaluate import TOKENS
+from lorafit.machine import SPARE, available
+from lorafit.methods import Method, find
+from lorafit.model.body import Body
 from lorafit.model.load import pick_device, pick_dtype
 from lorafit.model.quant import Quant
-from lorafit.model.sites import find_sites, pattern_value, select
+from lorafit.model.sites import Site, find_sites, pattern_value, select
+from lorafit.native.gemm import DEEP
+from lorafit.run import KEEP
 from lorafit.train.loss import CHUNK
 
-RUNTIME = 350_000_000  # Python, torch and transformers, before any model
-SLACK = 1.5
+RUNTIME = 560_000_000  # Python, torch, transformers, a tokenizer, oneDNN's buffers: before and beside any model
+CONTEXT = 600_000_000  # of a GPU's memory: CUDA's own
+KEPT_BY_TWINS = 1.6  # what torch's operations keep for the backward, over our kernels (measured: 135M on an H100)
+AIR = 1.1  # gaps between blocks of memory that come and go
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of each part at the height of a training step, and their sum."""
+    """Bytes of each part at the height of a training step, of the other things that a run is followed by, and its size.
+
+    `mapped` is the part of `weights` that lies in files: where memory is short the system reads it again when it is needed.
+    """
 
     runtime: int
     weights: int
@@ -39,85 +50,268 @@ class Estimate:
     optimizer: int
     activations: int
     logits: int
+    mapped: int
+    evaluating: int
+    merging: int
+    disk: int
+    tokens: int  # of an epoch
+    trained_tokens: int  # of all steps
     micro_batch_tokens: int
+    longest: int
     steps: int
     trainable_parameters: int
     total_parameters: int
     precision: str
+    quant: str
 
     @property
     def peak_bytes(self) -> int:
-        """The estimated peak of resident memory."""
-        return (
-            self.runtime
-            + self.weights
-            + self.adapter
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.logits
-        )
+        """The estimated peak of resident memory while training."""
+        parts = self.weights + self.adapter + self.gradients + self.optimizer
+        return self.runtime + parts + self.activations + self.logits
 
     def to_json(self) -> dict[str, Any]:
         """In JSON types."""
         return {"peak_bytes": self.peak_bytes, **asdict(self)}
 
 
-def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
-    """The memory of training `config` on these rows; the model is built without weights."""
+@dataclass(frozen=True)
+class Width:
+    """The numbers of a decoder layer that memory depends on."""
+
+    layers: int
+    h: int
+    q: int
+    kv: int
+    heads: int
+    inner: int
+    vocabulary: int
+
+    @staticmethod
+    def of(shape: Any) -> Width:
+        """From a transformers config."""
+        text = shape.get_text_config()
+        h, heads = int(text.hidden_size), int(text.num_attention_heads)
+        dim = getattr(text, "head_dim", None) or h // heads
+        kv = getattr(text, "num_key_value_heads", None) or heads
+        inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * h
+        return Width(int(text.num_hidden_layers), h, heads * dim, kv * dim, heads, int(inner), int(text.vocab_size))
+
+
+@dataclass
+class Model:
+    """A model without weights, and what `config` would train of it."""
+
+    model: Any
+    width: Width
+    sites: list[Site]
+    chosen: list[tuple[Site, Method]]
+    dtype: torch.dtype
+    fast: bool  # our own run through the layers takes it
+    gpu: bool
+
+    @property
+    def numbers(self) -> int:
+        """Trainable."""
+        return sum(p.numel() for _, layer in self.chosen for p in layer.parameters())
+
+    @property
+    def total(self) -> int:
+        """Of the base."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def empty(config: Config, path: Path, gpu: bool | None = None) -> Model:
+    """The model of a folder's config.json, on no device. `gpu`: whether it is to run on one; None: as `device` says."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    place = torch.device("cuda" if gpu else "cpu") if gpu is not None else pick_device(config.device)
+    dtype = torch.bfloat16 if gpu and config.precision == "auto" else pick_dtype(config.precision, place)
     shape = AutoConfig.from_pretrained(path, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         sites = find_sites(model)
         kind = find(config.method)
-        number = 0
+        chosen = []
         for site in select(sites, config.targets or kind.targets):
             options = dict(config.options)
             if "r" in options:
                 options["r"] = pattern_value(config.rank_pattern, site.path, options["r"])
-            number += sum(p.numel() for p in kind(site, None, **options).parameters())
-    dtype = pick_dtype(config.precision, pick_device(config.device))
-    wide = dtype.itemsize
-    total = sum(p.numel() for p in model.parameters())
-    weights = total * wide
-    if quant := Quant.of(config.quant, config.double_quant):
-        coded = [site.shape for site in sites.values() if site.kind in ("linear", "conv1d") and not site.head]
-        weights += sum(quant.size(shape) - shape.numel() * wide for shape in coded)
-        weights += 2 * max(shape.numel() for shape in coded) * wide  # numbers of those that share an input
-    text = shape.get_text_config()
+            chosen.append((site, kind(site, None, **options)))
+    fast = Body.of(model) is not None
+    return Model(model, Width.of(shape), list(sites.values()), chosen, dtype, fast, place.type != "cpu")
+
+
+def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
+    """What training `config` on these rows takes."""
+    wide = model.dtype.itemsize
     batches = Batches(rows, config.batch_tokens or default_tokens(rows, config.share), config.accumulate, config.seed)
-    largest = most = 0
-    for micro in (micro for step in batches.epoch(0) for micro in batches.micros(step)):
-        largest = max(largest, sum(len(row.ids) for row in micro))
-        most = max(most, targets(micro))
+    steps = config.steps or batches.steps(config.epochs)
+    largest = batches.largest()
+    held = through = sum(len(row.ids) for row in largest)
+    if config.share and model.fast and not model.gpu:
+        through -= spared(largest)
+    longest = int(batches.lengths.max(initial=0))
+    quant = Quant.of(config.quant, config.double_quant)
+    weights, mapped = _weights(model, quant)
+    number = model.numbers
+    beside = CONTEXT if model.gpu else RUNTIME
+    heads_trained = any(site.head or site.lookup for site, _ in model.chosen)
+    logits = min(CHUNK, held) * model.width.vocabulary * (wide if model.fast and not heads_trained else 2 * wide + 12)
+    scored = max(longest, min(TOKENS, int(batches.lengths.sum())))
+    passing = int(AIR * scored * wide * (3 * model.width.h + 3 * model.width.inner))
+    most = max((site.shape.numel() for site in model.sites), default=0)
+    state = 8 * number
+    disk = 4 * number + (KEEP + 1) * (4 * number + state) + (mapped if quant else 0)
     return Estimate(
-        runtime=RUNTIME,
+        runtime=beside,
         weights=weights,
-        adapter=number * 4,
-        gradients=number * 4,
-        optimizer=number * 8,
-        activations=activations(text, largest, wide, config.checkpointing),
-        logits=min(CHUNK, most) * text.vocab_size * (wide + 12),
-        micro_batch_tokens=largest,
-        steps=config.steps or batches.steps(config.epochs),
+        adapter=4 * number,
+        gradients=4 * number,
+        optimizer=state,
+        activations=activations(model, through, config.checkpointing),
+        logits=logits,
+        mapped=mapped,
+        evaluating=beside + weights + 4 * number + max(passing, logits),
+        merging=RUNTIME + 4 * number + 3 * 4 * most,
+        disk=disk,
+        tokens=int(batches.lengths.sum()),
+        trained_tokens=round(batches.lengths.sum() * steps / max(1, len(batches.epoch(0)))),
+        micro_batch_tokens=held,
+        longest=longest,
+        steps=steps,
         trainable_parameters=number,
-        total_parameters=total,
-        precision="bf16" if dtype is torch.bfloat16 else "fp32",
+        total_parameters=model.total,
+        precision="bf16" if model.dtype is torch.bfloat16 else "fp32",
+        quant=config.quant,
     )
 
 
-def activations(text: Any, tokens: int, wide: int, checkpointing: bool) -> int:
-    """Bytes that autograd keeps for `tokens` tokens; `wide` is the bytes of a number.
+def _weights(model: Model, quant: Quant | None) -> tuple[int, int]:
+    """Bytes of the base in memory, and how many of them lie in files."""
+    wide = model.dtype.itemsize
+    whole = model.total * wide
+    if quant is None:
+        return whole, 0
+    coded = [site.shape for site in model.sites if site.kind in ("linear", "conv1d") and not site.head]
+    codes = sum(quant.size(shape) for shape in coded)
+    rest = whole - sum(shape.numel() * wide for shape in coded)
+    return codes + rest + _numbers_at_once(model, coded) * wide, codes
 
-    A layer keeps, in numbers a token: 6 h for two norms (their fp32 copies count double in bf16), 3 q + 2 kv for attention,
-    4 i for the gated product. With checkpointing: one layer, and each layer's input.
+
+def _numbers_at_once(model: Model, coded: Sequence[torch.Size]) -> int:
+    """How many numbers of a quantised base exist at once: those of the products that share an input."""
+    return (2 if model.fast else 1) * max((shape.numel() for shape in coded), default=0)
+
+
+def activations(model: Model, tokens: int, checkpointing: bool) -> int:
+    """Bytes that a forward of `tokens` tokens keeps for its backward, and what the widest part of the backward adds.
+
+    With checkpointing: one layer, and of each layer the two streams that it begins with.
     """
-    h, layers = int(text.hidden_size), int(text.num_hidden_layers)
-    heads = text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or h // heads
-    q, kv = heads * dim, (getattr(text, "num_key_value_heads", None) or heads) * dim
-    inner = getattr(text, "intermediate_size", None) or 4 * h
-    layer = int(SLACK * wide * (6 * h + 3 * q + 2 * kv + 4 * inner))
-    return tokens * (layer + layers * h * wide if checkpointing else layers * layer)
+    w, wide = model.width, model.dtype.itemsize
+    layer = _kept(model, tokens)
+    ends = tokens * wide * 3 * w.h  # the last norm, the learned tokens' states and their gradient
+    backward = tokens * wide * (3 * w.inner + 3 * w.h)
+    streams = (2 if model.fast else 1) * tokens * wide * w.h
+    kept = layer + w.layers * streams if checkpointing else w.layers * layer
+    return int(AIR * (kept + ends + backward))
+
+
+def _kept(model: Model, tokens: int) -> int:
+    """Bytes that a layer keeps."""
+    w, wide = model.width, model.dtype.itemsize
+    # Two streams, q, k, v, attention's output, gate and up; norms and the gated product are made again.
+    numbers = 2 * w.h + 2 * w.q + 2 * w.kv + 2 * w.inner
+    if not model.fast:  # modules: norms with copies of their own, the gated product's steps
+        numbers = 6 * w.h + 3 * w.q + 2 * w.kv + 4 * w.inner
+    factor = KEPT_BY_TWINS if model.fast and model.gpu else 1.0
+    whole = int(factor * tokens * wide * numbers) + 4 * tokens * w.heads
+    return whole + sum(_kept_by(site, layer, tokens, wide) for site, layer in model.chosen) // w.layers
+
+
+def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
+    """Bytes that an adapter's layer keeps: x·Aᵀ and its matrices in the base's type; where it isn't of low rank, its input."""
+    *lead, out, width = site.shape
+    low = layer.eval().low_rank()
+    if low is None:
+        return layer_bytes(layer, wide) + tokens * wide * width
+    r = -(-low[0].shape[0] // DEEP) * DEEP
+    more = 2 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: what fell out, what was left
+    return wide * (low[0].shape[0] * width + r * out + tokens * r) + more
+
+
+def layer_bytes(layer: Method, wide: int) -> int:
+    """Of its parameters, in a type of `wide` bytes."""
+    return sum(p.numel() for p in layer.parameters()) * wide
+
+
+# --- does it fit? ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`fits`: as asked. Else `change` are the settings with which it does, empty where nothing makes it fit.
+
+    `streams`: only because the system reads weights from their file again and again, slowly.
+    """
+
+    fits: bool
+    memory: int
+    best: Estimate
+    change: dict[str, Any]
+    streams: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON types."""
+        word = "fits" if self.fits else "fits with" if self.change else "doesn't fit"
+        return {
+            "verdict": word,
+            "memory": self.memory,
+            "change": self.change,
+            "streams": self.streams,
+            "peak_bytes_then": self.best.peak_bytes,
+        }
+
+
+def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int) -> Verdict:
+    """Whether it fits into `memory` bytes; else the first of what changes nothing (smaller micro-batches), what only
+    costs time (checkpointing) and what costs a little exactness (4 bits) with which it does."""
+    best: Estimate | None = None
+    for change in _changes(config, rows):
+        tried = replace(config, **change)
+        found = estimate(tried, model, rows)
+        if found.peak_bytes <= memory:
+            return Verdict(not change, memory, found, change)
+        if not model.gpu and found.peak_bytes - found.mapped <= memory:
+            return Verdict(not change, memory, found, change, streams=True)
+        if best is None or found.peak_bytes < best.peak_bytes:
+            best = found
+    assert best is not None
+    return Verdict(False, memory, best, {})
+
+
+def _changes(config: Config, rows: Sequence[Tokens]) -> Iterator[dict[str, Any]]:
+    """Settings to try, the least painful first."""
+    longest = int(lengths_of(rows).max(initial=1))
+    tokens = config.batch_tokens or default_tokens(rows, config.share)
+    smaller, accumulate = [], config.accumulate
+    while tokens // accumulate > longest:
+        accumulate *= 2
+        smaller.append({"accumulate": accumulate})
+    quants: list[dict[str, Any]] = [{}]
+    if config.quant == "none":
+        quants.append({"quant": "nf4"})
+    for quant in quants:
+        yield quant
+        for pieces in smaller:
+            yield quant | pieces
+        if not config.checkpointing:
+            yield quant | {"checkpointing": True}
+            for pieces in smaller:
+                yield quant | pieces | {"checkpointing": True}
+
+
+def room(config: Config, memory: int | None) -> int:
+    """Bytes that a run may take on this machine: `memory`, or what is left but for a reserve."""
+    return memory if memory is not None else int(available() * (1 - SPARE))

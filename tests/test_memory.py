@@ -268,7 +268,7 @@ def test_control_groups_are_read(tmp_path):
         (tmp_path / folder / "memory.max").write_text(most)
         (tmp_path / folder / "memory.high").write_text("max\n")
         (tmp_path / folder / "memory.current").write_text("3000000\n")
-        (tmp_path / folder / "memory.stat").write_text("anon 7\ninactive_file 1000000\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 7\ninactive_file 400000\nactive_file 600000\n")
     assert machine._groups(tmp_path, tmp_path / "own") == [3000000]
     old = tmp_path / "memory" / "x"
     old.mkdir(parents=True)
@@ -277,7 +277,7 @@ def test_control_groups_are_read(tmp_path):
     (old.parent / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     for folder in (old, old.parent):
         (folder / "memory.usage_in_bytes").write_text("1500000\n")
-        (folder / "memory.stat").write_text("total_inactive_file 100000\n")
+        (folder / "memory.stat").write_text("total_inactive_file 60000\ntotal_active_file 40000\n")
     assert machine._groups(tmp_path, tmp_path / "own") == [600000]
     assert machine._groups(tmp_path, tmp_path / "none") == []
 

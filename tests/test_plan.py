@@ -1,20 +1,33 @@
-"""The estimate counts what training really makes, without reading weights."""
+"""The plan counts what training really makes, without reading weights, and finds settings with which it fits."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
+from data_helpers import CHATML, tokenizer
 from tiny import rows
+from transformers import LlamaConfig
 
-from lorafit import fit, plan
+from lorafit import fit, pace, places, plan
+from lorafit.batches import Plan
 from lorafit.cli import main
+from lorafit.errors import ConfigError
 from lorafit.host import Host
 from lorafit.model.load import load
+from lorafit.model.quant import Quant, QuantLinear
+
+LENGTHS = [20] * 10
 
 
-def made(model, data, **changes):
-    return plan.estimate(fit.read_config(str(data), {"precision": "fp32", **changes}), model, rows([20] * 10))
+def settings(data, **changes):
+    return fit.read_config(str(data), {"precision": "fp32", **changes})
+
+
+def made(model, data, lengths=LENGTHS, **changes):
+    config = settings(data, **changes)
+    return plan.estimate(config, plan.empty(config, model), rows(lengths))
 
 
 @pytest.mark.parametrize(
@@ -28,16 +41,145 @@ def test_it_counts_what_the_host_makes(tiny_model, data_file, changes):
     assert found.trainable_parameters == adapter.numbers()
     assert found.total_parameters == host.base.parameters()
     assert found.weights == 4 * found.total_parameters
+    assert found.peak_bytes == sum(
+        getattr(found, part)
+        for part in ("runtime", "weights", "adapter", "gradients", "optimizer", "activations", "logits")
+    )
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_codes_are_counted_as_they_are_stored(tiny_model, data_file, kind, double):
+    model = load(str(tiny_model), precision="fp32", quant=Quant(kind, double)).model
+    parts = [t for m in model.modules() if isinstance(m, QuantLinear) for t in m.buffers()]
+    found = made(tiny_model, data_file, quant=kind, double_quant=str(double))
+    assert found.mapped == sum(t.numel() * t.element_size() for t in parts)
 
 
 def test_memory_follows_the_micro_batch(tiny_model, data_file):
     whole, split = (made(tiny_model, data_file, batch_tokens="200", accumulate=n) for n in ("1", "5"))
     assert (whole.micro_batch_tokens, split.micro_batch_tokens) == (200, 40)
-    assert whole.activations == 5 * split.activations
+    assert 4 * split.activations < whole.activations < 6 * split.activations
     assert made(tiny_model, data_file, batch_tokens="200", checkpointing="true").activations < whole.activations
+
+
+def test_the_largest_micro_batch_is_found_among_all_steps():
+    made = Plan(rows([3, 50, 4, 5, 6, 7, 30, 8]), 60, accumulate=2, seed=1)
+    sizes = [sum(len(row.ids) for row in micro) for step in made.epoch(0) for micro in made.micros(step)]
+    assert sum(len(row.ids) for row in made.largest()) == max(sizes)
+
+
+def test_what_rows_share_is_counted_once(tiny_model, data_file):
+    config = settings(data_file, batch_tokens="400")
+    model = plan.empty(config, tiny_model)
+    alike = rows([40] * 10)
+    for row in alike:
+        row.ids[:30] = alike[0].ids[:30]
+    apart = plan.estimate(settings(data_file, batch_tokens="400", share="false"), model, alike)
+    assert plan.estimate(config, model, alike).activations < 0.5 * apart.activations
+    assert plan.estimate(config, model, rows([40] * 10)).activations == apart.activations
+
+
+def test_the_least_painful_change_that_fits_is_found(tiny_model, data_file):
+    config = settings(data_file, batch_tokens="200")
+    model, given = plan.empty(config, tiny_model), rows(LENGTHS)
+
+    def peak(**change):
+        return plan.estimate(settings(data_file, batch_tokens="200", **change), model, given).peak_bytes
+
+    assert plan.judge(config, model, given, peak()).fits
+    assert plan.judge(config, model, given, peak() - 1).change == {"accumulate": 2}
+    assert plan.judge(config, model, given, peak(accumulate="8")).change == {"accumulate": 8}
+    tight = plan.judge(config, model, given, peak(accumulate="16") - 1).change
+    assert tight["checkpointing"] is True
+    smallest = peak(accumulate="16", checkpointing="true", quant="nf4")
+    assert plan.judge(config, model, given, smallest).change["quant"] == "nf4"
+    streamed = plan.judge(config, model, given, smallest - 1)
+    assert streamed.streams and streamed.change
+    none = plan.judge(config, model, given, 1000)
+    assert not none.fits and none.change == {} and none.best.peak_bytes <= smallest
+
+
+def test_the_order_of_the_ways_for_seventy_billion(tmp_path, data_file, monkeypatch):
+    shape = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    shape.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+
+    def peak(**changes):
+        config = fit.read_config(str(data_file), {"precision": "bf16", "batch_tokens": "512", **changes})
+        return plan.estimate(config, plan.empty(config, tmp_path, gpu=True), rows([256] * 8)).peak_bytes
+
+    full, lora, qlora = peak(method="full"), peak(), peak(quant="nf4")
+    assert 1.2e12 < full < 1.4e12
+    assert 141e9 < lora < 160e9
+    assert 36e9 < qlora < 48e9
+
+
+@pytest.mark.parametrize(
+    "text, name, memory",
+    [("RTX 4090", "RTX 4090", 24), ("4090", "RTX 4090", 24), ("nvidia h100", "H100", 80), ("a100-40", "A100 40GB", 40)],
+)
+def test_gpus_are_known_by_the_names_people_use(text, name, memory):
+    found = places.find(text)
+    assert (found.name, found.gpu) == (name, True) and 0.9 * memory * 1e9 < found.memory <= memory * 1e9
+
+
+def test_other_places():
+    assert places.find("16G").memory == 16e9 and not places.find("16G").gpu
+    here = places.find("cpu")
+    assert here.here and here.memory > 1e8
+    with pytest.raises(ConfigError, match="did you mean 'RTX 4090'"):
+        places.find("4091")
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_step_is_measured_from_few_layers(tiny_model, data_file, quant, monkeypatch):
+    seconds = {pace.FEW: 3.0, pace.MORE: 7.0}
+    measured = []
+
+    def best(config, shape, given, tokens, layers):
+        measured.append(layers)
+        return seconds[layers]
+
+    config = settings(data_file, quant=quant)
+    real = pace._best_step(config, _shape(tiny_model), rows(LENGTHS), 60, 2)
+    assert 0 < real < 5
+    monkeypatch.setattr(pace, "_best_step", best)
+    assert pace.seconds_a_step(config, tiny_model, rows(LENGTHS), 60) == 3.0 + (2 - 1) * 2.0
+    assert measured == [pace.FEW, pace.MORE]
+
+
+def _shape(model):
+    return LlamaConfig.from_pretrained(model)
 
 
 def test_json_is_one_object(capsys, tiny_model, data_file):
     assert main(["plan", str(data_file), "--model", str(tiny_model), "--json", "steps=3"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["peak_bytes"] > 350_000_000 and values["steps"] == 3
+    assert values["peak_bytes"] > plan.RUNTIME and values["steps"] == 3
+    assert values["verdict"] == "fits" and values["seconds"] > 0
+
+
+def test_a_config_alone_is_enough(capsys, tmp_path, tiny_model, data_file):
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    tokenizer(CHATML).save_pretrained(tmp_path)
+    assert main(["plan", str(data_file), "--model", str(tmp_path), "--for", "4090", "batch_tokens=64"]) == 0
+    shown = capsys.readouterr().out
+    assert "it fits" in shown and "RTX 4090" in shown and "data sheet" in shown
+    assert main(["plan", str(data_file), "--model", str(tmp_path), "--for", "600M", "batch_tokens=64"]) == 0
+    assert "accumulate" in capsys.readouterr().out or plan.RUNTIME < 590e6
+    assert main(["train", str(data_file), "--model", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("memory, hint", [("1M", "memory=1M")])
+def test_training_refuses_what_cannot_fit_before_anything_is_loaded(capsys, tmp_path, tiny_model, data_file, memory, hint):
+    out = tmp_path / "run"
+    assert main(["train", str(data_file), "--model", str(tiny_model), "--out", str(out), f"memory={memory}"]) == 2
+    assert hint in capsys.readouterr().err and not out.exists()

@@ -45,6 +45,7 @@ class Settings:
     timed: int = 3  # steps a case of the grid times, after one that warms up
     grid: Sequence[str] = ()  # names of the grid's cases; all by default
     share: bool = True  # our side computes once what rows of a step begin with
+    quant: str = "none"  # how both sides store the base
     both: bool = True  # limit and profile in fp32 too where bf16 is what is trained in
 
 
@@ -86,7 +87,8 @@ class Bench:
         r = changes.get("r", s.r)
         model = changes.pop("model", str(self.model))
         start = str(self.scratch / f"start-{Path(model).name}-{r}")
-        main = Work(model, precision, batches(rows, STEP), start, held, s.r, max_tokens=s.max_tokens, share=s.share)
+        main = Work(model, precision, batches(rows, STEP), start, held, s.r)
+        main = main.but(max_tokens=s.max_tokens, share=s.share, quant=s.quant)
         return main.but(**changes)
 
 
@@ -101,7 +103,7 @@ def run(settings: Settings, terminal: Terminal) -> dict[str, Any]:
         raise ConfigError("the held-out loss needs rows to score on: --held-out 8, or leave loss out of --cases")
     compares = any(name in WITH_PEERS for name in settings.cases)
     peers = harness.sides(settings.peers) if compares else []
-    harness.need(peers, f"--cases {ALONE}")
+    harness.need(peers, f"--cases {ALONE}", settings.quant)
     with harness.ended_with_workers(), tempfile.TemporaryDirectory(prefix="lorafit-bench-") as folder:
         bench = _open(settings, terminal, Path(folder), peers)
         found: dict[str, Any] = {

@@ -27,7 +27,7 @@ Runs = dict[str, list[Result]]  # by side, one for each repeat
 
 # Memory given back to the system has to be cleared anew when it is next asked for; these keep it, in huge pages.
 TUNED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.hugetlb=1"
-MODES = ("trainer", "script", "trl", "trlpack")  # of the peers' worker, which says what they are
+MODES = ("trainer", "script", "trl", "trlpack", "kbit")  # of the peers' worker, which says what they are
 INSTALL = "pip install 'lorafit[bench]'"
 
 
@@ -64,9 +64,13 @@ def sides(names: Sequence[str]) -> list[Side]:
     return [Side(name) for name in names]
 
 
-def need(peers: Sequence[Side], rest: str) -> None:
-    """MissingExtra if what these sides run on isn't installed; `rest` says what can be measured without."""
+def need(peers: Sequence[Side], rest: str, quant: str = "none") -> None:
+    """MissingExtra if what these sides run on isn't installed; `rest` says what can be measured without. ConfigError for a
+    mode that is about a quantised base where there is none."""
+    if quant == "none" and any(side.mode == "kbit" for side in peers):
+        raise ConfigError("the peer 'kbit' is about a quantised base; add --quant nf4")
     wanted = {"peft"} | ({"trl", "datasets"} if any(side.mode.startswith("trl") for side in peers) else set())
+    wanted |= {"bitsandbytes"} if quant != "none" else set()
     missing = sorted(name for name in wanted if importlib.util.find_spec(name) is None)
     if peers and missing:
         raise MissingExtra(f"the comparison needs {' and '.join(missing)}; {INSTALL}, or measure {rest} alone")

@@ -25,6 +25,7 @@ from lorafit.evaluate import evaluate
 from lorafit.host import Host
 from lorafit.machine import peak_memory
 from lorafit.model.load import load
+from lorafit.model.quant import Quant
 from lorafit.train.loop import Job, Step, train
 
 NAME = "adapter"
@@ -43,7 +44,7 @@ class GivenPlan(Plan):
 
 def prepared(work: Work) -> tuple[Host, Job]:
     """Base, adapter and job of a `Work`, made as `lorafit train` makes them."""
-    host = Host(load(work.model, precision=work.precision, device="cpu"))
+    host = Host(load(work.model, precision=work.precision, device="cpu", quant=Quant.of(work.quant)))
     if host.base.body is not None:
         host.base.body.shares = work.share
     start = Path(work.start)

@@ -7,8 +7,10 @@ steps have) a step, every real token learned, padding not.
     script    the same, padded to a fixed length, as most tutorials do it
     trl       SFTTrainer as it comes
     trlpack   SFTTrainer with its packing, rows of 2048 tokens
+    kbit      trainer with PEFT's prepare_model_for_kbit_training as it comes: with activation checkpointing
 
-All without activation checkpointing, which saves memory and costs time. --tuned: no autocast, the base in bf16 and PEFT's
+All others without activation checkpointing, which saves memory and costs time. A work with `quant` has its base in
+bitsandbytes' 4 bits here. --tuned: no autocast, the base in bf16 and PEFT's
 adapters in fp32 as PEFT makes them; the harness also gives it the tuned malloc.
 """
 
@@ -92,8 +94,13 @@ def made(work: Work, mode: str, tuned: bool, scratch: str) -> Any:
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     dtype = torch.bfloat16 if bf16 else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype, local_files_only=True)
+    stored = {"quantization_config": _bits(work, dtype)} if work.quant != "none" else {}
+    base = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype, local_files_only=True, **stored)
     base.config.use_cache = False
+    if stored:
+        from peft import prepare_model_for_kbit_training
+
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=mode == "kbit")
     model = adapted(base, work)
     settings: dict[str, Any] = {
         "output_dir": scratch,
@@ -111,7 +118,7 @@ def made(work: Work, mode: str, tuned: bool, scratch: str) -> Any:
         "gradient_checkpointing": False,
     }
     documents = [document for step in work.steps for document in step]
-    if mode in ("trainer", "script"):
+    if mode in ("trainer", "script", "kbit"):
         fixed = {"padding": "max_length", "max_length": work.max_tokens} if mode == "script" else {}
         return Trainer(
             model=model,
@@ -131,6 +138,20 @@ def made(work: Work, mode: str, tuned: bool, scratch: str) -> Any:
         processing_class=tokenizer,
         args=SFTConfig(**settings, max_length=max(longest, PACKED) if packed else longest, packing=packed),
         train_dataset=Dataset.from_list([{"input_ids": ids} for ids in documents]),
+    )
+
+
+def _bits(work: Work, dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings for a work's base, as QLoRA's users write them."""
+    from transformers import BitsAndBytesConfig
+
+    if work.quant == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=work.quant,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -38,6 +38,7 @@ class Work:
     lr: float = 2e-4
     max_tokens: int = 512  # what the mode that pads every row to one length pads to
     share: bool = True  # our side computes once what documents of a step begin with
+    quant: str = "none"  # how both sides store the base
 
     @property
     def tokens(self) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorafit.model.ahead import Ahead
 from lorafit.model.quant import QuantLinear
 from lorafit.native import build
 from lorafit.native.attention import attend
@@ -54,6 +55,7 @@ class Body:
         self.shares = True  # documents of a row that begin alike may share their beginning
         self.compiled = False  # layers go through torch.compile where a gradient is wanted and `added` says it all
         self.between: Callable[[], object] | None = None  # called before each layer, and after it on the way back
+        self.ahead = Ahead.of(inner.layers)
 
     @staticmethod
     def of(model: Any) -> Body | None:
@@ -86,9 +88,8 @@ class Body:
         h: Tensor = inner.embed_tokens(ids)
         cos, sin = self._angles(h, packing)
         y: Tensor | None = None  # what the layer before adds to h
-        for layer in inner.layers:
-            if self.between is not None:
-                self._call_between(h)
+        for number, layer in enumerate(inner.layers):
+            self._call_between(number, h)
             run = partial(self._layer, layer, cos=cos, sin=sin, packing=packing, products=products, added=added)
             if self.checkpointing and torch.is_grad_enabled():
                 h, y = checkpoint(run, h, y, use_reentrant=False)
@@ -98,14 +99,22 @@ class Body:
         assert y is not None
         return add_rms_norm(h, y, norm.weight, norm.variance_epsilon)[1]
 
-    def _call_between(self, h: Tensor) -> None:
-        between = self.between
-        assert between is not None
+    def _call_between(self, number: int, h: Tensor) -> None:
+        """What is to be done before a layer, and on the way back when its backward is over."""
+        between, ahead = self.between, self.ahead
+        if between is None and ahead is None:
+            return
 
         def on_the_way_back(gradient: Tensor) -> None:
-            between()
+            if between is not None:
+                between()
+            if ahead is not None:
+                ahead(number - 2)
 
-        between()
+        if between is not None:
+            between()
+        if ahead is not None:
+            ahead(number + 1)
         if h.requires_grad:
             h.register_hook(on_the_way_back)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lorafit.config import choices
 from lorafit.verbs.common import add_json, print_json, terminal
 
 ABOUT = "compare training with PEFT and TRL, and with the limit of this machine"
@@ -24,9 +25,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, metavar="N", help="rows to train on, 8 a step; default 96")
     parser.add_argument("--held-out", type=int, metavar="N", help="last rows, to score on; default 100")
     parser.add_argument("--repeats", type=int, metavar="N", help="runs of every side; default 3")
-    parser.add_argument("--peers", metavar="A,B", help="trainer, script, trl, trlpack; each also as NAME+tuned")
+    parser.add_argument("--peers", metavar="A,B", help="trainer, script, trl, trlpack, kbit; each also as NAME+tuned")
     parser.add_argument("--grid", metavar="A,B", help="only these rows of the table of cases")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the base; default auto")
+    parser.add_argument("--quant", choices=choices("quant"), help="how both sides store the base (bitsandbytes' there)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="rows are cut here on both sides; default 512")
     parser.add_argument(
         "--no-share",
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, then print the tables."""
     from lorafit.bench import cases, tables
 
-    names = ("model", "data", "rows", "held_out", "repeats", "precision", "max_tokens")
+    names = ("model", "data", "rows", "held_out", "repeats", "precision", "max_tokens", "quant")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     for name in ("cases", "peers", "grid"):
         if (value := getattr(args, name)) is not None:

@@ -3,48 +3,121 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorafit.verbs.common import add_json, given, importing, print_json, terminal
 
-ABOUT = "estimate the memory of a training run before any weights are read"
+if TYPE_CHECKING:
+    from lorafit.places import Place
+    from lorafit.plan import Estimate, Verdict
+
+ABOUT = "will it fit, and how long will it take? told before any weights are read"
 EXAMPLE = """\
   lorafit plan data.jsonl --model DIR
-  lorafit plan data.jsonl --model DIR checkpointing=true batch_tokens=512 --json"""
+  lorafit plan data.jsonl --model DIR --for 'RTX 4090' quant=nf4
+  lorafit plan data.jsonl --model DIR --for 16G checkpointing=true batch_tokens=512 --json"""
+
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "runtime")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments: as of train."""
     parser.add_argument("source", metavar="DATA|CONFIG.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of train")
-    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="Hugging Face folder (config.json is enough) or hub id; default: the embedded model",
+    )
+    parser.add_argument(
+        "--for", dest="place", metavar="cpu|GPU|SIZE", default="cpu", help="a GPU by name, or memory such as 16G"
+    )
+    parser.add_argument("--no-time", action="store_true", help="leave out the measurement, some ten seconds")
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the parts and the sum."""
-    from lorafit.log import count, size, table
-
+    """Print the parts, the peaks, the verdict and the time."""
     with importing():
-        from lorafit.fit import read_config, read_data
-        from lorafit.plan import estimate
+        from lorafit import fit, places
+        from lorafit.config import byte_count
+        from lorafit.plan import empty, estimate, judge
 
-    config = read_config(args.source, given(args))
-    path, _, data = read_data(config, terminal())
-    made = estimate(config, path, data.train)
+    out = terminal()
+    config = fit.read_config(args.source, given(args))
+    place = places.find(args.place, byte_count("memory", config.memory) if config.memory else None)
+    path, _, data = fit.read_data(config, out, weights=False)
+    with out.working("adding up"):
+        model = empty(config, path, gpu=place.gpu)
+        asked = estimate(config, model, data.train)
+        verdict = judge(config, model, data.train, place.memory)
+    seconds = _seconds(config, path, data, verdict, place, out, args.no_time)
     if args.json:
-        print_json(made.to_json())
-        return
-    parts = ["weights", "adapter", "gradients", "optimizer", "activations", "logits", "runtime"]
-    print(
-        table(
-            ["memory", "bytes"],
-            [[part, size(getattr(made, part))] for part in parts] + [["peak", size(made.peak_bytes)]],
+        print_json(
+            {
+                **asked.to_json(),
+                **verdict.to_json(),
+                "for": place.name,
+                "seconds": seconds,
+                "seconds_are": "measured on a few layers" if place.here else "from the data sheet",
+            }
         )
+        return
+    print(described(asked, verdict, place, seconds))
+
+
+def _seconds(config: Any, path: Path, data: Any, verdict: Verdict, place: Place, out: Any, skip: bool) -> float | None:
+    """Of the whole training, with the settings of the verdict; None where it isn't known."""
+    from dataclasses import replace
+
+    from lorafit.batches import default_tokens
+    from lorafit.pace import operations, seconds_a_step
+
+    config = replace(config, **verdict.change)
+    best = verdict.best
+    if place.rate is not None:
+        return operations(config, best) / place.rate
+    if skip or not place.here:
+        return None
+    tokens = config.batch_tokens or default_tokens(data.train, config.share)
+    with out.working("measuring steps of a few layers on this machine"):
+        return best.steps * seconds_a_step(config, path, data.train, tokens)
+
+
+def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | None) -> str:
+    """For people."""
+    from lorafit.log import count, duration, size, table
+
+    rows = [[part, size(getattr(asked, part))] for part in PARTS]
+    rows += [["peak, training", size(asked.peak_bytes)]]
+    rows += [["peak, evaluating", size(asked.evaluating)], ["peak, merging", size(asked.merging)]]
+    rows += [["on disk", size(asked.disk)]]
+    lines = [table(["memory", "bytes"], rows)]
+    stored = f" stored in {asked.quant}, computed" if asked.quant != "none" else ""
+    lines.append(
+        f"{count(asked.trainable_parameters)} of {count(asked.total_parameters)} parameters trained,{stored} in"
+        f" {asked.precision}; {asked.steps} steps, at most {count(asked.micro_batch_tokens)} tokens at once"
     )
-    print(
-        f"{count(made.trainable_parameters)} of {count(made.total_parameters)} parameters trained, {made.precision},"
-        f" {made.steps} steps, at most {count(made.micro_batch_tokens)} tokens at once"
-    )
-    print("too much? accumulate=4 or checkpointing=true take less")
+    lines.append(f"{place.name}: {size(place.memory)} to use")
+    words = " ".join(f"{key}={_word(value)}" for key, value in verdict.change.items())
+    if verdict.fits and not verdict.streams:
+        lines.append("it fits")
+    elif verdict.fits or verdict.change:
+        lines.append(f"it fits with {words} (peak {size(verdict.best.peak_bytes)})" if words else "it fits, just")
+        if verdict.streams:
+            lines.append("but its weights don't: they are read from the file again in every step, which is slow")
+    else:
+        lines.append(
+            f"it doesn't fit: {size(verdict.best.peak_bytes)} at least; a smaller model, max_tokens or r is needed"
+        )
+    if seconds is not None and (verdict.fits or verdict.change):
+        how = "measured on a few layers" if place.here else "a quarter of the data sheet's rate"
+        lines.append(f"training takes about {duration(seconds)} ({how}; evaluation and answers come on top)")
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

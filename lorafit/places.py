@@ -1,0 +1,77 @@
+"""Where a model may run: this machine, a graphics card by name, or any amount of memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lorafit.config import byte_count, nearest
+from lorafit.errors import ConfigError
+from lorafit.machine import SPARE, available
+
+# Memory in GB, and 10^12 dense operations a second in bf16 (fp16 where a card has no bf16) with sums in fp32, as the makers'
+# data sheets have them, rounded.
+GPUS: dict[str, tuple[int, float]] = {
+    "T4": (16, 65),
+    "V100": (32, 125),
+    "RTX 2080 Ti": (11, 54),
+    "RTX 3060": (12, 25),
+    "RTX 3070": (8, 41),
+    "RTX 3080": (10, 60),
+    "RTX 3090": (24, 71),
+    "RTX 4060": (8, 30),
+    "RTX 4060 Ti 16GB": (16, 44),
+    "RTX 4070": (12, 58),
+    "RTX 4080": (16, 97),
+    "RTX 4090": (24, 165),
+    "RTX 5090": (32, 210),
+    "A10": (24, 125),
+    "L4": (24, 60),
+    "A40": (48, 150),
+    "RTX A6000": (48, 155),
+    "L40S": (48, 362),
+    "A100 40GB": (40, 312),
+    "A100 80GB": (80, 312),
+    "H100": (80, 989),
+    "H200": (141, 989),
+    "B200": (180, 2250),
+}
+REACHED = 0.25  # of those operations, in training: an H100 reached 0.26 with Llama-3.2-1B's shape (docs/speed.md)
+
+
+@dataclass(frozen=True)
+class Place:
+    """`memory` in bytes that a run may take there. `rate`: operations a second that training reaches, None where unknown.
+    `here`: this very machine."""
+
+    name: str
+    memory: int
+    gpu: bool = False
+    rate: float | None = None
+    here: bool = False
+
+
+def this_machine(memory: int | None = None) -> Place:
+    """What is left of this machine's memory but for a reserve, or `memory` bytes of it."""
+    return Place("this machine", memory if memory is not None else int(available() * (1 - SPARE)), here=True)
+
+
+def find(text: str, memory: int | None = None) -> Place:
+    """What `--for` means: `cpu`, the name of a GPU, or a size. ConfigError with the nearest name for anything else."""
+    if text.lower() == "cpu":
+        return this_machine(memory)
+    for name, (size, rate) in GPUS.items():
+        if _plain(text) in (_plain(name), _plain(name).removesuffix("gb")):
+            return Place(name, int(size * 1e9 * (1 - SPARE / 2)), gpu=True, rate=rate * 1e12 * REACHED)
+    if re.match(r"[0-9.]+\s*[KMGT]i?B?$", text, re.IGNORECASE):
+        return Place(f"a machine with {text}", byte_count("--for", text))
+    short = {_plain(name): name for name in GPUS}
+    hint = nearest(_plain(text), list(short))
+    for plain, name in short.items():
+        hint = re.sub(rf"\b{plain}\b", name, hint)
+    raise ConfigError(f"--for {text}: neither cpu, nor a size such as 16G, nor a GPU known here; {hint}")
+
+
+def _plain(name: str) -> str:
+    """A GPU's name as people shorten it."""
+    return re.sub(r"nvidia|geforce|rtx|tesla|[^a-z0-9]", "", name.lower())
