@@ -23,6 +23,7 @@ from lorafit.model.load import pick_device, pick_dtype
 from lorafit.model.quant import Quant
 from lorafit.model.sites import find_sites, pattern_value, select
 from lorafit.train.loss import CHUNK
+from lorafit.train.optim import state_bytes
 
 RUNTIME = 350_000_000  # Python, torch and transformers, before any model
 SLACK = 1.5
@@ -97,7 +98,7 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
         weights=weights,
         adapter=number * 4,
         gradients=number * 4,
-        optimizer=number * 8,
+        optimizer=state_bytes(config.optimizer, number),
         activations=activations(text, largest, wide, config.checkpointing),
         logits=min(CHUNK, most) * text.vocab_size * (wide + 12),
         micro_batch_tokens=largest,
