@@ -72,6 +72,11 @@ class Config:
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises", low=0, high=1)
     clip: float = setting(1.0, "largest gradient norm; 0 for none", low=0)
     weight_decay: float = setting(0.0, "AdamW weight decay", low=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = setting(
+        "adamw",
+        "AdamW's state: in fp32; 8bit: in a quarter of that, nearly as exact; paged: where the system can take its memory"
+        " back, the same result",
+    )
     batch_tokens: int | None = setting(
         None,
         "tokens of an optimiser step; default: by the size of the data, four rows or more if they share most",

@@ -129,11 +129,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     if given.get("method", saved.get("method")) != saved.get("method"):
         raise RunError(f"{run.folder} trains method={saved.get('method')}; another method needs a new run")
     before, after = build(saved), build({**saved, **given, "out": str(run.folder)})
-    changes = [
-        f"{key}: {was} -> {now}"
-        for key, was in settings.flat(before).items()
-        if key not in _FREE and was != (now := settings.flat(after).get(key))
-    ]
+    now = _deciding(after)
+    changes = [f"{key}: {was} -> {now.get(key)}" for key, was in _deciding(before).items() if was != now.get(key)]
     if changes and not force:
         raise RunError(_refusal(run, changes))
     newest = run.newest(terminal.say)
@@ -153,6 +150,12 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     files.write_text(run.folder / "config.yaml", settings.to_yaml(after))
     files.write_json(run.folder / "data.json", made.data.report.to_json())
     return made.run(run, newest, changed=bool(changes))
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The settings that what is learned depends on. Where the optimiser's state lies isn't one."""
+    values = {key: value for key, value in settings.flat(config).items() if key not in _FREE}
+    return {**values, "optimizer": config.optimizer.removeprefix("paged_")}
 
 
 def _copy(source: Path, place: Path) -> None:
@@ -260,9 +263,7 @@ class _Fit:
         plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
         steps = config.steps or plan.steps(config.epochs)
         config.eval_every = config.eval_every or max(1, math.ceil(steps / 8))
-        job = Job(NAME, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
-        job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay)
-        return job
+        return Job(NAME, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
 
     def _wait_for_kernels(self) -> None:
         """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end. On a GPU
@@ -324,6 +325,8 @@ class _Fit:
         self.tokens = 0
         self.peak = self.halvings = 0
         self.say_what(run)
+        job, kind = self.job, self.config.optimizer
+        job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay, kind, run.pages)
         if newest is not None:
             self._restore(run, newest)
         self.began = time.monotonic() - self.seconds
@@ -366,7 +369,13 @@ class _Fit:
                 f" start a new run instead"
             ) from None
         assert self.job.optimizer is not None
-        optim.restore(adapter, self.job.optimizer, newest.optimizer())
+        try:
+            optim.restore(adapter, self.job.optimizer, newest.optimizer())
+        except KeyError:
+            raise RunError(
+                f"{newest.folder} holds the state of another optimizer than {self.config.optimizer}; it can't be changed by"
+                " --force, start a new run instead"
+            ) from None
         self.job.done = newest.step
         self.watch = Watch.from_json(newest.state["watch"])
         self.watch.patience = self.config.patience
@@ -553,6 +562,7 @@ class _Fit:
             "base_fingerprint": base.fingerprint,
             "quant": self.config.quant,
             "method": self.config.method,
+            "optimizer": self.config.optimizer,
             "held_out_loss_before": _finite(watch.before),
             "held_out_loss_after": _finite(watch.best_loss),
             "best_step": best,
@@ -600,9 +610,10 @@ class _Fit:
             f" trainable ({share:.2%}), {size(adapter.numbers() * 4)} on disk"
         )
         first = next(job.plan.since(job.done))
+        optimizer = "" if config.optimizer == Config().optimizer else f" {config.optimizer},"
         say(
             f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {len(first)} rows), lr"
-            f" {config.lr:.2g} {config.schedule},{evaluation} run folder {run.folder}"
+            f" {config.lr:.2g} {config.schedule},{optimizer}{evaluation} run folder {run.folder}"
         )
         if self.host.shares({NAME}) and (again := spared(first)):
             say(f"          rows begin alike: of the first step's tokens {count(again)} needn't be computed again")
@@ -663,6 +674,13 @@ def _check_files(config: Config) -> None:
 def _check_extras(config: Config) -> None:
     if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtra("log=tensorboard needs tensorboard; pip install 'lorafit[tensorboard]'")
+    if config.optimizer != "adamw" and (device := pick_device(config.device).type) != "cpu":
+        if device != "cuda":
+            raise ConfigError(f"optimizer={config.optimizer}: for cpu and cuda alone, this is {device}; leave it out")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingExtra(
+                f"optimizer={config.optimizer} on a GPU needs bitsandbytes; pip install 'lorafit[bitsandbytes]'"
+            )
 
 
 def _tensorboard(config: Config, run: Run) -> Any:

@@ -29,6 +29,7 @@ from lorafit.model.sites import Site, find_sites, pattern_value, select
 from lorafit.native.gemm import DEEP
 from lorafit.run import KEEP
 from lorafit.train.loss import CHUNK
+from lorafit.train.optim import state_bytes
 
 RUNTIME = 560_000_000  # Python, torch, transformers, a tokenizer, oneDNN's buffers: before and beside any model
 CONTEXT = 600_000_000  # of a GPU's memory: CUDA's own
@@ -161,14 +162,14 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     scored = max(longest, min(TOKENS, int(batches.lengths.sum())))
     passing = int(AIR * scored * wide * (3 * model.width.h + 3 * model.width.inner))
     most = max((site.shape.numel() for site in model.sites), default=0)
-    state = 8 * number
+    state = state_bytes(config.optimizer.removeprefix("paged_"), number)
     disk = 4 * number + (KEEP + 1) * (4 * number + state) + (mapped if quant else 0)
     return Estimate(
         runtime=beside,
         weights=weights,
         adapter=4 * number,
         gradients=4 * number,
-        optimizer=state,
+        optimizer=state_bytes(config.optimizer, number),
         activations=activations(model, through, config.checkpointing),
         logits=logits,
         mapped=mapped,

@@ -13,14 +13,18 @@ JSON only.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lorafit import files
@@ -79,6 +83,22 @@ class Run:
     def adapter(self) -> Path:
         """The folder of the finished adapter."""
         return self.folder / "adapter"
+
+    def pages(self, n: int, dtype: torch.dtype) -> Tensor:
+        """Zeros (n,) whose memory is a file of this folder, so that the system can take it back and read it again.
+
+        The file has no name: however the process ends, nothing of it is left. RunError where the disk has no place for it.
+        """
+        size = max(1, n) * dtype.itemsize
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                if hasattr(os, "posix_fallocate"):  # a page without a place on disk would kill the process later
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+                return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)[:n]
+        except OSError as error:
+            raise files.refused(self.folder, error) from None
 
     # --- records ---------------------------------------------------------------------------------------------------
 

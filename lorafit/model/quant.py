@@ -45,6 +45,9 @@ class Quant:
         return -(-shape.numel() // 2) + (blocks + 4 * -(-blocks // NESTED) + 4 if self.double else 4 * blocks)
 
 
+_PARTS = ("codes", "absmax", "nested", "offset")  # the tensors of a Quantised
+
+
 class QuantLinear(nn.Module):
     """A frozen linear layer that holds codes. In the place of nn.Linear, or of GPT-2's Conv1D (`turned`).
 
@@ -61,7 +64,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.kind, self.shape, self.dtype, self.turned = q.kind, q.shape, dtype, turned
         self.out_features, self.in_features = q.shape
-        for name in ("codes", "absmax", "nested", "offset"):
+        for name in _PARTS:
             self.register_buffer(name, getattr(q, name))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -69,6 +72,12 @@ class QuantLinear(nn.Module):
     def quantised(self) -> Quantised:
         """The weight as it is stored."""
         return Quantised(self.kind, self.shape, self.codes, self.absmax, self.nested, self.offset)
+
+    def hold(self, q: Quantised) -> None:
+        """Another weight of this kind and shape from now on. For merging alone."""
+        assert (q.kind, q.shape) == (self.kind, self.shape)
+        for name in _PARTS:
+            setattr(self, name, getattr(q, name))
 
     def numbers(self) -> Tensor:
         """The weight (out, in) in the base's number type, made now."""

@@ -72,7 +72,8 @@ def load(
             bias: Any = getattr(module, "bias", None)
             if bias is not None:
                 bias = shards.read(keys[f"{name}.bias"]).to(dtype)
-            put(model, name, QuantLinear(_read(tensors, name, module, quant), bias, dtype, isinstance(module, Conv1D)))
+            q = read(tensors, name, _shape(module), quant)
+            put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D)))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             given = shards.read(keys[name])
@@ -173,7 +174,7 @@ def _cached(
                 working(f"quantising to {quant.kind}, once: {number} of {len(found)}")
                 given = shards.read(keys[f"{name}.weight"])
                 q = quantise(given.t() if isinstance(module, Conv1D) else given, quant, f"{name}.weight")
-                for key, tensor in _tensors(name, q).items():
+                for key, tensor in tensors_of(name, q).items():
                     file.seek(places[key])
                     file.write(tensor.contiguous().numpy().data)
 
@@ -203,32 +204,31 @@ def _entries(name: str, shape: torch.Size, quant: Quant) -> Iterator[Entry]:
         yield Entry(f"{name}.weight.nested_quant_map", torch.float32, (256,))
 
 
-def _tensors(name: str, q: Quantised) -> dict[str, Tensor]:
-    """A weight as those tensors."""
+def tensors_of(name: str, q: Quantised, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A weight as those tensors; `dtype` is what bitsandbytes makes of its numbers."""
     if q.kind == "int8":
         return {f"{name}.weight": q.codes, f"{name}.SCB": q.absmax}
     state: dict[str, Any] = {
         "quant_type": q.kind,
         "blocksize": BLOCK,
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
         "shape": list(q.shape),
     }
     found = {
         f"{name}.weight": q.codes,
         f"{name}.weight.absmax": q.absmax,
-        f"{name}.weight.quant_map": table(q.kind, "cpu"),
+        f"{name}.weight.quant_map": table(q.kind, "cpu").clone(),
     }
     if q.nested is not None and q.offset is not None:
         state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": q.offset.item()}
-        found |= {f"{name}.weight.nested_absmax": q.nested, f"{name}.weight.nested_quant_map": dynamic("cpu")}
+        found |= {f"{name}.weight.nested_absmax": q.nested, f"{name}.weight.nested_quant_map": dynamic("cpu").clone()}
     text = json.dumps(state).encode().ljust(_STATE)
     found[f"{name}.weight.quant_state.bitsandbytes__{q.kind}"] = torch.tensor(list(text), dtype=torch.uint8)
     return found
 
 
-def _read(tensors: Any, name: str, module: nn.Module, quant: Quant) -> Quantised:
-    """A weight from an open file of codes."""
-    shape = _shape(module)
+def read(tensors: Any, name: str, shape: torch.Size, quant: Quant) -> Quantised:
+    """A weight (out, in) from an open file of codes."""
     if quant.kind == "int8":
         return Quantised("int8", shape, tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.SCB"))
     codes, absmax = tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.weight.absmax")

@@ -256,14 +256,15 @@ def _pairs(kind: str, device: str) -> Tensor:
 
 
 @cache
-def dynamic(device: str) -> Tensor:
-    """What each code of 8 bits of a signed dynamic type (arXiv 1511.04561) stands for, (256,) fp32, ascending.
+def dynamic(device: str, signed: bool = True) -> Tensor:
+    """What each code of 8 bits of a dynamic type (arXiv 1511.04561) stands for, (256,) fp32, ascending.
 
     Seven decades from 1e-6 on, the i-th cut into 2^i steps whose middles are its values, with either sign; and 0 and 1.
+    Without signs there is room for twice as many steps.
     """
     found = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         sizes = (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        found += [*sizes, *(-size for size in sizes)]
+        found += [*sizes, *(-size for size in sizes if signed)]
     return torch.tensor(sorted(found), device=device)

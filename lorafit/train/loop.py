@@ -46,7 +46,7 @@ class Job:
     clip: float = 1.0
     weight_decay: float = 0.0
     done: int = 0  # steps taken; set before `train` to go on from a checkpoint
-    optimizer: torch.optim.AdamW | None = None
+    optimizer: optim.Optimizer | None = None
     failed: str = ""
 
 

@@ -1,18 +1,41 @@
 """AdamW for one adapter: groups by the method's learning-rate factors, schedule, clipping, and a state that can be saved
-without pickle."""
+without pickle.
+
+Kinds, as the setting `optimizer` names them: `adamw`; `8bit`, see adamw8.py; `paged`, with the state where the caller makes
+room for it. On CUDA all but `adamw` are those of bitsandbytes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lorafit.adapter import Adapter
+from lorafit.train.adamw8 import BLOCK, AdamW8bit, Room
 
 Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Optimizer(Protocol):
+    """What the loop and a checkpoint need of one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters with their learning rate."""
+
+    @property
+    def state(self) -> Any:
+        """Numbers and tensors by key, by parameter."""
+
+    def step(self) -> Any:
+        """Update the parameters from their gradients."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
 
 
 def rate(step: int, steps: int, schedule: Schedule, warmup: float) -> float:
@@ -28,18 +51,63 @@ def rate(step: int, steps: int, schedule: Schedule, warmup: float) -> float:
     return 1.0
 
 
-def optimizer(adapter: Adapter, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over an adapter's parameters, one group for each learning-rate factor (kept as `scale` in the group)."""
-    groups: dict[float, list[torch.nn.Parameter]] = {}
+def in_memory(n: int, dtype: torch.dtype) -> Tensor:
+    """Zeros (n,)."""
+    return torch.zeros(n, dtype=dtype)
+
+
+def optimizer(
+    adapter: Adapter, lr: float, weight_decay: float, kind: str = "adamw", pages: Room = in_memory
+) -> Optimizer:
+    """AdamW over an adapter's parameters, one group for each learning-rate factor (kept as `scale` in the group). On the CPU
+    the state of a paged kind is where `pages` makes room."""
+    factors: dict[float, list[torch.nn.Parameter]] = {}
     for _, layer in adapter.items():
         scales = layer.lr_scale()
         for name, parameter in layer.named_parameters():
-            groups.setdefault(scales.get(name, 1.0), []).append(parameter)
-    made = [{"params": params, "scale": scale} for scale, params in groups.items()]
-    return torch.optim.AdamW(made, lr=lr, weight_decay=weight_decay, fused=True)
+            factors.setdefault(scales.get(name, 1.0), []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": params, "scale": scale} for scale, params in factors.items()]
+    if kind != "adamw" and next(adapter.parameters()).device.type == "cuda":
+        return _bitsandbytes(kind, groups, lr, weight_decay)
+    paged = kind.startswith("paged_")
+    if kind.endswith("_8bit"):
+        return AdamW8bit(groups, lr, weight_decay, pages if paged else in_memory)
+    made = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    if paged:
+        parameters = [p for group in groups for p in group["params"]]
+        places = pages(sum(2 * p.numel() for p in parameters), torch.float32)
+        for parameter in parameters:
+            mean, square, places = places.split([parameter.numel()] * 2 + [len(places) - 2 * parameter.numel()])
+            made.state[parameter] = _fresh(parameter, mean, square)
+    return made
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def _fresh(parameter: Tensor, mean: Tensor, square: Tensor) -> dict[str, Tensor]:
+    """The state that torch's AdamW begins with, of zeros, as many as the parameter has."""
+    step = torch.zeros((), device=parameter.device)  # the fused optimiser counts steps where the parameter is
+    return {"step": step, "exp_avg": mean.view_as(parameter), "exp_avg_sq": square.view_as(parameter)}
+
+
+def _bitsandbytes(kind: str, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> Optimizer:
+    from bitsandbytes import optim
+
+    kinds = {"paged_adamw": optim.PagedAdamW, "adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    made: Any = kinds[kind](groups, lr=lr, weight_decay=weight_decay)
+    for i, group in enumerate(made.param_groups):
+        for k, parameter in enumerate(group["params"]):
+            made.init_state(group, parameter, i, k)  # now, so that `restore` finds it where it belongs
+    found: Optimizer = made
+    return found
+
+
+def state_bytes(kind: str, numbers: int) -> int:
+    """Bytes of memory that the state of so many parameters can't do without; what is paged can be taken away."""
+    if kind.startswith("paged_"):
+        return 0
+    return 2 * (numbers + 4 * -(-numbers // BLOCK)) if kind.endswith("_8bit") else 8 * numbers
+
+
+def set_rate(optimizer: Optimizer, lr: float) -> None:
     """The learning rate of each group: lr times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
@@ -52,20 +120,35 @@ def clip(adapter: Adapter, norm: float) -> float:
     return float(found)
 
 
-def state(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`."""
+_TABLES = {"qmap1", "qmap2"}  # of bitsandbytes, made anew and shared by all parameters
+
+
+def state(adapter: Adapter, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name: `<name>.exp_avg`, `<name>.exp_avg_sq`, `<name>.step`, and what else it has."""
     return {
-        f"{name}.{key}": value.detach().cpu()
+        f"{name}.{key}": torch.as_tensor(value).detach().cpu()
         for name, parameter in adapter.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if key not in _TABLES
     }
 
 
-def restore(adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse of `state`. KeyError if a tensor is missing."""
+def restore(adapter: Adapter, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The reverse of `state`. KeyError if a tensor is missing, or belongs to another kind of optimiser."""
+    saved: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition(".")
+        saved.setdefault(name, {})[key] = tensor
     for name, parameter in adapter.named_parameters():
-        if not any(key.startswith(f"{name}.") for key in tensors):
+        if name not in saved:
             continue  # a parameter that hadn't had a gradient yet
-        optimizer.state[parameter] = {  # all where the parameter is: the fused optimiser counts steps there too
-            key: tensors[f"{name}.{key}"].to(parameter.device).clone() for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        there = optimizer.state[parameter]
+        if not there:
+            there.update(_fresh(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)))
+        if wrong := saved[name].keys() ^ (there.keys() - _TABLES):
+            raise KeyError(f"{name}.{min(wrong)}")
+        for key, tensor in saved[name].items():
+            if isinstance(there[key], Tensor):
+                there[key].copy_(tensor)
+            else:
+                there[key] = type(there[key])(tensor)

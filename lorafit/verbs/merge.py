@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lorafit.errors import ConfigError
+from lorafit.log import table
 from lorafit.verbs.common import add_json, importing, print_json, terminal
+
+if TYPE_CHECKING:
+    from lorafit.export.merge import Proof
 
 ABOUT = "add an adapter into its base: a standard Hugging Face folder, checked against the unmerged model"
 EXAMPLE = """\
@@ -24,9 +31,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--into",
-        choices=["original", "dequantised"],
+        choices=["original", "dequantised", "quantised"],
         default="original",
-        help="of an adapter trained with quant: add it to the original weights, or to those that it was trained on",
+        help="of an adapter trained with quant: add it to the original weights, to those that it was trained on, or round to"
+        " 4 or 8 bits again (with --force)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="with --into quantised, which loses most of a small change"
     )
     parser.add_argument("--tolerance", type=float, help="largest logit difference allowed")
     add_json(parser)
@@ -34,12 +45,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge, prove, print the proof."""
+    if args.force and args.into != "quantised":
+        raise ConfigError("--force only goes with --into quantised")
+    if args.into == "quantised" and not args.force:
+        raise ConfigError(
+            "--into quantised rounds the sum to 4 or 8 bits again, and of a change of 2% of the weights or less nothing but"
+            " noise of its size is left in 4; leave it out, or see how much is lost with --force"
+        )
     with importing():
         import torch
 
         from lorafit.export.merge import merge
+        from lorafit.export.requantise import requantise
         from lorafit.model.load import stored_dtype
-        from lorafit.session import open_session
+        from lorafit.session import adapter_folder, open_session, quant_of
 
     out = terminal()
     with out.working("loading the base in fp32") as spinner:
@@ -47,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             [args.run],
             model=args.model,
             quant="none" if args.into == "original" else None,
-            restored=True,
+            restored=args.into == "dequantised",
             precision="fp32",
             device="cpu",
             say=out.say,
@@ -57,31 +76,75 @@ def run(args: argparse.Namespace) -> None:
         (name,) = host.adapters
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = names.get(args.dtype) or stored_dtype(host.base.path)
-        proof = merge(
-            host,
-            name,
-            Path(args.out),
-            prompts(args.run, session.chat(name)),
-            dtype=dtype,
-            tolerance=args.tolerance,
-            working=spinner.rename,
-            chat=session.chat(name),
-        )
-    system = session.chat(name).system
-    if system:
+        chat = session.chat(name)
+        rows, to = prompts(args.run, chat), Path(args.out)
+        if args.into == "quantised":
+            proof = requantise(host, name, to, rows, dtype=dtype, chat=chat, working=spinner.rename)
+        else:
+            trained = None
+            if args.into == "original" and quant_of(adapter_folder(args.run)) is not None:
+                spinner.rename("loading the base as it was trained on")
+                trained = open_session([args.run], model=args.model, precision="fp32", device="cpu").host
+            proof = merge(
+                host,
+                name,
+                to,
+                rows,
+                dtype=dtype,
+                tolerance=args.tolerance,
+                trained=trained,
+                working=spinner.rename,
+                chat=chat,
+            )
+    if chat.system:
         out.say(
-            f"trained with the system prompt {system!r}; a model folder can't carry it, so send it with each conversation"
+            f"trained with the system prompt {chat.system!r}; a model folder can't carry it, so send it with each conversation"
+        )
+    if proof.as_trained is not None and proof.as_trained.differs:
+        out.say(
+            f"this isn't the model that was trained: the original weights differ from {proof.as_trained.quant} by more than"
+            " the adapter does; score both, or merge --into dequantised"
         )
     if args.json:
         print_json({"out": args.out, **proof.to_json()})
-        return
-    print(f"merged     {args.out} ({proof.dtype})")
-    print(
+    else:
+        print(described(args.out, proof))
+
+
+def described(out: str, proof: Proof) -> str:
+    """A merge in lines for people."""
+    allowed = "" if proof.error is not None else f"allowed {proof.tolerance:.3g}; "
+    lines = [
+        f"merged     {out} ({proof.dtype})",
         f"checked    {proof.positions} positions: largest logit difference {proof.largest:.3g}, mean {proof.mean:.2g}"
-        f" (allowed {proof.tolerance:.3g}; the logits spread by {proof.spread:.3g})"
-    )
-    print(f"           {proof.lost:.2%} of what the adapter changes is lost to rounding")
-    print(f"           divergence {proof.kl:.1e} nats, same best token at {proof.agree:.1%}")
+        f" ({allowed}the logits spread by {proof.spread:.3g})",
+        f"           {proof.lost:.2%} of what the adapter changes is lost to rounding",
+        f"           divergence {proof.kl:.1e} nats, same best token at {proof.agree:.1%}",
+    ]
+    if (shift := proof.as_trained) is not None:
+        lines += [
+            f"as trained on {shift.quant}: largest logit difference {shift.largest:.3g}, mean {shift.mean:.2g}; the adapter"
+            f" itself changes them by {shift.effect:.2g} there; same best token at {shift.agree:.1%}",
+            f"           what {shift.quant} took from the weights, beside what the adapter adds to them:",
+            _extremes(shift.unseen),
+        ]
+    if proof.error is not None:
+        lines += [
+            "           what rounding did to the sums, beside what the adapter adds to them:",
+            _extremes(proof.error),
+        ]
+    return "\n".join(lines)
+
+
+def _extremes(ratios: Mapping[str, float]) -> str:
+    """The smallest, the median and the largest of the layers' ratios."""
+    if not ratios:
+        return "           (no layer of the adapter is quantised)"
+    order = sorted(ratios, key=ratios.__getitem__)
+    picked = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
+    rows = [[word, f"{ratios[path]:.3g}", path] for word, path in picked.items()]
+    made = table(["", "ratio", "layer"], rows, "lrl")
+    return "\n".join(f"           {line}" for line in made.splitlines())
 
 
 def prompts(run: str, chat: object) -> list[list[int]]:

@@ -1,0 +1,378 @@
+"""Kinds of AdamW: paged is plain bit for bit, 8 bits are those of bitsandbytes, and each can be saved, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from test_run import KILLER, SETTINGS, config, same
+from tiny import base, randomize, rows
+
+from lorafit import fit, plan
+from lorafit.batches import Plan
+from lorafit.config import choices
+from lorafit.errors import ConfigError, MissingExtra, RunError
+from lorafit.host import Host
+from lorafit.log import Terminal
+from lorafit.native.quantised import dynamic
+from lorafit.run import Run
+from lorafit.train import optim
+from lorafit.train.adamw8 import BLOCK, PIECE, SMALL, AdamW8bit
+from lorafit.train.loop import Job, train
+
+QUIET = Terminal(quiet=True)
+KINDS = choices("optimizer")
+WIDE = "640"  # r of the tiny model's adapters: 32 x 640 numbers and more, so that 8 bits are 8 bits
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """Room in a file of a run folder."""
+    return Run.create(tmp_path / "run").pages
+
+
+def parameters(*shapes, seed=0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def gradients(given, step: int, scale: float = 1.0) -> None:
+    """Gradients of a direction and noise, their sizes spread over some decades as real ones are."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in given:
+        noise = torch.randn(p.shape, generator=generator)
+        p.grad = scale * noise * torch.exp(torch.randn(p.shape, generator=generator)) + 0.3
+
+
+def dense(codes, absmax, signed: bool):
+    """What codes stand for, written out."""
+    spread = absmax.repeat_interleave(BLOCK)[: codes.numel()]
+    return (dynamic("cpu", signed)[codes.flatten().long()] * spread).view(codes.shape)
+
+
+# --- 8 bits ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_types_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes isn't installed")
+    for signed in (True, False):
+        assert torch.equal(dynamic("cpu", signed), functional.create_dynamic_map(signed=signed))
+
+
+def test_the_type_without_signs_has_seven_decades_and_zero():
+    values = dynamic("cpu", False)
+    assert len(values) == 256 and values[0] == 0 and values[-1] == 1 and (values.diff() > 0).all()
+    for i in range(7):
+        low, high = 10.0 ** (i - 7), 10.0 ** (i - 6)
+        assert ((values > low) & (values < high)).sum() == 2 ** (i + 1)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_update_is_its_formula_on_the_nearest_codes(weight_decay):
+    """Three steps of parameters of every size, against the same written out number by number."""
+    shapes = [(70, 100), (SMALL - 1,), (64, 64), (3, PIECE // 2 + 77), (5000,)]
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+    made = AdamW8bit([{"params": ours, "scale": 1.0}], 0.01, weight_decay, optim.in_memory)
+    small = torch.optim.AdamW([theirs[1]], lr=0.01, weight_decay=weight_decay)
+    averages = {p: [torch.zeros_like(p), torch.zeros_like(p)] for p in theirs}
+    for step in range(1, 4):
+        gradients(ours, step)
+        gradients(theirs, step)
+        made.step()
+        small.step()
+        for p, q in zip(ours, theirs, strict=True):
+            if p.numel() >= SMALL:
+                with torch.no_grad():
+                    mean, square = averages[q]
+                    mean.mul_(0.9).add_(0.1 * q.grad)
+                    square.mul_(0.999).add_(0.001 * q.grad**2)
+                    size = square.sqrt() / math.sqrt(1 - 0.999**step) + 1e-8
+                    q.mul_(1 - 0.01 * weight_decay).sub_(0.01 / (1 - 0.9**step) * mean / size)
+                for key, signed, exact in (("exp_avg", True, mean), ("exp_avg_sq", False, square)):
+                    codes, absmax = made.state[p][key], made.state[p][f"{key}_absmax"]
+                    assert (
+                        codes.dtype == torch.uint8 and codes.shape == p.shape and len(absmax) == -(-p.numel() // BLOCK)
+                    )
+                    share = exact.flatten() / absmax.repeat_interleave(BLOCK)[: p.numel()]
+                    nearest = (share[: 3 * BLOCK, None] - dynamic("cpu", signed)).abs().argmin(1)
+                    assert (nearest == codes.flatten()[: 3 * BLOCK]).float().mean() > 0.999  # rounding of the average
+                    exact.copy_(dense(codes, absmax, signed))
+            assert (p - q).abs().max() <= 1e-5 * q.abs().max(), (step, p.shape)
+    assert made.state[ours[1]]["exp_avg"].dtype == torch.float32
+
+
+def test_it_steps_beside_bitsandbytes():
+    """Its AdamW8bit on the CPU, where gradients of a block have sizes alike: it rounds shares to 65,536 places before it looks
+    for the nearest value, which takes the small ones of a block away; on a GPU it doesn't."""
+    bnb = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes isn't installed")
+    shapes = [(40, 256), (100,), (5000,)]
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+    made = AdamW8bit([{"params": ours, "scale": 1.0}], 0.01, 0.1, optim.in_memory)
+    peer = bnb.AdamW8bit(theirs, lr=0.01, weight_decay=0.1)
+    for step in range(1, 6):
+        for given in (ours, theirs):
+            gradients(given, step)
+            for p in given:
+                p.grad = p.grad.sign() * (1 + torch.rand(p.shape, generator=torch.Generator().manual_seed(step)))
+        made.step()
+        peer.step()
+    for p, q, start in zip(ours, theirs, parameters(*shapes), strict=True):
+        assert (p - q).abs().max() <= 1e-3 * (q - start).abs().max()
+        if p.numel() >= SMALL:
+            for key, other in (("exp_avg", "state1"), ("exp_avg_sq", "state2")):
+                codes, those = made.state[p][key].int(), peer.state[q][other].int()
+                assert (codes - those).abs().max() <= 1 and (codes == those).float().mean() > 0.98
+            assert torch.allclose(made.state[p]["exp_avg_absmax"], peer.state[q]["absmax1"], rtol=1e-4)
+
+
+def test_tensors_without_a_gradient_are_left_alone_and_count_their_own_steps():
+    ours, alone = parameters((64, 100), (70, 70), (80, 90)), parameters((64, 100), (70, 70), (80, 90))
+    made = AdamW8bit([{"params": ours, "scale": 1.0}], 0.01, 0.1, optim.in_memory)
+    apart = [AdamW8bit([{"params": [p], "scale": 1.0}], 0.01, 0.1, optim.in_memory) for p in alone]
+    for step in range(1, 4):
+        gradients(ours, step)
+        gradients(alone, step)
+        if step == 2:
+            ours[1].grad = alone[1].grad = None
+        made.step()
+        for each in apart:
+            each.step()
+        made.zero_grad()
+        assert all(p.grad is None for p in ours)
+    assert [float(made.state[p]["step"]) for p in ours] == [3, 2, 3]
+    assert all(torch.equal(p, q) for p, q in zip(ours, alone, strict=True))
+
+
+def test_groups_have_rates_of_their_own():
+    slow, fast, small = parameters((64, 100), (64, 100), (10,))
+    before = [p.detach().clone() for p in (slow, fast, small)]
+    groups = [{"params": [slow], "scale": 1.0}, {"params": [fast, small], "scale": 4.0}]
+    made = AdamW8bit(groups, 0.0, 0.0, optim.in_memory)
+    optim.set_rate(made, 0.01)
+    gradients((slow, fast, small), 1)
+    made.step()
+    moved = [float((p.detach() - b).abs().median()) for p, b in zip((slow, fast, small), before, strict=True)]
+    assert moved == pytest.approx([0.01, 0.04, 0.04], rel=0.01)
+
+
+def test_it_learns_as_the_plain_one_does():
+    """A least-squares problem of 8,000 numbers: both end near the same small loss."""
+    generator = torch.Generator().manual_seed(4)
+    x, wanted = torch.randn(200, 80, generator=generator), torch.randn(80, 100, generator=generator)
+    ends = {}
+    for kind in ("adamw", "adamw_8bit"):
+        (w,) = parameters((80, 100), seed=9)
+        groups = [{"params": [w], "scale": 1.0}]
+        made = AdamW8bit(groups, 0.02, 0, optim.in_memory) if kind == "adamw_8bit" else torch.optim.AdamW([w], 0.02)
+        first = ((x @ (w - wanted)) ** 2).mean().item()
+        for step in range(400):
+            made.param_groups[0]["lr"] = 0.02 * (1 - step / 400)
+            made.zero_grad()
+            ((x @ (w - wanted)) ** 2).mean().backward()
+            made.step()
+        ends[kind] = ((x @ (w - wanted)) ** 2).mean().item()
+    assert ends["adamw"] < 1e-3 * first and ends["adamw_8bit"] < 1e-3 * first
+
+
+def test_the_state_is_a_quarter():
+    (p,) = parameters((256, 1024))
+    made = AdamW8bit([{"params": [p], "scale": 1.0}], 0.01, 0, optim.in_memory)
+    taken = sum(t.nbytes for key, t in made.state[p].items() if key != "step")
+    assert taken == optim.state_bytes("adamw_8bit", p.numel())
+    assert optim.state_bytes("adamw", p.numel()) / taken == pytest.approx(3.94, abs=0.01)
+    assert optim.state_bytes("paged_adamw", p.numel()) == 0
+
+
+# --- pages -------------------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_zeros_in_a_file_without_a_name(tmp_path, pages):
+    room = pages(100_000, torch.float32)
+    assert room.shape == (100_000,) and not room.any()
+    room += 1
+    assert float(room.sum()) == 100_000 and not list((tmp_path / "run").iterdir())
+    if sys.platform == "linux":
+        address = room.data_ptr()
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        (line,) = [m for m in maps if int(m[0].split("-")[0], 16) <= address < int(m[0].split("-")[1], 16)]
+        assert line[1].endswith("s") and str(tmp_path) in line[5]  # shared with the file, so it can be written there
+    assert len(pages(0, torch.uint8)) == 0
+
+
+def test_a_full_disk_is_said_at_once(pages, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match="free some space"):
+        pages(100, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_paged_is_the_same_bit_for_bit(kind, pages):
+    ends = []
+    for paged in ("", "paged_"):
+        host = Host(base("llama"))
+        adapter = host.add("a", r=300)  # of 4,800 numbers and more
+        randomize(adapter)
+        made = optim.optimizer(adapter, 0.01, 0.1, paged + kind, pages)
+        for step in range(4):
+            gradients(adapter.parameters(), step)
+            made.step()
+        ends.append([*adapter.state_dict().values(), *optim.state(adapter, made).values()])
+    assert all(map(torch.equal, *ends)) and len(ends[0]) == len(ends[1])
+
+
+# --- saved and restored ------------------------------------------------------------------------------------------------
+
+
+def steps(adapter, made, numbers) -> None:
+    for step in numbers:
+        gradients(adapter.parameters(), step)
+        made.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_restored_it_goes_on_to_the_same_bits(kind, pages, tmp_path):
+    adapters = [Host(base("llama")).add("a", r=271) for _ in range(2)]  # blocks that aren't full
+    whole, again = adapters
+    made = optim.optimizer(whole, 0.01, 0, kind, pages)
+    steps(whole, made, range(3))
+    safetensors.torch.save_file(optim.state(whole, made), tmp_path / "state.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "state.safetensors")
+    again.load_state_dict(whole.state_dict())
+    other = optim.optimizer(again, 0.01, 0, kind, pages)
+    optim.restore(again, other, saved)
+    for adapter, optimizer in ((whole, made), (again, other)):
+        steps(adapter, optimizer, range(3, 6))
+    assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+    assert any(t.dtype == torch.uint8 for t in saved.values()) == ("8bit" in kind)
+
+
+def test_the_state_of_another_kind_is_not_taken(pages):
+    adapter = Host(base("llama")).add("a", r=300)
+    plain, coded = (optim.optimizer(adapter, 0.01, 0, kind) for kind in ("adamw", "adamw_8bit"))
+    for made in (plain, coded):
+        steps(adapter, made, range(1))
+    with pytest.raises(KeyError):
+        optim.restore(adapter, plain, optim.state(adapter, coded))
+    with pytest.raises(KeyError):
+        optim.restore(adapter, coded, optim.state(adapter, plain))
+
+
+def test_the_state_of_bitsandbytes_survives_too():
+    """By its own keys, on the CPU here; its tables stay out, and its counter stays a number."""
+    bnb = pytest.importorskip("bitsandbytes.optim", reason="bitsandbytes isn't installed")
+    adapters = [Host(base("llama")).add("a", r=271) for _ in range(2)]
+    both = []
+    for adapter in adapters:
+        groups = [{"params": list(adapter.parameters()), "scale": 1.0}]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bnb, "PagedAdamW8bit", bnb.AdamW8bit)  # on the CPU it warns that there are no pages
+            both.append(optim._bitsandbytes("paged_adamw_8bit", groups, 0.01, 0))
+    (whole, again), (made, other) = adapters, both
+    steps(whole, made, range(3))
+    again.load_state_dict(whole.state_dict())
+    saved = optim.state(whole, made)
+    assert {key.rpartition(".")[2] for key in saved} == {"step", "state1", "state2", "absmax1", "absmax2"}
+    optim.restore(again, other, {key: t.clone() for key, t in saved.items()})
+    for adapter, optimizer in ((whole, made), (again, other)):
+        steps(adapter, optimizer, range(3, 5))
+    assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, data_file, tmp_path_factory):
+    """The same run with each optimiser."""
+    place = tmp_path_factory.mktemp("optimizers")
+    for kind in KINDS:
+        fit.fit(config(tiny_model, data_file, place / kind, r=WIDE, optimizer=kind), QUIET)
+    return place
+
+
+def test_runs_of_a_kind_are_the_same_paged_or_not_and_8_bits_learn(runs):
+    assert same(runs / "adamw", runs / "paged_adamw") and same(runs / "adamw_8bit", runs / "paged_adamw_8bit")
+    assert not same(runs / "adamw", runs / "adamw_8bit")
+    summaries = {kind: json.loads((runs / kind / "summary.json").read_text()) for kind in KINDS}
+    assert all(summary["optimizer"] == kind for kind, summary in summaries.items())
+    plain, coded = (summaries[kind] for kind in ("adamw", "adamw_8bit"))
+    assert coded["held_out_loss_after"] == pytest.approx(plain["held_out_loss_after"], rel=0.02)
+    sizes = [
+        (runs / kind / "checkpoints" / "step-000014" / "optimizer.safetensors").stat().st_size for kind in KINDS[:2]
+    ]
+    assert sizes[0] / sizes[1] > 3.5
+    assert not [p for kind in KINDS for p in (runs / kind).iterdir() if p.name.startswith((".", "tmp"))]
+
+
+@pytest.mark.parametrize("kind, on", [("paged_adamw", "adamw"), ("paged_adamw_8bit", "paged_adamw_8bit")])
+def test_killed_and_resumed_it_is_the_unbroken_run(runs, tiny_model, data_file, tmp_path, kind, on):
+    out = tmp_path / "killed"
+    settings = {"model": tiny_model, "out": out, "precision": "fp32", **SETTINGS, "r": WIDE, "optimizer": kind}
+    words = [f"{k}={v}" for k, v in settings.items()]
+    done = subprocess.run([sys.executable, "-c", KILLER, "record", "9", str(data_file), *words], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert {p.name for p in out.iterdir()} <= {
+        *("config.yaml", "data.json", "chat.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints")
+    }
+    fit.resume(out, {"optimizer": on}, terminal=QUIET)
+    assert same(runs / kind, out)
+    assert f"optimizer: {on}\n" in (out / "config.yaml").read_text()
+
+
+def test_another_kind_is_refused_even_by_force(runs, tmp_path):
+    shutil.copytree(runs / "adamw", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000014")
+    with pytest.raises(RunError, match="optimizer: adamw -> adamw_8bit"):
+        fit.resume(tmp_path / "run", {"optimizer": "adamw_8bit"}, terminal=QUIET)
+    with pytest.raises(RunError, match="holds the state of another optimizer than adamw_8bit"):
+        fit.resume(tmp_path / "run", {"optimizer": "paged_adamw_8bit"}, force=True, terminal=QUIET)
+
+
+def test_what_is_said_and_planned(tiny_model, data_file, tmp_path, capsys):
+    found = {}
+    for kind in KINDS:
+        made = config(tiny_model, data_file, tmp_path / kind, optimizer=kind, steps="1")
+        found[kind] = plan.estimate(made, tiny_model, fit.read_data(made, QUIET)[2].train)
+    assert found["adamw"].optimizer == 8 * found["adamw"].trainable_parameters
+    assert found["adamw_8bit"].optimizer == pytest.approx(found["adamw"].optimizer / 3.94, rel=0.01)
+    for kind in ("adamw", "paged_adamw"):
+        fit.fit(config(tiny_model, data_file, tmp_path / kind, optimizer=kind, steps="1"), Terminal(stream=sys.stderr))
+        assert (" paged_adamw," in capsys.readouterr().err) == (kind == "paged_adamw")
+    with pytest.raises(ConfigError, match="must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit"):
+        config(tiny_model, data_file, tmp_path / "x", optimizer="adam")
+
+
+def test_a_gpu_needs_bitsandbytes_and_other_devices_go_without(monkeypatch):
+    wanted = fit.build({"optimizer": "paged_adamw_8bit"})
+    for device, found, error, message in (
+        ("cuda", None, MissingExtra, r"pip install 'lorafit\[bitsandbytes\]'"),
+        ("mps", True, ConfigError, "for cpu and cuda alone"),
+    ):
+        monkeypatch.setattr(fit, "pick_device", lambda name, device=device: torch.device(device))
+        monkeypatch.setattr(fit.importlib.util, "find_spec", lambda name, found=found: found)
+        with pytest.raises(error, match=message):
+            fit._check_extras(wanted)
+
+
+def test_a_job_of_the_loop_takes_any_kind(pages):
+    ends = []
+    for kind in ("paged_adamw_8bit", "adamw_8bit"):
+        host = Host(base("llama"))
+        adapter = host.add("a", r=300, seed=3)
+        job = Job("a", Plan(rows([11, 7, 9, 12]), 20), 3, 0.01)
+        job.optimizer = optim.optimizer(adapter, job.lr, 0, kind, pages)
+        assert [step.number for step in train(host, [job])] == [1, 2, 3]
+        ends.append(adapter.state_dict())
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
