@@ -16,7 +16,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments: as of train."""
     parser.add_argument("source", metavar="DATA|CONFIG.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of train")
-    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument(
+        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
+    )
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
     add_json(parser)
