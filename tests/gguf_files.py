@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -81,8 +83,11 @@ def made(shape: str, kind: str = "F32", **changes: Any) -> Any:
     return tiny
 
 
-def write(path: Path, tiny: Any, kind: str = "F32", leave: Any = (), arch: str = "", **more: Any) -> Path:
-    """The model as a GGUF file. `leave` out these tensors; `more`: metadata after the architecture's name, or tensors."""
+def write(
+    path: Path, tiny: Any, kind: str = "F32", more: Mapping[str, Any] = MappingProxyType({}), arch: str = ""
+) -> Path:
+    """The model as a GGUF file. `more`: metadata after the architecture's name, and tensors, as numbers or (type, bytes), that
+    stand in for the model's or are added; None leaves one out."""
     c, arch = tiny.config, arch or {"mistral": "llama"}.get(tiny.config.model_type, tiny.config.model_type)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("Tiny")
@@ -101,7 +106,6 @@ def write(path: Path, tiny: Any, kind: str = "F32", leave: Any = (), arch: str =
         if arch == "qwen3":
             writer.add_key_length(c.head_dim)
             writer.add_value_length(c.head_dim)
-    tensors = {key: value for key, value in more.items() if isinstance(value, np.ndarray)}
     for key, value in more.items():
         if isinstance(value, str):
             writer.add_string(f"{arch}.{key}", value)
@@ -112,7 +116,7 @@ def write(path: Path, tiny: Any, kind: str = "F32", leave: Any = (), arch: str =
     _vocabulary(writer)
     for key, p in tiny.state_dict().items():
         name, weight = named(key), p.detach()
-        if name in leave or (key == "lm_head.weight" and c.tie_word_embeddings):
+        if name in more or (key == "lm_head.weight" and c.tie_word_embeddings):
             continue
         if arch == "gpt2" and weight.ndim == 2 and name.startswith("blk."):
             weight = weight.t()
@@ -120,8 +124,11 @@ def write(path: Path, tiny: Any, kind: str = "F32", leave: Any = (), arch: str =
             heads = c.num_attention_heads if ".attn_q." in name else c.num_key_value_heads
             weight = torch.from_numpy(alternating(weight.float().numpy(), heads))
         writer.add_tensor(name, stored(weight, kind), raw_dtype=None if weight.ndim == 1 else Type[kind])
-    for name, value in tensors.items():
-        writer.add_tensor(name, value)
+    for name, value in more.items():
+        if isinstance(value, tuple):
+            writer.add_tensor(name, value[1], raw_dtype=Type[value[0]])
+        elif isinstance(value, np.ndarray):
+            writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

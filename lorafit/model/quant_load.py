@@ -79,7 +79,7 @@ def load(
                 put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D)))
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     for number, name in enumerate(left, 1):
-        working(f"reading {path.name}: {number} of {len(left)}")
+        working(f"reading {gguf.origin(path).name}: {number} of {len(left)}")
         _set(model, name, shards.read(keys[name], dtype))
     model.tie_weights()
     if (path / "generation_config.json").is_file():
