@@ -23,6 +23,7 @@ from lorafit.model.gguf import SOURCE, Entry, GgufWeights, Header, can_read, rea
 FORMAT = 1  # raised when what is written changes
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _ROPE_FACTORS = "rope_freqs.weight"
+_BIASES = {"attention": "blk.0.attn_output.bias", "mlp": "blk.0.ffn_up.bias"}
 
 # Metadata by its name after the architecture's, and the setting of transformers' config that it is.
 _LLAMA = {
@@ -42,6 +43,12 @@ _GPT2 = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+# Only where they are there.
+_GEMMA = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 # Says nothing about what is computed.
 _IDLE = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count"}
 
@@ -52,15 +59,19 @@ class Family:
 
     kind: str
     settings: dict[str, str] = field(default_factory=lambda: _LLAMA)
+    optional: dict[str, str] = field(default_factory=dict)
     rotary: bool = True
     alternate: bool = False
     plus_one: bool = False
+    wide: int = 0  # a model of so many layers scales its queries by the hidden size per head, not the width of a head
 
 
 FAMILIES = {
     "llama": Family("llama", alternate=True),  # Mistral and SmolLM too
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
+    "gemma2": Family("gemma2", optional=_GEMMA, plus_one=True, wide=46),
+    "gemma3": Family("gemma3_text", optional=_GEMMA, plus_one=True, wide=62),
     "gpt2": Family("gpt2", _GPT2, rotary=False),
 }
 
@@ -139,6 +150,7 @@ def _config(file: Path, header: Header) -> Any:
     ]
     if lacking or "token_embd.weight" not in header.tensors:
         raise ModelError(f"{file} lacks {', '.join(f'{name}.{key}' for key in lacking) or 'token_embd.weight'}")
+    made |= {setting: left.pop(key) for key, setting in family.optional.items() if key in left}
     if family.rotary:
         made.setdefault("num_key_value_heads", made["num_attention_heads"])
         made["head_dim"] = left.pop("attention.key_length", made["hidden_size"] // made["num_attention_heads"])
@@ -148,8 +160,15 @@ def _config(file: Path, header: Header) -> Any:
                     f"{file}: {name}.{key} isn't the width of a head ({made['head_dim']}); that isn't supported"
                 )
         made["rope_parameters"] = _rope(file, header, left, made["head_dim"])
-        made["attention_bias"] = "blk.0.attn_output.bias" in header.tensors
-        made["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
+        made |= {f"{part}_bias": True for part, of in _BIASES.items() if of in header.tensors}
+    if family.kind == "gemma3_text":  # layers that see a window turn as they were first trained to
+        near = {"rope_type": "default", "rope_theta": left.pop("rope.freq_base_swa", 10000.0)}
+        made["rope_parameters"] = {"full_attention": made["rope_parameters"], "sliding_attention": near}
+    if family.wide:  # not in the file; llama.cpp knows it by the number of layers too
+        whole = made["num_hidden_layers"] == family.wide
+        made["query_pre_attn_scalar"] = (
+            made["hidden_size"] // made["num_attention_heads"] if whole else made["head_dim"]
+        )
     unknown = sorted(
         f"{name}.{key}" for key, value in left.items() if key not in _IDLE and value not in (0, "", "none")
     )
