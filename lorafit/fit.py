@@ -29,7 +29,7 @@ from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
 from lorafit.model.body import Body
-from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids
+from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids, stored_bytes
 from lorafit.model.quant import Quant
 from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
@@ -186,7 +186,7 @@ class _Fit:
         source = adapter_folder(config.start) if config.start else None
         if source is not None and config.model == Config().model:
             config.model = base_of(source)
-        if Path(config.model).expanduser().is_dir():
+        if config.model != Config().model and Path(config.model).expanduser().exists():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
         kernels.switch(config.native)
         on_cpu = pick_device(config.device).type == "cpu"
@@ -575,7 +575,7 @@ class _Fit:
             "trainable_parameters": number,
             "total_parameters": base.parameters(),
             "adapter_bytes": weights.stat().st_size if weights.exists() else 0,
-            "base_bytes": sum(p.stat().st_size for p in base.path.glob("*.safetensors")),
+            "base_bytes": stored_bytes(base.path),
             "train_rows": len(self.data.train),
             "held_out_rows": len(self.data.held_out),
         }

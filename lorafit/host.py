@@ -20,7 +20,7 @@ from lorafit import peft_files
 from lorafit.adapter import Adapter, create
 from lorafit.errors import AdapterError
 from lorafit.methods import find, settings
-from lorafit.model import experts
+from lorafit.model import experts, gguf
 from lorafit.model.base import Base
 from lorafit.model.body import Added
 from lorafit.model.quant import QuantLinear
@@ -90,7 +90,7 @@ class Host:
         made = self.adapters[name]
         made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
         made.notes |= self.base.quant.notes() if self.base.quant else {"quant": "none"}
-        peft_files.save(made, folder, self.sites, str(self.base.path), modules)
+        peft_files.save(made, folder, self.sites, str(gguf.origin(self.base.path)), modules)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; the base is as if it had never been there."""

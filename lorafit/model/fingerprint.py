@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError
-
-_PLACES, _BYTES = 8, 2048
+from lorafit.files import samples
+from lorafit.model import gguf
 
 
 def fingerprint(folder: Path) -> str:
-    """32 hexadecimal digits for the safetensors files of a Hugging Face folder. ModelError if one is missing or damaged."""
+    """32 hexadecimal digits for the safetensors files of a Hugging Face folder, or the GGUF file that it was made from.
+    ModelError if one is missing or damaged."""
+    if (weights := gguf.of(folder)) is not None:
+        return weights.fingerprint()
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} has no .safetensors file")
@@ -40,6 +43,5 @@ def _add(whole: Any, path: Path) -> None:
             entry = tensors[name]
             begin, end = entry["data_offsets"]
             whole.update(f"{name} {entry['dtype']} {entry['shape']};".encode())
-            for place in range(_PLACES):
-                file.seek(8 + length + begin + max(0, (end - begin - _BYTES) * place // (_PLACES - 1)))
-                whole.update(file.read(min(_BYTES, end - begin)))
+            for part in samples(file, 8 + length + begin, end - begin):
+                whole.update(part)

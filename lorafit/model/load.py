@@ -1,4 +1,4 @@
-"""From a name to a frozen base: a Hugging Face folder, a hub id, or the embedded default."""
+"""From a name to a frozen base: a Hugging Face folder, a GGUF file, a hub id, or the embedded default."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files import read_json
 from lorafit.machine import keep_memory
-from lorafit.model import attention, embedded, experts, quant_load
+from lorafit.model import attention, embedded, experts, gguf, gguf_folder, quant_load
 from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
@@ -33,11 +33,20 @@ def locate(name: str, working: Callable[[str], object] = lambda text: None) -> P
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked(path.resolve())
+    if path.is_file() and gguf.is_gguf(path):
+        quiet()
+        return gguf_folder.folder(path, working)
     if path.is_file():
-        raise ModelError(f"{name} is a file; --model takes a Hugging Face folder (config.json and .safetensors files)")
+        raise ModelError(
+            f"{name} is a file; --model takes a Hugging Face folder (config.json, .safetensors) or a GGUF file"
+        )
+    if name.endswith(".gguf"):
+        raise ModelError(f"there is no file {name}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _checked(_from_hub(name, working))
-    raise ModelError(f"no model at '{name}'; give a Hugging Face folder, a hub id like org/name, or '{embedded.NAME}'")
+    raise ModelError(
+        f"no model at '{name}'; give a Hugging Face folder, a GGUF file, a hub id like org/name, or '{embedded.NAME}'"
+    )
 
 
 def _from_hub(name: str, working: Callable[[str], object]) -> Path:
@@ -54,9 +63,13 @@ def _from_hub(name: str, working: Callable[[str], object]) -> Path:
 
 
 def _checked(path: Path) -> Path:
+    if gguf.of(path) is not None:  # it has been looked at when it was made
+        return path
     config = path / "config.json"
+    whole = sorted(path.glob("*.gguf"))
+    hint = f"; for its GGUF file: --model {whole[0]}" if whole else ""
     if not config.is_file():
-        raise ModelError(f"{path} has no config.json; it isn't a Hugging Face model folder")
+        raise ModelError(f"{path} has no config.json; it isn't a Hugging Face model folder{hint}")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -66,9 +79,11 @@ def _checked(path: Path) -> Path:
     if values.get("quantization_config"):
         raise ModelError(f"{path} is already quantised; give the 16-bit model")
     if not any(path.glob("*.safetensors")):
-        other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         has = f" (it has {', '.join(other[:3])})" if other else ""
-        raise ModelError(f"{path} has no .safetensors file{has}; convert it first, lorafit reads no pickles")
+        raise ModelError(
+            f"{path} has no .safetensors file{has}{hint or '; convert it first, lorafit reads no pickles'}"
+        )
     return path
 
 
@@ -129,7 +144,9 @@ def context_of(path: Path) -> int:
 
 
 def stored_dtype(path: Path) -> torch.dtype:
-    """The type most of the model's weights are stored in."""
+    """The type most of the model's weights are stored in; bf16 for a GGUF file's blocks."""
+    if (weights := gguf.of(path)) is not None:
+        return weights.dtype()
     sizes: dict[str, int] = {}
     for file in path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -138,6 +155,13 @@ def stored_dtype(path: Path) -> torch.dtype:
                 sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + int(torch.Size(part.get_shape()).numel())
     most = max(sizes, key=lambda name: sizes[name], default="F32")
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+
+
+def stored_bytes(path: Path) -> int:
+    """What the model's weights take on disk."""
+    if (weights := gguf.of(path)) is not None:
+        return weights.bytes
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def load(
@@ -163,9 +187,9 @@ def load(
     dtype = pick_dtype(precision, place)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if quant is not None:
+        if quant is not None or gguf.of(path) is not None:
             model = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
-            if restored:
+            if restored and quant is not None:
                 restore(model)
                 quant = None
         else:
@@ -187,7 +211,7 @@ def prepare(model: Any, tokenizer: Any, path: Path, name: str = "", quant: Quant
         model.set_attn_implementation(attention.NAME)
     if any(hasattr(module, "has_gate") and hasattr(module, "num_experts") for module in model.modules()):
         model.set_experts_implementation(experts.NAME)
-    has_files = path.is_dir() and any(path.glob("*.safetensors"))
+    has_files = any(path.glob("*.safetensors")) or gguf.of(path) is not None
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
     base.quant = quant
     base.body = Body.of(model)

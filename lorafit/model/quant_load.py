@@ -1,9 +1,9 @@
-"""A model folder to a quantised model, without the 16-bit model ever being in memory.
+"""A model folder to a model, tensor by tensor: quantised, without the 16-bit model ever being in memory, or from a GGUF file.
 
-The model is built without weights; each linear weight is read, quantised and written to a file in the user's cache, one
-after the other. That file, named by the contents of the folder, is then mapped into memory: at the next start nothing is
-quantised, and processes share its pages. It holds the linear weights alone, under the names that bitsandbytes gives its
-tensors; the others are read from the model's own files.
+The model is built without weights. To quantise, each linear weight is read, quantised and written to a file in the user's
+cache, one after the other. That file, named by the contents of the folder, is then mapped into memory: at the next start
+nothing is quantised, and processes share its pages. It holds the linear weights alone, under the names that bitsandbytes gives
+its tensors; the others are read from the model's own files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import ModelError
 from lorafit.files import cache_folder, write_folder
+from lorafit.model import gguf
+from lorafit.model.gguf import GgufWeights
 from lorafit.model.quant import Quant, QuantLinear, linears, put, quantise
 from lorafit.native.quantised import BLOCK, NESTED, Quantised, dynamic, table
 
@@ -46,38 +48,39 @@ class Shards:
                     self._files[name] = file
                     self.shapes[name] = torch.Size(tensors.get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor; its memory is that of the file."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, its numbers in `dtype`, or else as they are stored: then its memory is that of the file."""
         with safe_open(self._files[name], framework="pt") as tensors:
             found: Tensor = tensors.get_tensor(name)
-        return found
+        return found if dtype is None or not found.is_floating_point() else found.to(dtype)
 
 
 def load(
-    path: Path, config: Any, dtype: torch.dtype, quant: Quant, fingerprint: str, working: Callable[[str], object]
+    path: Path, config: Any, dtype: torch.dtype, quant: Quant | None, fingerprint: str, working: Callable[[str], object]
 ) -> Any:
-    """The transformers model of a folder on the CPU, its linear modules QuantLinear, all else in `dtype`.
+    """The transformers model of a folder on the CPU, with `quant` its linear modules QuantLinear, all else in `dtype`.
 
     ModelError where a tensor is missing or of another shape, or the cache can't be written.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    found = list(linears(model))
+    found = list(linears(model)) if quant is not None else []
     _fill_buffers(model)
-    shards = Shards(path)
+    shards = gguf.of(path) or Shards(path)
     keys = _keys(model, shards)
-    codes = _cached(found, keys, shards, quant, fingerprint, working)
-    with safe_open(codes, framework="pt") as tensors:
-        for name, module in found:
-            bias: Any = getattr(module, "bias", None)
-            if bias is not None:
-                bias = shards.read(keys[f"{name}.bias"]).to(dtype)
-            q = read(tensors, name, _shape(module), quant)
-            put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D)))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            given = shards.read(keys[name])
-            _set(model, name, given.to(dtype) if given.is_floating_point() else given)
+    if quant is not None:
+        codes = _cached(found, keys, shards, quant, fingerprint, working)
+        with safe_open(codes, framework="pt") as tensors:
+            for name, module in found:
+                bias: Any = getattr(module, "bias", None)
+                if bias is not None:
+                    bias = shards.read(keys[f"{name}.bias"], dtype)
+                q = read(tensors, name, _shape(module), quant)
+                put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D)))
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    for number, name in enumerate(left, 1):
+        working(f"reading {gguf.origin(path).name}: {number} of {len(left)}")
+        _set(model, name, shards.read(keys[name], dtype))
     model.tie_weights()
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -96,10 +99,10 @@ def _fill_buffers(model: Any) -> None:
         for key in own:
             made = getattr(module, key)
             if bool((made != made).any() if made.is_floating_point() else (made == -1).any()):
-                raise ModelError(f"{name}.{key} can't be made for a quantised base; leave quant out")
+                raise ModelError(f"{name}.{key} can't be made here; leave quant out, or use safetensors")
 
 
-def _keys(model: Any, shards: Shards) -> dict[str, str]:
+def _keys(model: Any, shards: Shards | GgufWeights) -> dict[str, str]:
     """Where each tensor of the model lies in the files, by its name; those that share a weight have one key."""
     prefix = f"{model.base_model_prefix}."
     owners: dict[int, list[str]] = {}
@@ -121,7 +124,7 @@ def _keys(model: Any, shards: Shards) -> dict[str, str]:
             found |= dict.fromkeys(names, key)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ModelError(f"{shards.folder} can't be loaded quantised: {'; '.join(wrong[:3])}{more}")
+        raise ModelError(f"{shards.folder} can't be loaded: {'; '.join(wrong[:3])}{more}")
     return found
 
 
@@ -156,7 +159,7 @@ def folder(fingerprint: str, quant: Quant) -> Path:
 def _cached(
     found: list[tuple[str, nn.Module]],
     keys: dict[str, str],
-    shards: Shards,
+    shards: Shards | GgufWeights,
     quant: Quant,
     fingerprint: str,
     working: Callable[[str], object],

@@ -20,7 +20,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases", metavar="A,B", help="some of speed,memory,loss,cases,limit,profile,start; default: all of them"
     )
-    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument(
+        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
+    )
     parser.add_argument("--data", metavar="DATA", help="rows to train on; default: documents of Alpaca-like lengths")
     parser.add_argument("--rows", type=int, metavar="N", help="rows to train on, 8 a step; default 96")
     parser.add_argument("--held-out", type=int, metavar="N", help="last rows, to score on; default 100")

@@ -29,7 +29,9 @@ BRIEFLY = "1000"
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --precision, --quant, --device."""
-    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument(
+        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
+    )
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the base")
     parser.add_argument("--quant", choices=choices("quant"), help="how the base is stored; default: as trained")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")

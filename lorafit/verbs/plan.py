@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="M",
-        help="Hugging Face folder (config.json is enough) or hub id; default: the embedded model",
+        help="Hugging Face folder (config.json is enough), GGUF file or hub id; default: the embedded model",
     )
     parser.add_argument(
         "--for", dest="place", metavar="cpu|GPU|SIZE", default="cpu", help="a GPU by name, or memory such as 16G"

@@ -24,7 +24,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "source", nargs="?", metavar="DATA|CONFIG.yaml", help="rows (.jsonl .json .csv .parquet .txt) or settings"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting; --help-settings lists them")
-    parser.add_argument("--model", metavar="M", help="Hugging Face folder or hub id; default: the embedded model")
+    parser.add_argument(
+        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
+    )
     parser.add_argument("--out", metavar="RUN", help="run folder; default runs/<data>-<number>")
     parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
