@@ -8,7 +8,9 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from lorafit.model.base import Base
 from lorafit.model.body import Body
 from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids, stored_bytes
 from lorafit.model.quant import Quant
+from lorafit.model.starts import Start
 from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_chat, base_of, quant_of
@@ -76,7 +79,7 @@ def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
     if start := {**values, **given}.get("start"):
         _check_start(given)
         before = quant_of(adapter_folder(start))
-        values = {**(before.notes() if before else {}), **values}
+        values = {**({"quant": before.kind, "double_quant": before.double} if before else {}), **values}
     return build({**values, **given})
 
 
@@ -92,8 +95,31 @@ def _check_start(values: Mapping[str, Any]) -> None:
 
 def build(values: Mapping[str, Any]) -> Config:
     """A checked config; the method's own settings are among the known keys."""
-    method = values.get("method", Config().method)
-    return settings.build(values, method_settings(find(str(method))))
+    kind = find(str(values.get("method", Config().method)))
+    made = settings.build(values, method_settings(kind))
+    if kind.needs_codes and made.quant == "none":
+        raise ConfigError(f"method={made.method} starts from what quantising loses; add quant=nf4")
+    return made
+
+
+def quant_for(config: Config, source: Path | None = None) -> Quant | None:
+    """How the base is to be stored: in codes of the method's own, where it makes such, or in those that the adapter in
+    `source` was trained with."""
+    made = Quant.of(config.quant, config.double_quant)
+    kind = find(config.method)
+    if made is None or (source is None and not kind.codes):
+        return made
+    if source is not None:
+        before = quant_of(source)
+        return before if before is not None and replace(before, start=None) == made else made
+    start = Start(
+        config.method,
+        config.options["r"],
+        config.options[kind.codes],
+        tuple(config.targets or kind.targets),
+        tuple(sorted(config.rank_pattern.items())),
+    )
+    return replace(made, start=start)
 
 
 def fit(config: Config, terminal: Terminal | None = None) -> Run:
@@ -198,7 +224,7 @@ class _Fit:
                 config.model,
                 precision=config.precision,
                 device=config.device,
-                quant=Quant.of(config.quant, config.double_quant),
+                quant=quant_for(config, source),
                 working=spinner.rename,
             )
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
@@ -245,15 +271,16 @@ class _Fit:
             adapter = self.host.load(source, NAME)
             config.method, config.options = adapter.method, dict(adapter.options)
             return
-        self.host.add(
-            NAME,
-            config.method,
-            config.targets,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
-            seed=config.seed,
-            **config.options,
-        )
+        with self.terminal.working("making the adapter"):
+            self.host.add(
+                NAME,
+                config.method,
+                config.targets,
+                rank_pattern=config.rank_pattern,
+                alpha_pattern=config.alpha_pattern,
+                seed=config.seed,
+                **config.options,
+            )
 
     def _job(self) -> Job:
         config = self.config
@@ -327,6 +354,9 @@ class _Fit:
         self.say_what(run)
         job, kind = self.job, self.config.optimizer
         job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay, kind, run.pages)
+        if parts := self.host.base.parts():
+            errors = [{"path": path, "plain": part.plain, "after": part.after} for path, part in parts.items()]
+            files.write_json(run.folder / "start.json", errors)
         if newest is not None:
             self._restore(run, newest)
         self.began = time.monotonic() - self.seconds
@@ -585,6 +615,7 @@ class _Fit:
         config, job, base = self.config, self.job, self.host.base
         adapter = self.host.adapters[NAME]
         share = adapter.numbers() / base.parameters()
+        stored_numbers = sum(t.numel() for t in adapter.state_dict().values())
         options = " ".join(f"{k}={v}" for k, v in config.options.items())
         rows = self.data.report
         say = self.terminal.say
@@ -607,8 +638,14 @@ class _Fit:
             say("          nothing is held out: no evaluation, no early stop, the last step's adapter is kept")
         say(
             f"adapter   {config.method} {options} on {len(list(adapter.items()))} sites: {count(adapter.numbers())}"
-            f" trainable ({share:.2%}), {size(adapter.numbers() * 4)} on disk"
+            f" trainable ({share:.2%}), {size(stored_numbers * 4)} on disk"
         )
+        if parts := base.parts().values():
+            plain, after = (fmean(errors) for errors in zip(*((p.plain, p.after) for p in parts), strict=True))
+            say(
+                f"start     {base.quant}: mean error of {len(parts)} weights {plain:.4f} in plain codes -> {after:.4f}"
+                " (start.json)"
+            )
         first = next(job.plan.since(job.done))
         optimizer = "" if config.optimizer == Config().optimizer else f" {config.optimizer},"
         say(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorafit import peft_files
 from lorafit.adapter import Adapter, create
-from lorafit.errors import AdapterError
+from lorafit.errors import AdapterError, ConfigError
 from lorafit.methods import find, settings
 from lorafit.model import experts, gguf
 from lorafit.model.base import Base
@@ -56,6 +56,12 @@ class Host:
     ) -> Adapter:
         """A fresh adapter on the sites that `targets` mean (the method's own by default). A fresh one changes nothing."""
         kind = find(method)
+        made_for = self.base.quant.start if self.base.quant else None
+        if kind.needs_codes and (made_for is None or made_for.method != method):
+            raise ConfigError(
+                f"method '{method}' needs a base in codes of its own: quant=nf4, in Python load(…, quant=Quant('nf4',"
+                f" start=Start('{method}', …)))"
+            )
         own = {key: default for key, (_, default) in settings(kind).items()}
         unknown = [key for key in options if key not in own]
         if unknown:
@@ -88,6 +94,7 @@ class Host:
         """Write an adapter's files into an existing folder."""
         modules = [path for path, _ in self.base.model.named_modules()]
         made = self.adapters[name]
+        made.notes.pop("quant_start", None)
         made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
         made.notes |= self.base.quant.notes() if self.base.quant else {"quant": "none"}
         peft_files.save(made, folder, self.sites, str(gguf.origin(self.base.path)), modules)
@@ -227,7 +234,7 @@ class Host:
         where every delta is one of low rank, else one after the other."""
         sites = [self.site_of[module] for module in modules]
         frozen = [
-            Frozen(module.quantised if isinstance(module, QuantLinear) else module.weight, module.bias)
+            module.frozen if isinstance(module, QuantLinear) else Frozen(module.weight, module.bias)
             for module in modules
         ]
         stacks = {names for _, names in self._route.runs} if self._route else {()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder:
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
+    if adapter.method != "lora" and (plain := _as_lora(adapter)) is not None:
+        own |= {"method": "lora", "options": plain}
+        own.setdefault("trained_as", {"method": adapter.method, "options": adapter.options})
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -109,11 +113,22 @@ def _wrap_order(path: str) -> int:
     return 1 if path.endswith("down_proj") else 0
 
 
+def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
+    """The settings of LoRA under which an adapter is stored, where all its layers add products of low rank: its own, or r and
+    alpha as most of its sites have them."""
+    found = [layer.factors() for _, layer in adapter.items()]
+    if adapter.method == "lora" or not found or None in found:
+        return adapter.options if adapter.method == "lora" else None
+    pairs = Counter((f[0].shape[-2], f[2] * f[0].shape[-2]) for f in found if f is not None)
+    r, alpha = pairs.most_common(1)[0][0]
+    return {"r": r, "alpha": alpha, "dropout": 0.0, "rslora": False}
+
+
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
-    state = {name: p.detach().cpu().float() for name, p in layer.named_parameters()}
-    if not isinstance(layer, LoRA):
-        return {f"lorafit_{name}": p.contiguous() for name, p in state.items()}
-    a, b = state["a"], state["b"]
+    factors = layer.factors()
+    if factors is None:
+        return {f"lorafit_{name}": p.detach().cpu().float().contiguous() for name, p in layer.named_parameters()}
+    a, b = (part.detach().cpu().float() for part in factors[:2])
     if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
     if site.lookup:
@@ -211,8 +226,9 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
     paths = [path for path, _ in adapter.items()]
     plain = [p for p in paths if sites[p].kind != "experts"]
     experts = [p for p in paths if sites[p].kind == "experts"]
+    options = _as_lora(adapter)
     config: dict[str, Any] = {
-        "peft_type": "LORA" if adapter.method == "lora" else f"LORAFIT_{adapter.method.upper()}",
+        "peft_type": f"LORAFIT_{adapter.method.upper()}" if options is None else "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_folder,
         "inference_mode": True,
@@ -220,15 +236,11 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         "target_parameters": experts or None,
         "modules_to_save": None,
     }
-    if adapter.method != "lora":
+    if options is None:
         return config
-    options = adapter.options
-    ranks = {p: layer.a.shape[-2] for p, layer in adapter.items() if isinstance(layer, LoRA)}
-    alphas = {
-        p: layer.scale * (ranks[p] ** 0.5 if options["rslora"] else ranks[p])
-        for p, layer in adapter.items()
-        if isinstance(layer, LoRA)
-    }
+    found = {p: factors for p, layer in adapter.items() if (factors := layer.factors()) is not None}
+    ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
+    alphas = {p: s * (ranks[p] ** 0.5 if options["rslora"] else ranks[p]) for p, (_, _, s) in found.items()}
     return config | {
         "r": options["r"],
         "lora_alpha": options["alpha"],

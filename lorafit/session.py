@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorafit.data import Chat
-from lorafit.errors import AdapterError, RunError
+from lorafit.errors import AdapterError, ConfigError, RunError
 from lorafit.host import Host
 from lorafit.model.base import Base
 from lorafit.model.load import load, stop_ids
 from lorafit.model.quant import Quant
+from lorafit.model.starts import Start
 from lorafit.native.quantised import KINDS
 from lorafit.peft_files import read_config, read_notes
 
@@ -72,7 +73,13 @@ def quant_of(folder: Path) -> Quant | None:
         raise AdapterError(
             f"{folder} was trained on a base in '{kind}', which isn't known here; choose one with --quant"
         )
-    return Quant.of(kind, bool(notes.get("double_quant", True)))
+    made = Quant.of(kind, bool(notes.get("double_quant", True)))
+    if made is None or notes.get("quant_start") is None:
+        return made
+    try:
+        return replace(made, start=Start.from_json(notes["quant_start"]))
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder} was trained on codes that aren't known here: {error}") from None
 
 
 def open_session(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import base, ids, randomize, rows
+from tiny import base, ids, model, randomize, rows
 
 from lorafit.batches import pack
 from lorafit.host import Host
-from lorafit.methods import METHODS
-from lorafit.model.sites import select
+from lorafit.methods import METHODS, settings
+from lorafit.model.load import prepare
+from lorafit.model.quant import Quant, convert, restore
+from lorafit.model.sites import ranks, select
+from lorafit.model.starts import Start
 from lorafit.route import Route
 from lorafit.train.loss import losses
 
@@ -22,19 +27,34 @@ PLACES = {
     "embedding": ("llama", ["embed_tokens"], {}),
     "tied": ("llama", ["embed_tokens", "v_proj"], {"tie_word_embeddings": True}),
     "head": ("llama", ["lm_head", "down_proj"], {}),
+    "codes": ("llama", ["all-linear"], {}),
 }
 CASES = [(m, p) for m in METHODS for p in PLACES]
 
 
 def fits(host, method, targets):
-    return all(site.kind in METHODS[method].kinds for site in select(host.sites, targets))
+    kind = METHODS[method]
+    coded = host.base.quant is not None
+    return all(site.kind in kind.kinds for site in select(host.sites, targets)) and (coded or not kind.needs_codes)
+
+
+def in_codes(shape, method, targets):
+    """A base in nf4, in codes of the method's own where it makes such."""
+    made, kind = model(shape), METHODS[method]
+    start = None
+    if kind.codes:
+        own = {name: default for name, (_, default) in settings(kind).items()}
+        start = Start(method, own["r"], own[kind.codes], tuple(targets))
+    quant = Quant("nf4", start=start)
+    convert(made, quant, ranks(made, start) if start else None)
+    return prepare(made, None, Path("nowhere"), shape, quant)
 
 
 @pytest.fixture
 def place(request):
     method, name = request.param
     shape, targets, options = PLACES[name]
-    host = Host(base(shape, **options))
+    host = Host(in_codes(shape, method, targets) if name == "codes" else base(shape, **options))
     if not fits(host, method, targets):
         pytest.skip(f"{method} doesn't adapt this kind")
     return host, method, targets
@@ -64,9 +84,12 @@ def test_forward_equals_merged_weight(place):
         plain = host.logits(x, LENGTHS)
         with host.route("a"):
             routed = host.logits(x, LENGTHS)
-        for site in select(host.sites, targets):
-            site.write(host.merged_weight(site, "a"))
-        merged = host.logits(x, LENGTHS)
+        weights = {site.path: host.merged_weight(site, "a") for site in select(host.sites, targets)}
+        restore(host.base.model)  # codes become numbers
+        merged_host = Host(host.base)
+        for path, w in weights.items():
+            merged_host.sites[path].write(w)
+        merged = merged_host.logits(x, LENGTHS)
     assert (routed - plain).abs().max() > 0.1  # the adapter is felt at all
     assert (routed - merged).abs().max() < 1e-5 * max(1, merged.abs().max())
 

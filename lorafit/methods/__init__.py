@@ -6,11 +6,17 @@ from lorafit.config import nearest
 from lorafit.errors import ConfigError
 from lorafit.methods.base import Matrix, Method, settings
 from lorafit.methods.full import Full
+from lorafit.methods.loftq import LoftQ
 from lorafit.methods.lora import LoRA
+from lorafit.methods.olora import OLoRA
+from lorafit.methods.pissa import PiSSA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "full": Full,
+    "pissa": PiSSA,
+    "olora": OLoRA,
+    "loftq": LoftQ,
 }
 
 

@@ -32,6 +32,9 @@ class Matrix(Protocol):
     def weight(self) -> Tensor:
         """The weight, (*lead, out, in)."""
 
+    def start(self, method: str) -> tuple[Tensor, Tensor] | None:
+        """(a (r, in), b (out, r)) where the weight is codes that `method` has made with b·a beside them; else None."""
+
 
 class Method(nn.Module):
     """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic.
@@ -43,21 +46,36 @@ class Method(nn.Module):
     targets: ClassVar[tuple[str, ...]] = ("all-linear",)  # adapted when the user names none
     about: ClassVar[str] = ""
     lr_factor: ClassVar[float] = 1.0  # of the default learning rate
+    codes: ClassVar[str] = ""  # the setting that, with r, decides the codes this method has a quantised base stored in
+    needs_codes: ClassVar[bool] = False  # it is nothing without them
 
     # Random choices of a forward (dropout) are drawn from this seed, which the training loop sets anew for each
     # micro-batch: the same in a recomputed forward, after a resume, and with other adapters in the batch or without.
     seed: int = 0
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """(a (*lead, r, in), b (*lead, out, r), scale) where what the method adds is scale·b·a, whatever the weight: then the
+        rest follows, and it is stored as a LoRA. None where it isn't."""
+        return None
+
     def delta_weight(self, w: Tensor) -> Tensor:
         """What the method adds to w (*lead, out, in), in fp32, same shape."""
-        raise NotImplementedError
+        factors = self.factors()
+        if factors is None:
+            raise NotImplementedError
+        a, b, scale = factors
+        return (b @ a) * scale
 
     def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
         """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,)).
 
         y holds the layer's bias, and what other adapters of a stack have added; only mm(x, weight()) is the bare product.
         """
-        return mm(x, self.delta_weight(weight()))
+        factors = self.factors()
+        if factors is None:
+            return mm(x, self.delta_weight(weight()))
+        a, b, scale = factors
+        return mm(mm(x, a), b) * scale
 
     @property
     def draws(self) -> bool:
@@ -67,7 +85,8 @@ class Method(nn.Module):
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """(a (r, in), b (out, r), scale) where this forward adds exactly scale·(x·aᵀ)·bᵀ, so that it can be computed in
         one sum with the base's product; None where it doesn't."""
-        return None
+        factors = self.factors()
+        return factors if factors is not None and factors[0].dim() == 2 else None
 
     def lr_scale(self) -> dict[str, float]:
         """Learning-rate factors by parameter name; 1 for those that aren't named."""

@@ -45,9 +45,9 @@ class LoRA(Method):
             a.uniform_(-(width**-0.5), width**-0.5, generator=generator)
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
-    def delta_weight(self, w: Tensor) -> Tensor:
-        """s·B·A, (*lead, out, in)."""
-        return (self.b @ self.a) * self.scale
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """Its own two matrices."""
+        return self.a, self.b, self.scale
 
     def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
         """Two thin products; dropout falls on x alone, as in the paper."""
@@ -55,7 +55,7 @@ class LoRA(Method):
             generator = torch.Generator(x.device).manual_seed(self.seed)
             kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
             x = x * kept / (1 - self.dropout)
-        return mm(mm(x, self.a), self.b) * self.scale
+        return super().forward(x, y, mm, weight)
 
     @property
     def draws(self) -> bool:
@@ -64,6 +64,4 @@ class LoRA(Method):
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """Its own two matrices, but for dropout, which gives each site an input of its own."""
-        if self.a.dim() != 2 or (self.dropout and self.training):
-            return None
-        return self.a, self.b, self.scale
+        return None if self.draws else super().low_rank()

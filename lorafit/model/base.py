@@ -19,6 +19,7 @@ from lorafit.errors import ModelError
 from lorafit.model.attention import UNREAD_MASK
 from lorafit.model.body import Added, Body, Products, plain_products
 from lorafit.model.quant import Quant, QuantLinear
+from lorafit.model.starts import Part
 from lorafit.packing import Packing
 
 
@@ -65,6 +66,11 @@ class Base:
         """How many numbers the base holds (a shared weight counted once)."""
         total: int = sum(p.numel() for p in self.model.parameters())
         return total + sum(m.shape.numel() for m in self.model.modules() if isinstance(m, QuantLinear))
+
+    def parts(self) -> dict[str, Part]:
+        """What stands beside the codes of its weights, by path."""
+        found = {path: m.part for path, m in self.model.named_modules() if isinstance(m, QuantLinear)}
+        return {path: part for path, part in found.items() if part is not None}
 
     def checkpointing(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass. The base's own dropout stays off."""

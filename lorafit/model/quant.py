@@ -4,7 +4,8 @@ bitsandbytes gives them, and computed with through `QuantLinear`, which makes th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import ModelError
+from lorafit.model.starts import Part, Start, split
 from lorafit.native import quantised
-from lorafit.native.lowrank import Frozen, products
+from lorafit.native.lowrank import Frozen, LowRank, products
 from lorafit.native.quantised import BLOCK, NESTED, Quantised
 
 
 @dataclass(frozen=True)
 class Quant:
-    """How linear weights are stored: a kind of native.quantised.KINDS; `double`: the absmax of blocks are quantised too."""
+    """How linear weights are stored: a kind of native.quantised.KINDS; `double`: the absmax of blocks are quantised too;
+    `start`: a method that makes codes of its own, with a part of low rank beside them."""
 
     kind: str
     double: bool = True
+    start: Start | None = None
 
     @staticmethod
     def of(kind: str, double: bool = True) -> Quant | None:
@@ -32,10 +36,12 @@ class Quant:
 
     def notes(self) -> dict[str, Any]:
         """What an adapter remembers of the base it was trained on."""
-        return {"quant": self.kind, "double_quant": self.double}
+        start = {} if self.start is None else {"quant_start": self.start.to_json()}
+        return {"quant": self.kind, "double_quant": self.double, **start}
 
     def __str__(self) -> str:
-        return self.kind if self.double or self.kind == "int8" else f"{self.kind} without double quantisation"
+        double = "" if self.double or self.kind == "int8" else " without double quantisation"
+        return f"{self.kind}{double}{f' ({self.start})' if self.start else ''}"
 
     def size(self, shape: torch.Size) -> int:
         """Bytes that a weight (out, in) takes."""
@@ -52,20 +58,33 @@ class QuantLinear(nn.Module):
     """A frozen linear layer that holds codes. In the place of nn.Linear, or of GPT-2's Conv1D (`turned`).
 
     It keeps nothing but codes between calls, and for the backward no more than it was given: bitsandbytes' layer repacks its
-    codes for inference on a CPU and is wrong, and without a gradient, when it is trained after that.
+    codes for inference on a CPU and is wrong, and without a gradient, when it is trained after that. Where codes were made
+    with a part of low rank, the layer's weight is both together.
     """
 
     codes: Tensor
     absmax: Tensor
     nested: Tensor | None
     offset: Tensor | None
+    start_a: Tensor | None
+    start_b: Tensor | None
 
-    def __init__(self, q: Quantised, bias: Tensor | None, dtype: torch.dtype, turned: bool = False) -> None:
+    def __init__(
+        self,
+        q: Quantised,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        turned: bool = False,
+        part: Part | None = None,
+    ) -> None:
         super().__init__()
         self.kind, self.shape, self.dtype, self.turned = q.kind, q.shape, dtype, turned
         self.out_features, self.in_features = q.shape
         for name in _PARTS:
             self.register_buffer(name, getattr(q, name))
+        for name in ("a", "b"):
+            self.register_buffer(f"start_{name}", None if part is None else getattr(part, name))
+        self._part = None if part is None else (part.method, part.plain, part.after)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
@@ -79,16 +98,35 @@ class QuantLinear(nn.Module):
         for name in _PARTS:
             setattr(self, name, getattr(q, name))
 
+    @property
+    def part(self) -> Part | None:
+        """What was put beside the codes, where they were made with it."""
+        if self._part is None or self.start_a is None or self.start_b is None:
+            return None
+        method, plain, after = self._part
+        return Part(method, self.start_a, self.start_b, plain, after)
+
+    @property
+    def frozen(self) -> Frozen:
+        """The layer as `products` takes it."""
+        part = self.part
+        return Frozen(self.quantised, self.bias, low=None if part is None else LowRank(part.a, part.b, 1.0))
+
     def numbers(self) -> Tensor:
         """The weight (out, in) in the base's number type, made now."""
-        return quantised.dequantise(self.quantised, self.dtype)
+        part = self.part
+        if part is None:
+            return quantised.dequantise(self.quantised, self.dtype)
+        return (quantised.dequantise(self.quantised, torch.float32) + part.b @ part.a).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        rows, q = x.reshape(-1, self.in_features), self.quantised
-        y = None if rows.requires_grad else quantised.few_rows(rows, q, self.bias)
+        rows, part = x.reshape(-1, self.in_features), self.part
+        y = None if rows.requires_grad else quantised.few_rows(rows, self.quantised, self.bias)
         if y is None:
-            (y,) = products(rows, [Frozen(q, self.bias)], [None])
+            (y,) = products(rows, [self.frozen], [None])
+        elif part is not None:
+            y = y.addmm_(rows @ part.a.t().to(rows.dtype), part.b.t().to(rows.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -102,6 +140,13 @@ def quantise(weight: Tensor, quant: Quant, name: str) -> Quantised:
     if not torch.isfinite(made.absmax if made.nested is None else made.nested).all():
         raise ModelError(f"{name} isn't finite, so it can't be quantised; the model is damaged")
     return made
+
+
+def stored(weight: Tensor, quant: Quant, r: int | None, name: str) -> tuple[Quantised, Part | None]:
+    """A weight (out, in) as `quant` stores it; `r` is the rank of the part beside its codes, None for none."""
+    if quant.start is None or r is None:
+        return quantise(weight, quant, name), None
+    return split(weight, quant.start, r, zlib.crc32(name.encode()), lambda w: quantise(w, quant, name))
 
 
 def linears(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -118,14 +163,14 @@ def linears(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def convert(model: Any, quant: Quant) -> None:
-    """Quantise a model that is in memory, module by module."""
+def convert(model: Any, quant: Quant, ranks: Mapping[str, int] | None = None) -> None:
+    """Quantise a model that is in memory, module by module. `ranks`: of the part of low rank beside the codes, by path."""
     dtype = model.dtype
     for path, module in list(linears(model)):
         turned = isinstance(module, Conv1D)
         weight: Any = module.weight
-        q = quantise(weight.t() if turned else weight, quant, f"{path}.weight")
-        put(model, path, QuantLinear(q, module.bias, dtype, turned))  # type: ignore[arg-type]
+        q, part = stored(weight.t() if turned else weight, quant, (ranks or {}).get(path), f"{path}.weight")
+        put(model, path, QuantLinear(q, module.bias, dtype, turned, part))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 The model is built without weights. To quantise, each linear weight is read, quantised and written to a file in the user's
 cache, one after the other. That file, named by the contents of the folder, is then mapped into memory: at the next start
 nothing is quantised, and processes share its pages. It holds the linear weights alone, under the names that bitsandbytes gives
-its tensors; the others are read from the model's own files.
+its tensors, and what was put beside their codes; the others are read from the model's own files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,9 @@ from lorafit.errors import ModelError
 from lorafit.files import cache_folder, write_folder
 from lorafit.model import gguf
 from lorafit.model.gguf import GgufWeights
-from lorafit.model.quant import Quant, QuantLinear, linears, put, quantise
+from lorafit.model.quant import Quant, QuantLinear, linears, put, stored
+from lorafit.model.sites import ranks
+from lorafit.model.starts import Part
 from lorafit.native.quantised import BLOCK, NESTED, Quantised, dynamic, table
 
 FORMAT = 1  # raised when what is written changes
@@ -60,23 +62,25 @@ def load(
 ) -> Any:
     """The transformers model of a folder on the CPU, with `quant` its linear modules QuantLinear, all else in `dtype`.
 
-    ModelError where a tensor is missing or of another shape, or the cache can't be written.
+    ModelError where a tensor is missing or of another shape, or the cache can't be written; ConfigError where a start is for
+    weights that the model hasn't.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     found = list(linears(model)) if quant is not None else []
-    _fill_buffers(model)
+    fill_buffers(model)
     shards = gguf.of(path) or Shards(path)
     keys = _keys(model, shards)
     if quant is not None:
-        codes = _cached(found, keys, shards, quant, fingerprint, working)
+        beside = ranks(model, quant.start) if quant.start is not None else {}
+        codes = _cached(found, keys, shards, quant, beside, fingerprint, working)
         with safe_open(codes, framework="pt") as tensors:
             for name, module in found:
                 bias: Any = getattr(module, "bias", None)
                 if bias is not None:
                     bias = shards.read(keys[f"{name}.bias"], dtype)
-                q = read(tensors, name, _shape(module), quant)
-                put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D)))
+                q, part = read(tensors, name, _shape(module), quant), _part(tensors, name, quant, name in beside)
+                put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D), part))
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     for number, name in enumerate(left, 1):
         working(f"reading {gguf.origin(path).name}: {number} of {len(left)}")
@@ -87,7 +91,7 @@ def load(
     return model
 
 
-def _fill_buffers(model: Any) -> None:
+def fill_buffers(model: Any) -> None:
     """What the files don't hold: buffers such as rotary frequencies, made as transformers makes them after loading."""
     for name, module in model.named_modules():
         own = {key: t for key, t in module.named_buffers(recurse=False) if key in module._non_persistent_buffers_set}
@@ -152,8 +156,10 @@ class Entry(NamedTuple):
 
 def folder(fingerprint: str, quant: Quant) -> Path:
     """Where the codes of the weights with this fingerprint are kept."""
-    name = hashlib.sha256(f"{FORMAT} {fingerprint} {quant.kind} {quant.double}".encode()).hexdigest()[:32]
-    return cache_folder() / "quantised" / name
+    text = f"{FORMAT} {fingerprint} {quant.kind} {quant.double}"
+    if quant.start is not None:
+        text += f" {json.dumps(quant.start.to_json(), sort_keys=True)}"
+    return cache_folder() / "quantised" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _cached(
@@ -161,12 +167,13 @@ def _cached(
     keys: dict[str, str],
     shards: Shards | GgufWeights,
     quant: Quant,
+    beside: Mapping[str, int],
     fingerprint: str,
     working: Callable[[str], object],
 ) -> Path:
-    """The file of codes, made now if it isn't there or isn't whole."""
+    """The file of codes, made now if it isn't there or isn't whole. `beside`: ranks of what goes beside codes, by path."""
     place = folder(fingerprint, quant)
-    entries = [entry for name, module in found for entry in _entries(name, _shape(module), quant)]
+    entries = [entry for name, module in found for entry in _entries(name, _shape(module), quant, beside.get(name))]
     if _whole(place / FILE, entries):
         return place / FILE
 
@@ -176,8 +183,9 @@ def _cached(
             for number, (name, module) in enumerate(found, 1):
                 working(f"quantising to {quant.kind}, once: {number} of {len(found)}")
                 given = shards.read(keys[f"{name}.weight"])
-                q = quantise(given.t() if isinstance(module, Conv1D) else given, quant, f"{name}.weight")
-                for key, tensor in tensors_of(name, q).items():
+                weight = given.t() if isinstance(module, Conv1D) else given
+                q, part = stored(weight, quant, beside.get(name), f"{name}.weight")
+                for key, tensor in {**tensors_of(name, q), **_part_tensors(name, part)}.items():
                     file.seek(places[key])
                     file.write(tensor.contiguous().numpy().data)
 
@@ -191,8 +199,13 @@ def _shape(module: Any) -> torch.Size:
     return torch.Size(reversed(shape)) if isinstance(module, Conv1D) else shape
 
 
-def _entries(name: str, shape: torch.Size, quant: Quant) -> Iterator[Entry]:
-    """The tensors of a weight (out, in), under bitsandbytes' names."""
+def _entries(name: str, shape: torch.Size, quant: Quant, r: int | None) -> Iterator[Entry]:
+    """The tensors of a weight (out, in), under bitsandbytes' names, and those of a part of rank `r` beside its codes."""
+    if r is not None:
+        r = min(r, *shape)
+        yield Entry(f"{name}.start_a", torch.float32, (r, shape[1]))
+        yield Entry(f"{name}.start_b", torch.float32, (shape[0], r))
+        yield Entry(f"{name}.start_errors", torch.float32, (2,))
     if quant.kind == "int8":
         yield Entry(f"{name}.weight", torch.int8, tuple(shape))
         yield Entry(f"{name}.SCB", torch.float32, (shape[0],))
@@ -228,6 +241,22 @@ def tensors_of(name: str, q: Quantised, dtype: torch.dtype = torch.bfloat16) -> 
     text = json.dumps(state).encode().ljust(_STATE)
     found[f"{name}.weight.quant_state.bitsandbytes__{q.kind}"] = torch.tensor(list(text), dtype=torch.uint8)
     return found
+
+
+def _part_tensors(name: str, part: Part | None) -> dict[str, Tensor]:
+    """What is beside a weight's codes, as those tensors."""
+    if part is None:
+        return {}
+    errors = torch.tensor([part.plain, part.after])
+    return {f"{name}.start_a": part.a, f"{name}.start_b": part.b, f"{name}.start_errors": errors}
+
+
+def _part(tensors: Any, name: str, quant: Quant, there: bool) -> Part | None:
+    """What is beside a weight's codes, from an open file."""
+    if quant.start is None or not there:
+        return None
+    a, b, errors = (tensors.get_tensor(f"{name}.start_{key}") for key in ("a", "b", "errors"))
+    return Part(quant.start.method, a, b, *errors.tolist())
 
 
 def read(tensors: Any, name: str, shape: torch.Size, quant: Quant) -> Quantised:

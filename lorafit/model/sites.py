@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
 from lorafit.model.quant import QuantLinear
+from lorafit.model.starts import Start
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 PRESETS = {
@@ -77,6 +78,11 @@ class Site:
             return self.module.numbers()
         w = self.stored.detach()
         return w.transpose(-1, -2) if self.flipped else w
+
+    def start(self, method: str) -> tuple[Tensor, Tensor] | None:
+        """(a (r, in), b (out, r)), where the weight is codes that this method has made with b·a beside them."""
+        part = self.module.part if isinstance(self.module, QuantLinear) else None
+        return (part.a, part.b) if part is not None and part.method == method else None
 
     def write(self, w: Tensor) -> None:
         """Overwrite the base's weight with w (*lead, out, in), cast once. For merging alone; not into codes, which would round
@@ -162,3 +168,12 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the most specific (longest) pattern that matches a site, or the default."""
     hits = [pattern for pattern in patterns if matches(pattern, path)]
     return patterns[max(hits, key=len)] if hits else default
+
+
+def ranks(model: Any, start: Start) -> dict[str, int]:
+    """The rank of each site that a start is for, by path. ConfigError for a target or a pattern without a match."""
+    chosen, patterns = select(find_sites(model), start.targets), dict(start.rank_pattern)
+    for pattern in patterns:
+        if not any(matches(pattern, site.path) for site in chosen):
+            raise ConfigError(f"pattern '{pattern}' matches none of the {len(chosen)} adapted sites")
+    return {site.path: pattern_value(patterns, site.path, start.r) for site in chosen}

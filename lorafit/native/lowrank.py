@@ -24,27 +24,28 @@ _backward = Kernel("low_rank_backward", "pp")
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """A weight that isn't trained: (out, in) where `across`, (in, out) as GPT-2 stores it otherwise; bias (out,). A quantised
-    one is (out, in); its numbers are made for each product and gone after it."""
-
-    weight: Tensor | Quantised
-    bias: Tensor | None = None
-    across: bool = True
-
-    def suits(self, dtype: torch.dtype) -> bool:
-        """Its numbers are of this type, and those of a row side by side."""
-        w = self.weight
-        return isinstance(w, Quantised) or (w.dtype == dtype and w.stride(1) == 1)
-
-
-@dataclass(frozen=True)
 class LowRank:
     """The addition scale·b·a to a weight: a (r, in), b (out, r), trained, of any float type."""
 
     a: Tensor
     b: Tensor
     scale: float
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A weight that isn't trained: (out, in) where `across`, (in, out) as GPT-2 stores it otherwise; bias (out,). A quantised
+    one is (out, in); its numbers are made for each product and gone after it. `low` is a part of the weight kept apart."""
+
+    weight: Tensor | Quantised
+    bias: Tensor | None = None
+    across: bool = True
+    low: LowRank | None = None
+
+    def suits(self, dtype: torch.dtype) -> bool:
+        """Its numbers are of this type, and those of a row side by side."""
+        w = self.weight
+        return isinstance(w, Quantised) or (w.dtype == dtype and w.stride(1) == 1)
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,19 @@ def products(
     x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank | None], remake: Remake | None = None
 ) -> tuple[Tensor, ...]:
     """x (n, in) through each weight: (n, out_i). With `remake`, x isn't kept for the backward."""
+    added = [_joined(base.low, low) for base, low in zip(frozen, added, strict=True)]
     trained = [t for low in added if low is not None for t in (low.a, low.b)]
     scales = tuple(None if low is None else low.scale for low in added)
     function = _Tiled if _takes(x, frozen, trained) else _Composed
     made: tuple[Tensor, ...] = function.apply(x, tuple(frozen), scales, remake, *trained)  # type: ignore[no-untyped-call]
     return made
+
+
+def _joined(low: LowRank | None, other: LowRank | None) -> LowRank | None:
+    """Both additions as one."""
+    if low is None or other is None:
+        return low or other
+    return LowRank(torch.cat([low.a, other.a]), torch.cat([low.b * low.scale, other.b * other.scale], 1), 1.0)
 
 
 def plain_products(x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank | None]) -> tuple[Tensor, ...]:
@@ -73,8 +82,9 @@ def plain_products(x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank 
         w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
         y = x @ (w.t() if base.across else w)
         y = y if base.bias is None else y + base.bias
-        if low is not None:
-            y = y + (x @ low.a.t().to(x.dtype)) @ low.b.t().to(x.dtype) * low.scale
+        for part in (base.low, low):
+            if part is not None:
+                y = y + (x @ part.a.t().to(x.dtype)) @ part.b.t().to(x.dtype) * part.scale
         made.append(y)
     return tuple(made)
 
