@@ -48,7 +48,23 @@ WAYS: list[tuple[str, dict[str, str]]] = [
 ]
 TABLE = ("smollm2", "qwen2.5-1.5b", "llama2-7b", "llama3-8b", "llama3-70b")
 PLACES = (8, 16, 24, 32, 48, 64, 128)  # GB
-WORDS = "the model answers every question in a few plain words and then it stops here".split()
+WORDS = [
+    "the",
+    "model",
+    "answers",
+    "every",
+    "question",
+    "in",
+    "a",
+    "few",
+    "plain",
+    "words",
+    "and",
+    "then",
+    "it",
+    "stops",
+    "here",
+]
 
 
 def rows(path: Path, tokens: int) -> Path:

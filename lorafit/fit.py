@@ -17,7 +17,7 @@ import torch
 
 import lorafit
 from lorafit import config as settings
-from lorafit import files, report
+from lorafit import files, peft_files, places, plan, report
 from lorafit.batches import Plan, default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
@@ -36,11 +36,12 @@ from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native import build as kernels
 from lorafit.run import Checkpoint, Run, next_folder
-from lorafit.session import adapter_folder, base_chat, base_of, quant_of
+from lorafit.session import adapter_folder, base_of, quant_of
 from lorafit.train import optim
 from lorafit.train.loop import Job, Step, train
 from lorafit.train.watch import Watch
 
+MARGIN = 1.2  # of what is there, that an estimate may be above it
 NAME = "adapter"  # of the one adapter that a run trains
 SAMPLE_TOKENS = 48
 MOST_TOKENS = 4096  # of a row, where the user sets no limit
@@ -218,6 +219,22 @@ class _Fit:
         on_cpu = pick_device(config.device).type == "cpu"
         if on_cpu:
             kernels.prepare()
+        with terminal.working("loading the tokenizer") as spinner:
+            path = locate(config.model, spinner.rename)
+            tokenizer = load_tokenizer(path)
+        self.chat = Chat.of(tokenizer, system=config.system, generation_eos=stop_ids(path))
+        template = hashlib.sha256(self.chat.template.encode()).hexdigest()
+        if saved_chat is not None and saved_chat["template"] == self.chat.template:
+            self.chat = Chat.from_json({**saved_chat, "system": config.system}, tokenizer)
+        if self.chat.default_template:
+            terminal.say(f"{config.model} has no chat template; using lorafit's plain one (shown in the report)")
+        config.max_tokens = config.max_tokens or min(context_of(path), MOST_TOKENS)
+        config.data = str(Path(config.data).expanduser().absolute())
+        config.held_out = str(Path(config.held_out).expanduser().absolute()) if config.held_out else None
+        self.data = load_data(config, self.chat, terminal)
+        self.chat.system = config.system or self.data.report.system
+        self.memory = settings.byte_count("memory", config.memory) if config.memory else None
+        self.expected = _expected(config, path, self.data.train, self.memory, source)
         ready = config.native and (kernels.built() or not on_cpu)
         with terminal.working("loading the base") as spinner, kernels.switched(ready):
             base = load(
@@ -225,6 +242,7 @@ class _Fit:
                 precision=config.precision,
                 device=config.device,
                 quant=quant_for(config, source),
+                tokenizer=tokenizer,
                 working=spinner.rename,
             )
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
@@ -235,22 +253,10 @@ class _Fit:
             base.body.shares = config.share
         if not base.packs:
             terminal.say(f"{config.model}: documents can't share a row in this architecture; each goes through alone")
-        self.chat = base_chat(base, config.system)
-        template = hashlib.sha256(self.chat.template.encode()).hexdigest()
-        if saved_chat is not None and saved_chat["template"] == self.chat.template:
-            self.chat = Chat.from_json({**saved_chat, "system": config.system}, base.tokenizer)
-        if self.chat.default_template:
-            terminal.say(f"{config.model} has no chat template; using lorafit's plain one (shown in the report)")
-        config.max_tokens = config.max_tokens or min(base.context, MOST_TOKENS)
-        config.data = str(Path(config.data).expanduser().absolute())
-        config.held_out = str(Path(config.held_out).expanduser().absolute()) if config.held_out else None
-        self.data = load_data(config, self.chat, terminal)
-        self.chat.system = config.system or self.data.report.system
         self.host = Host(base)
         self._add_adapter(source)
         self.job = self._job()
         self._wait_for_kernels()
-        self.memory = settings.byte_count("memory", config.memory) if config.memory else None
         if self.memory is not None and self.memory <= self._used():
             raise ConfigError(
                 f"memory={config.memory}: the base and the rows alone take {size(self._used())}; allow more"
@@ -658,6 +664,32 @@ class _Fit:
             say(f"memory    at most {size(self.memory)}; now {size(self._used())}")
 
 
+def _expected(config: Config, path: Path, rows: Sequence[Tokens], memory: int | None, source: Path | None) -> Estimate:
+    """What training will take. ConfigError, before the base is loaded, where it can't fit, with what would.
+
+    A step halves its micro-batches by itself, so it is refused only if one row at a time is too much; and the estimate may
+    be off, so only if it is by more than MARGIN.
+    """
+    room = places.here(config.device, memory)
+    if source is not None and "r" in config.options:  # which is not among the settings then
+        old = peft_files.read_config(source)
+        config = replace(config, options={**config.options, "r": int(old.get("r") or config.options["r"])})
+    model = plan.empty(config, path, room.gpu)
+    verdict = plan.judge(config, model, rows, room.memory)
+    if verdict.fits or set(verdict.change) <= {"accumulate"}:
+        return verdict.best
+    least = plan.least(config, model, rows)
+    if least.peak_bytes <= room.memory * MARGIN:
+        return least
+    words = " ".join(f"{key}={str(value).lower()}" for key, value in verdict.change.items())
+    way = f"it fits with {words}" if words else "a smaller model, max_tokens or r is needed"
+    limit = f"memory={config.memory}" if config.memory else f"{size(room.memory)} are left on {room.name}"
+    raise ConfigError(
+        f"this needs about {size(least.peak_bytes)} even with one row at a time, and {limit}; {way}"
+        f" (`lorafit plan {Path(config.data).name}` shows what takes how much)"
+    )
+
+
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:
     """The rows of a config's data file(s), tokenised and split."""
     with terminal.working(f"reading {Path(config.data).name}") as spinner:
@@ -679,11 +711,13 @@ def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = Tru
         )
 
 
-def read_data(config: Config, terminal: Terminal, strict: bool = True) -> tuple[Path, Chat, Dataset]:
-    """The model's folder, its chat and the rows of a config, without loading the model."""
+def read_data(
+    config: Config, terminal: Terminal, strict: bool = True, weights: bool = True
+) -> tuple[Path, Chat, Dataset]:
+    """The model's folder, its chat and the rows of a config, without loading the model; `weights`: they must be there."""
     _check_files(config)
     with terminal.working("loading the tokenizer") as spinner:
-        path = locate(config.model, spinner.rename)
+        path = locate(config.model, spinner.rename, weights)
         chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
     config.max_tokens = config.max_tokens or min(context_of(path), MOST_TOKENS)
     return path, chat, load_data(config, chat, terminal, strict)

@@ -63,7 +63,7 @@ def _best_step(config: Config, shape: Any, rows: Sequence[Tokens], tokens: int, 
         now = time.perf_counter()
         found.append(now - last)
         last = now
-        if len(found) > 1 and now - began > SECONDS or len(found) > 8:
+        if (len(found) > 1 and now - began > SECONDS) or len(found) > 8:
             break
     return min(found[1:])  # the first warms up
 

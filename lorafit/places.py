@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from lorafit.config import byte_count, nearest
 from lorafit.errors import ConfigError
 from lorafit.machine import SPARE, available
+from lorafit.model.load import pick_device
 
 # Memory in GB, and 10^12 dense operations a second in bf16 (fp16 where a card has no bf16) with sums in fp32, as the makers'
 # data sheets have them, rounded.
@@ -54,6 +57,15 @@ class Place:
 def this_machine(memory: int | None = None) -> Place:
     """What is left of this machine's memory but for a reserve, or `memory` bytes of it."""
     return Place("this machine", memory if memory is not None else int(available() * (1 - SPARE)), here=True)
+
+
+def here(device: str, memory: int | None = None) -> Place:
+    """Where a run with this `device` takes its memory on this machine, or `memory` bytes of it."""
+    place = pick_device(device)
+    if place.type != "cuda":
+        return this_machine(memory)
+    left, _ = torch.cuda.mem_get_info(place)
+    return Place(torch.cuda.get_device_name(place), memory if memory is not None else int(left), gpu=True, here=True)
 
 
 def find(text: str, memory: int | None = None) -> Place:

@@ -20,7 +20,6 @@ from lorafit.config import Config
 from lorafit.data import Tokens
 from lorafit.data.store import lengths_of
 from lorafit.evaluate import TOKENS
-from lorafit.machine import SPARE, available
 from lorafit.methods import Method, find
 from lorafit.model.body import Body
 from lorafit.model.load import pick_device, pick_dtype
@@ -292,6 +291,14 @@ def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int) -> 
     return Verdict(False, memory, best, {})
 
 
+def least(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
+    """With the settings as asked, but micro-batches as small as they can be."""
+    smaller = [change for change in _changes(config, rows) if set(change) <= {"accumulate"}]
+    return min(
+        (estimate(replace(config, **change), model, rows) for change in smaller), key=lambda made: made.peak_bytes
+    )
+
+
 def _changes(config: Config, rows: Sequence[Tokens]) -> Iterator[dict[str, Any]]:
     """Settings to try, the least painful first."""
     longest = int(lengths_of(rows).max(initial=1))
@@ -311,8 +318,3 @@ def _changes(config: Config, rows: Sequence[Tokens]) -> Iterator[dict[str, Any]]
             yield quant | {"checkpointing": True}
             for pieces in smaller:
                 yield quant | pieces | {"checkpointing": True}
-
-
-def room(config: Config, memory: int | None) -> int:
-    """Bytes that a run may take on this machine: `memory`, or what is left but for a reserve."""
-    return memory if memory is not None else int(available() * (1 - SPARE))

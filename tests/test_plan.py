@@ -179,7 +179,9 @@ def test_a_config_alone_is_enough(capsys, tmp_path, tiny_model, data_file):
 
 
 @pytest.mark.parametrize("memory, hint", [("1M", "memory=1M")])
-def test_training_refuses_what_cannot_fit_before_anything_is_loaded(capsys, tmp_path, tiny_model, data_file, memory, hint):
+def test_training_refuses_what_cannot_fit_before_anything_is_loaded(
+    capsys, tmp_path, tiny_model, data_file, memory, hint
+):
     out = tmp_path / "run"
     assert main(["train", str(data_file), "--model", str(tiny_model), "--out", str(out), f"memory={memory}"]) == 2
     assert hint in capsys.readouterr().err and not out.exists()

@@ -26,13 +26,14 @@ from lorafit.native import build
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
-def locate(name: str, working: Callable[[str], object] = lambda text: None) -> Path:
-    """The folder that a model's name means. ModelError with what to do when there is none."""
+def locate(name: str, working: Callable[[str], object] = lambda text: None, weights: bool = True) -> Path:
+    """The folder that a model's name means. ModelError with what to do when there is none. Without `weights`, those needn't
+    be there, and aren't downloaded."""
     if name == embedded.NAME:
         return embedded.folder(working)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _checked(path.resolve())
+        return _checked(path.resolve(), weights)
     if path.is_file() and gguf.is_gguf(path):
         quiet()
         return gguf_folder.folder(path, working)
@@ -43,26 +44,27 @@ def locate(name: str, working: Callable[[str], object] = lambda text: None) -> P
     if name.endswith(".gguf"):
         raise ModelError(f"there is no file {name}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _checked(_from_hub(name, working))
+        return _checked(_from_hub(name, working, weights), weights)
     raise ModelError(
         f"no model at '{name}'; give a Hugging Face folder, a GGUF file, a hub id like org/name, or '{embedded.NAME}'"
     )
 
 
-def _from_hub(name: str, working: Callable[[str], object]) -> Path:
+def _from_hub(name: str, working: Callable[[str], object], weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = HUB_FILES if weights else [pattern for pattern in HUB_FILES if "safetensors" not in pattern]
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
     except Exception:  # not in the local cache: the only way on is the network
         working(f"downloading {name}")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise ModelError(f"there is no folder '{name}' here, and the hub can't give it: {_first_line(error)}") from None
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path, weights: bool = True) -> Path:
     if gguf.of(path) is not None:  # it has been looked at when it was made
         return path
     config = path / "config.json"
@@ -78,7 +80,7 @@ def _checked(path: Path) -> Path:
         raise ModelError(f"{path} needs code of its own (auto_map in config.json); lorafit runs no code from models")
     if values.get("quantization_config"):
         raise ModelError(f"{path} is already quantised; give the 16-bit model")
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         has = f" (it has {', '.join(other[:3])})" if other else ""
         raise ModelError(
@@ -171,6 +173,7 @@ def load(
     device: str = "auto",
     quant: Quant | None = None,
     restored: bool = False,
+    tokenizer: Any = None,
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either. With `quant`, its linear weights
@@ -200,7 +203,7 @@ def load(
         raise
     except Exception as error:
         raise ModelError(f"{path} can't be loaded as a causal language model: {_first_line(error)}") from None
-    return prepare(model.to(place), load_tokenizer(path), path, name, quant)
+    return prepare(model.to(place), tokenizer or load_tokenizer(path), path, name, quant)
 
 
 def prepare(model: Any, tokenizer: Any, path: Path, name: str = "", quant: Quant | None = None) -> Base:
