@@ -22,6 +22,8 @@ from typing import Any
 
 from lorafit.log import count, size
 
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+PLACE = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 ROW = 256  # tokens, about
 POINTS: list[tuple[str, str, int, dict[str, str]]] = [  # name, model, tokens a step, settings
     ("LoRA", "smollm2", 256, {}),
@@ -47,7 +49,6 @@ WAYS: list[tuple[str, dict[str, str]]] = [
     ("QLoRA, checkpointing", {"quant": "nf4", "checkpointing": "true"}),
 ]
 TABLE = ("smollm2", "qwen2.5-1.5b", "llama2-7b", "llama3-8b", "llama3-70b")
-PLACES = (8, 16, 24, 32, 48, 64, 128)  # GB
 WORDS = [
     "the",
     "model",
@@ -188,11 +189,9 @@ def main() -> None:
     print(body)
     for page in args.write:
         text = page.read_text(encoding="utf-8")
-        begin, end = "<!-- tables: begin -->", "<!-- tables: end -->"
-        pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"{page} has no line '{begin}'")
-        page.write_text(pattern.sub(lambda _: f"{begin}\n\n{body}\n\n{end}", text), encoding="utf-8")
+        if not PLACE.search(text):
+            raise SystemExit(f"{page} has no line '{BEGIN}'")
+        page.write_text(PLACE.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_de
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native import build as kernels
+from lorafit.plan import Estimate
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_of, quant_of
 from lorafit.train import optim
@@ -608,6 +609,7 @@ class _Fit:
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.busy, 2) if self.busy else None,
             "peak_rss_bytes": max(self.peak, peak_memory()),
+            "planned_peak_bytes": self.expected.peak_bytes,
             "trainable_parameters": number,
             "total_parameters": base.parameters(),
             "adapter_bytes": weights.stat().st_size if weights.exists() else 0,
@@ -660,8 +662,8 @@ class _Fit:
         )
         if self.host.shares({NAME}) and (again := spared(first)):
             say(f"          rows begin alike: of the first step's tokens {count(again)} needn't be computed again")
-        if self.memory is not None:
-            say(f"memory    at most {size(self.memory)}; now {size(self._used())}")
+        most = f", at most {size(self.memory)}" if self.memory is not None else ""
+        say(f"memory    about {size(self.expected.peak_bytes)} are expected{most}; now {size(self._used())}")
 
 
 def _expected(config: Config, path: Path, rows: Sequence[Tokens], memory: int | None, source: Path | None) -> Estimate:

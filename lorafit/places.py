@@ -10,6 +10,7 @@ import torch
 from lorafit.config import byte_count, nearest
 from lorafit.errors import ConfigError
 from lorafit.machine import SPARE, available
+from lorafit.machine import memory as taken
 from lorafit.model.load import pick_device
 
 # Memory in GB, and 10^12 dense operations a second in bf16 (fp16 where a card has no bf16) with sums in fp32, as the makers'
@@ -55,8 +56,9 @@ class Place:
 
 
 def this_machine(memory: int | None = None) -> Place:
-    """What is left of this machine's memory but for a reserve, or `memory` bytes of it."""
-    return Place("this machine", memory if memory is not None else int(available() * (1 - SPARE)), here=True)
+    """What this process has of this machine's memory and what is left but for a reserve; or `memory` bytes."""
+    left = int(available() * (1 - SPARE)) + taken()
+    return Place("this machine", memory if memory is not None else left, here=True)
 
 
 def here(device: str, memory: int | None = None) -> Place:

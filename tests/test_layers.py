@@ -20,7 +20,7 @@ LAYERS = [
     ["methods"],
     ["route", "adapter", "peft_files", "host"],
     ["train"],
-    ["generate", "evaluate", "run", "charts", "report", "plan", "session"],
+    ["generate", "evaluate", "run", "charts", "report", "places", "plan", "pace", "session"],
     ["export"],
     ["talk", "fit"],
     ["bench"],

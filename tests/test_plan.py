@@ -59,7 +59,7 @@ def test_codes_are_counted_as_they_are_stored(tiny_model, data_file, kind, doubl
 def test_memory_follows_the_micro_batch(tiny_model, data_file):
     whole, split = (made(tiny_model, data_file, batch_tokens="200", accumulate=n) for n in ("1", "5"))
     assert (whole.micro_batch_tokens, split.micro_batch_tokens) == (200, 40)
-    assert 4 * split.activations < whole.activations < 6 * split.activations
+    assert 3 * split.activations < whole.activations < 6 * split.activations
     assert made(tiny_model, data_file, batch_tokens="200", checkpointing="true").activations < whole.activations
 
 
@@ -113,7 +113,7 @@ def test_the_order_of_the_ways_for_seventy_billion(tmp_path, data_file, monkeypa
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
 
     def peak(**changes):
-        config = fit.read_config(str(data_file), {"precision": "bf16", "batch_tokens": "512", **changes})
+        config = fit.read_config(str(data_file), {"precision": "bf16", "checkpointing": "true", **changes})
         return plan.estimate(config, plan.empty(config, tmp_path, gpu=True), rows([256] * 8)).peak_bytes
 
     full, lora, qlora = peak(method="full"), peak(), peak(quant="nf4")

@@ -36,6 +36,7 @@ class Ahead:
         return Ahead(codes) if large and _advise() is not None else None
 
     def __call__(self, number: int) -> None:
+        """Ask for the pages of a layer; returns while they are being read."""
         advise = _advise()
         if advise is not None and 0 <= number < len(self._spans):
             for start, length in self._spans[number]:
