@@ -182,7 +182,8 @@ def main() -> None:
     if not args.source:
         if not args.table:
             found["points"] = measure(args.models, args.only)
-        found["table"] = planned(args.models)
+        if not args.only:
+            found["table"] = planned(args.models)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     body = tables(found)
