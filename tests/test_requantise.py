@@ -23,7 +23,8 @@ from lorafit.model.load import load
 from lorafit.model.quant import Quant, QuantLinear
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
-SHAPES = {"llama": SIZES, "gpt2": {"n_embd": 64}, "qwen2": {**SIZES, "tie_word_embeddings": False}}
+STILL = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+SHAPES = {"llama": SIZES, "gpt2": {"n_embd": 64, **STILL}, "qwen2": {**SIZES, "tie_word_embeddings": False}}
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +81,16 @@ def test_the_folder_is_the_same_model_to_transformers_with_bitsandbytes(tmp_path
     head = theirs.get_output_embeddings()
     assert type(head) is torch.nn.Linear and torch.equal(head.weight, model.get_output_embeddings().weight)
     if quant.kind != "int8":  # there activations are rounded too
-        with torch.no_grad():
-            off = (theirs.train(shape != "gpt2")(input_ids=x[None]).logits[0] - want).abs().max()
-        assert off < 0.02 * want.abs().max()
+        with torch.no_grad():  # in training, since it repacks codes on a CPU otherwise
+            off = (theirs.train()(input_ids=x[None]).logits[0] - want).abs().max()
+        assert off < 1e-4 * want.abs().max()
     assert not list(tmp_path.glob(".*tmp")) and "lorafit" not in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_of_a_small_change_nothing_is_left_and_of_a_large_one_most(tmp_path):
     place = folder(tmp_path, "llama", **SIZES)
     found = {}
-    for name, scale in (("small", 0.02), ("large", 1.0)):
+    for name, scale in (("small", 0.006), ("large", 1.0)):
         host = opened(place, Quant("nf4"), scale)
         shares = [
             float((host.merged_weight(site, "a") - site.weight()).norm() / site.weight().norm())
@@ -146,7 +147,7 @@ def test_merged_into_the_original_it_is_compared_with_what_was_trained(tmp_path,
     assert shift.quant == "nf4" and shift.differs is differs
     assert set(shift.unseen) == set(change)
     for path, value in shift.unseen.items():
-        assert value == pytest.approx(float(q[path].norm() / change[path].norm()), rel=1e-3)
+        assert value == pytest.approx(float(q[path].norm() / change[path].detach().norm()), rel=1e-3)
     assert json.loads(json.dumps(proof.to_json()))["as_trained"]["unseen"] == shift.unseen
 
 

@@ -51,6 +51,7 @@ def requantise(
             " the folder is loaded"
         )
     assert host.base.dtype is torch.float32
+    quant = replace(quant, start=None)  # the folder has no place for what is beside codes: it is rounded with them
     want, plain = logits_of(host, spec, prompts), logits_of(host, None, prompts)
     working(f"adding the adapter to the base and rounding to {quant}")
     error: dict[str, float] = {}
@@ -61,6 +62,9 @@ def requantise(
             site.module.hold(q)
         else:
             site.write(merged)
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear) and module.part is not None:  # that no adapter here touches
+            module.hold(quantise(module.numbers(), quant, path))
     for name in list(host.adapters):
         host.remove(name)
     got = logits_of(host, None, prompts)

@@ -93,10 +93,11 @@ class QuantLinear(nn.Module):
         return Quantised(self.kind, self.shape, self.codes, self.absmax, self.nested, self.offset)
 
     def hold(self, q: Quantised) -> None:
-        """Another weight of this kind and shape from now on. For merging alone."""
+        """These codes alone, of the same kind and shape, from now on. For merging alone."""
         assert (q.kind, q.shape) == (self.kind, self.shape)
         for name in _PARTS:
             setattr(self, name, getattr(q, name))
+        self.start_a = self.start_b = self._part = None
 
     @property
     def part(self) -> Part | None:
