@@ -316,7 +316,10 @@ def refused(file: Path, match: str) -> None:
 def test_files_that_are_none(tmp_path):
     (tmp_path / "text.gguf").write_text("hello")
     refused(tmp_path / "text.gguf", r"text\.gguf isn't a GGUF file: it doesn't begin with the letters GGUF$")
-    refused(tmp_path / "org" / "none.gguf", r"there is no file .*none\.gguf$")
+    refused(
+        tmp_path / "org" / "none.gguf",
+        r"there is no file .*none\.gguf; if it has moved, say where it is now with --model$",
+    )
     (tmp_path / "x.bin").write_text("hello")
     refused(tmp_path / "x.bin", "takes a Hugging Face folder .* or a GGUF file")
     whole = write(tmp_path / "x.gguf", made("llama")).read_bytes()

@@ -115,7 +115,7 @@ def _fill(place: Path, file: Path, header: Header, config: Any, tensors: dict[st
     link = place / "model.gguf"  # alone in a folder: transformers would read what lies beside it too
     link.symlink_to(file)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=link.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=link.name, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{file}: its tokenizer can't be made: {str(error).splitlines()[0]}") from None
     link.unlink()
