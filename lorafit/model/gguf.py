@@ -27,7 +27,7 @@ from lorafit.files import load_json, samples
 
 SOURCE = "source.json"
 MAGIC = b"GGUF"
-CHUNK = 1 << 22  # numbers dequantised at once: what that needs beside the tensor is some 100 MB
+CHUNK = 1 << 20  # numbers dequantised at once: what that needs beside the tensor is some 30 MB
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -209,7 +209,7 @@ class GgufWeights:
             self.file, self._header = Path(values["file"]), values["header"]
             self._stored = {name: Stored(*entry) for name, entry in values["stored"].items()}
             self._entries = {name: Entry(*entry) for name, entry in values["tensors"].items()}
-            self.bytes, length, self.known = values["bytes"], values["length"], values["fingerprint"]
+            self.bytes, length, self.known = int(values["bytes"]), int(values["length"]), str(values["fingerprint"])
         except (KeyError, TypeError) as error:
             raise ModelError(
                 f"{folder / SOURCE} is damaged ({error}); delete {folder} and name the GGUF file again"
