@@ -27,7 +27,7 @@ from lorafit.files import load_json, samples
 
 SOURCE = "source.json"
 MAGIC = b"GGUF"
-CHUNK = 1 << 22  # numbers dequantised at once: what that needs beside the tensor is some 100 MB
+CHUNK = 1 << 20  # numbers dequantised at once: what that needs beside the tensor is some 30 MB
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
                 return _parsed(path, _Cursor(data))
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}") from None
-    except (struct.error, EOFError, OverflowError, MemoryError, KeyError, ValueError):
+    except (struct.error, EOFError, ArithmeticError, MemoryError, KeyError, TypeError, ValueError):
         raise ModelError(f"{path} is damaged or cut off: its header can't be read; get the file again") from None
 
 
@@ -209,7 +209,7 @@ class GgufWeights:
             self.file, self._header = Path(values["file"]), values["header"]
             self._stored = {name: Stored(*entry) for name, entry in values["stored"].items()}
             self._entries = {name: Entry(*entry) for name, entry in values["tensors"].items()}
-            self.bytes, length, self.known = values["bytes"], values["length"], values["fingerprint"]
+            self.bytes, length, self.known = int(values["bytes"]), int(values["length"]), str(values["fingerprint"])
         except (KeyError, TypeError) as error:
             raise ModelError(
                 f"{folder / SOURCE} is damaged ({error}); delete {folder} and name the GGUF file again"
@@ -224,15 +224,18 @@ class GgufWeights:
         self.shapes = {name: torch.Size(entry.shape) for name, entry in self._entries.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, in `dtype` or else as it is stored (fp32 if that is in blocks). Where nothing has to be done to it, its
-        memory is that of the file."""
+        """One tensor in `dtype`, in memory of its own; or else as it is stored (fp32 if that is in blocks), and where nothing
+        has to be done to it, its memory is that of the file."""
         entry = self._entries[name]
         data = np.asarray(np.memmap(self.file, np.uint8, "c", entry.begin, (entry.size,)))
         shape = entry.shape[::-1] if entry.turned else entry.shape
         order = None if not entry.heads else torch.arange(shape[0]).view(entry.heads, -1, 2).transpose(1, 2).reshape(-1)
         if entry.type in _PLAIN:
             made = torch.from_numpy(data).view(_PLAIN[entry.type]).view(shape)
-            made = made if order is None else made[order]
+            if order is not None:
+                made = made[order]
+            elif dtype is not None and not entry.plus_one:
+                made = made.to(dtype, copy=True)
         else:
             made = _dequantised(data, entry.type, shape, order, dtype if not entry.plus_one else None)
         if entry.plus_one:

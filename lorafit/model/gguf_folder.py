@@ -115,7 +115,7 @@ def _fill(place: Path, file: Path, header: Header, config: Any, tensors: dict[st
     link = place / "model.gguf"  # alone in a folder: transformers would read what lies beside it too
     link.symlink_to(file)
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=link.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=link.name, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{file}: its tokenizer can't be made: {str(error).splitlines()[0]}") from None
     link.unlink()
@@ -124,7 +124,7 @@ def _fill(place: Path, file: Path, header: Header, config: Any, tensors: dict[st
     ids = {
         kind: header.values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "padding", "eos", "eot", "eom")
     }
-    stops = sorted({ids[kind] for kind in ("eos", "eot", "eom")} - {None})
+    stops = sorted({stop for kind in ("eos", "eot", "eom") if (stop := ids[kind]) is not None})
     given = {"bos_token_id": ids["bos"], "pad_token_id": ids["padding"], "eos_token_id": stops or None}
     write_json(place / "generation_config.json", {key: value for key, value in given.items() if value is not None})
     write_json(place / SOURCE, source(file, header, tensors))

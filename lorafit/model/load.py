@@ -42,7 +42,7 @@ def locate(name: str, working: Callable[[str], object] = lambda text: None, weig
             f"{name} is a file; --model takes a Hugging Face folder (config.json, .safetensors) or a GGUF file"
         )
     if name.endswith(".gguf"):
-        raise ModelError(f"there is no file {name}")
+        raise ModelError(f"there is no file {name}; if it has moved, say where it is now with --model")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _checked(_from_hub(name, working, weights), weights)
     raise ModelError(
