@@ -72,12 +72,14 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
         model = AutoModelForCausalLM.from_config(shape)
         sites = find_sites(model)
         kind = find(config.method)
-        number = 0
+        number = held = 0
         for site in select(sites, config.targets or kind.targets):
             options = dict(config.options)
             if "r" in options:
                 options["r"] = pattern_value(config.rank_pattern, site.path, options["r"])
-            number += sum(p.numel() for p in kind(site, None, **options).parameters())
+            layer = kind(site, None, **options)
+            number += sum(p.numel() for p in layer.parameters())
+            held += sum(t.numel() for t in layer.state_dict().values())
     dtype = pick_dtype(config.precision, pick_device(config.device))
     wide = dtype.itemsize
     total = sum(p.numel() for p in model.parameters())
@@ -95,7 +97,7 @@ def estimate(config: Config, path: Path, rows: Sequence[Tokens]) -> Estimate:
     return Estimate(
         runtime=RUNTIME,
         weights=weights,
-        adapter=number * 4,
+        adapter=held * 4,
         gradients=number * 4,
         optimizer=number * 8,
         activations=activations(text, largest, wide, config.checkpointing),
