@@ -119,7 +119,7 @@ def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
     found = [layer.factors() for _, layer in adapter.items()]
     if adapter.method == "lora" or not found or None in found:
         return adapter.options if adapter.method == "lora" else None
-    pairs = Counter((f[0].shape[-2], f[2] * f[0].shape[-2]) for f in found if f is not None)
+    pairs = Counter((f[0].shape[-2], round(f[2] * f[0].shape[-2], 9)) for f in found if f is not None)
     r, alpha = pairs.most_common(1)[0][0]
     return {"r": r, "alpha": alpha, "dropout": 0.0, "rslora": False}
 

@@ -116,6 +116,11 @@ class Model:
         return sum(p.numel() for _, layer in self.chosen for p in layer.parameters())
 
     @property
+    def held(self) -> int:
+        """Numbers of the adapter in memory: also those that it starts from."""
+        return sum(t.numel() for _, layer in self.chosen for t in layer.state_dict().values())
+
+    @property
     def total(self) -> int:
         """Of the base."""
         return sum(p.numel() for p in self.model.parameters())
@@ -162,11 +167,11 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     passing = int(AIR * scored * wide * (3 * model.width.h + 3 * model.width.inner))
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
-    disk = 4 * number + (KEEP + 1) * (4 * number + state) + (mapped if quant else 0)
+    disk = 4 * model.held + (KEEP + 1) * (4 * model.held + state) + (mapped if quant else 0)
     return Estimate(
         runtime=beside,
         weights=weights,
-        adapter=4 * number,
+        adapter=4 * model.held,
         gradients=4 * number,
         optimizer=state_bytes(config.optimizer, number),
         activations=activations(model, through, config.checkpointing),

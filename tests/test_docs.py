@@ -11,6 +11,7 @@ from lorafit import fit
 from lorafit.cli import VERBS
 from lorafit.config import defaults
 from lorafit.log import Terminal
+from lorafit.methods import METHODS, settings
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh.md"]
@@ -63,7 +64,7 @@ def test_every_verb_is_there(name):
 
 
 def test_commands_use_verbs_and_settings_that_exist():
-    known = {*defaults(), "r", "alpha", "dropout", "rslora", "user", "key", "method"}
+    known = {*defaults(), *(name for kind in METHODS.values() for name in settings(kind)), "user", "key"}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for verb in re.findall(r"(?:`|^    )lorafit ([a-z]+)", text, re.MULTILINE):

@@ -30,6 +30,7 @@ from lorafit.model.sites import ranks
 from lorafit.model.starts import PASSES, Start, split
 from lorafit.native import build, quantised
 from lorafit.native.svd import leading
+from lorafit.route import Route
 
 QUIET = Terminal(quiet=True)
 LOFTQ = Start("loftq", 4, 3, ("all-linear",))
@@ -51,7 +52,7 @@ def test_the_leading_part_is_the_best_of_its_rank(shape):
     for passes in (0, 20):
         b, a = leading(w, 4, passes, torch.Generator().manual_seed(1))
         assert b.shape == (*shape[:-1], 4) and a.shape == (*shape[:-2], 4, shape[-1])
-        assert (b @ a - best).abs().max() < 1e-5
+        assert (b @ a - best).abs().max() < 1e-5 * s.max()
         sizes = [b.square().sum(-2), a.square().sum(-1)]  # both take the root of the singular values
         assert all((size - s[..., :4]).abs().max() < 1e-4 for size in sizes)
 
@@ -225,7 +226,8 @@ def test_real_weights_gain():
 @pytest.mark.parametrize("start", [LOFTQ, PISSA], ids=str)
 def test_a_base_in_codes_and_parts_is_the_one_that_holds_their_sum(start, family, native):
     """Hidden states, gradients of an adapter of the method's own and of another, answers; fp32."""
-    found = []
+    found, answers = [], []
+    route = Route.of([(9, "a"), (7, None), (4, ("b", "a"))])
     with build.switched(native):
         for summed in (False, True):
             base = coded(start, family)
@@ -242,30 +244,24 @@ def test_a_base_in_codes_and_parts_is_the_one_that_holds_their_sum(start, family
                 layer.moved.a0.copy_(a / layer.scale**0.5)
                 layer.moved.b0.copy_(b / layer.scale**0.5)
             tiny.randomize(adapter, 0.1)
-            tiny.randomize(host.adapters["b"])
+            tiny.randomize(host.adapters["b"], 0.05)
             parameters = [p for name in "ab" for p in host.adapters[name].parameters()]
             for p in parameters:
                 p.grad = None
             x = tiny.ids(20)
             with host.route("a"):
-                host.hidden(x, [9, 11]).square().sum().backward()
+                host.hidden(x, [9, 11])[:, ::2].sum().backward()
                 logits = host.logits(x, [9, 11]).detach()
             with host.route("b"):
-                host.hidden(x, [9, 11]).square().sum().backward()
-            with torch.no_grad(), host.route(fit_route()):
+                host.hidden(x, [9, 11])[:, ::2].sum().backward()
+            with torch.no_grad(), host.route(route):
                 mixed = host.hidden(x, [9, 7, 4])
             grads = torch.cat([p.grad.flatten() for p in parameters])
-            answer = list(generate(host, tiny.ids(6).tolist(), "a", max_new=6))
-            found.append((mixed, logits, grads, base.logits(x, [9, 11]).detach(), answer))
-    assert found[0].pop() == found[1].pop() if isinstance(found[0], list) else found[0][-1] == found[1][-1]
-    for ours, theirs in zip(found[0][:-1], found[1][:-1], strict=True):
+            found.append((mixed, logits, grads, base.logits(x, [9, 11]).detach()))
+            answers.append(list(generate(host, tiny.ids(6).tolist(), "a", max_new=6)))
+    assert answers[0] == answers[1]
+    for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
-
-
-def fit_route():
-    from lorafit.route import Route
-
-    return Route.of([(9, "a"), (7, None), (4, ("b", "a"))])
 
 
 def test_the_adapter_begins_with_what_was_put_beside_the_codes():
@@ -336,7 +332,7 @@ def test_a_folder_loads_as_if_it_were_loaded_and_then_stored(family, cache, tmp_
         want = tiny.model(family).to(torch.bfloat16)
         convert(want, Quant("nf4", start=start), ranks(want, start))
         for (a, x), (b, y) in zip(first.named_buffers(), want.named_buffers(), strict=True):
-            assert a == b and torch.equal(x, y.to(x.dtype)), a
+            assert a == b and ("inv_freq" in a or torch.equal(x, y.to(x.dtype))), a
         with monkeypatch.context() as patch:
             patch.setattr(quant_load, "stored", None)
             again = opened(start)

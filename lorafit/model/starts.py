@@ -19,7 +19,7 @@ from lorafit.native.quantised import Quantised, dequantise
 from lorafit.native.svd import leading
 
 FEWEST = {"loftq": 1, "pissa": 0}  # iterations, by method
-PASSES = 3  # of the power method, for what codes miss: with 3 the error is within 0.1 % of the exact decomposition's (measured)
+PASSES = 4  # of the power method: what codes miss is then within 0.4 % of the exact decomposition's (measured on SmolLM2)
 
 
 @dataclass(frozen=True)
