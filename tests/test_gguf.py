@@ -404,6 +404,13 @@ def test_a_file_that_moved_or_changed(pair, tmp_path):
         data.write(bytes([old[0] ^ 1]))
     changed = loaded(file)
     assert changed.path == path and changed.fingerprint != first
+    data = file.read_bytes()
+    file.write_bytes(
+        data.replace(b"add_generation_prompt", b"add_generation_promqt")
+    )  # in the template: nothing else is another
+    with pytest.raises(ModelError, match=r"x\.gguf isn't the file any more"):
+        load(str(path))
+    assert "promqt" in load_tokenizer(locate(str(file))).chat_template
     write(file, made("qwen2"))
     with pytest.raises(
         ModelError, match=r"x\.gguf isn't the file any more that .* was made from; name it with --model"

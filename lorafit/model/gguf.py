@@ -206,17 +206,17 @@ class GgufWeights:
         """ModelError if the file that the folder was made from isn't there any more, or is another one now."""
         values = load_json(folder / SOURCE, ModelError) or {}
         try:
-            self.file, self._header = Path(values["file"]), values["header"]
+            self.file, header = Path(values["file"]), values["header"]
             self._stored = {name: Stored(*entry) for name, entry in values["stored"].items()}
             self._entries = {name: Entry(*entry) for name, entry in values["tensors"].items()}
-            self.bytes, length, self.known = int(values["bytes"]), int(values["length"]), str(values["fingerprint"])
+            self.bytes, length = int(values["bytes"]), int(values["length"])
         except (KeyError, TypeError) as error:
             raise ModelError(
                 f"{folder / SOURCE} is damaged ({error}); delete {folder} and name the GGUF file again"
             ) from None
         if not self.file.is_file():
             raise ModelError(f"{self.file} isn't there any more; put it back, or name it where it is now with --model")
-        if self.file.stat().st_size != self.bytes or _hash(self.file, length) != self._header:
+        if self.file.stat().st_size != self.bytes or _hash(self.file, length) != header:
             raise ModelError(
                 f"{self.file} isn't the file any more that {folder} was made from; name it with --model again"
             )
@@ -251,8 +251,14 @@ class GgufWeights:
         return _PLAIN.get(max(sizes, key=lambda kind: sizes[kind]), torch.bfloat16)
 
     def fingerprint(self) -> str:
-        """Which weights these are, as in fingerprint.py."""
-        return fingerprint(self.file, self._stored)
+        """Which weights these are, wherever the file is: every tensor's name, type and shape, and samples of it."""
+        whole = hashlib.sha256()
+        with self.file.open("rb") as data:
+            for name, stored in sorted(self._stored.items()):
+                whole.update(f"{name} {stored.type} {list(stored.shape)};".encode())
+                for part in samples(data, stored.begin, stored.size):
+                    whole.update(part)
+        return whole.hexdigest()[:32]
 
 
 def of(folder: Path) -> GgufWeights | None:
@@ -266,18 +272,6 @@ def origin(folder: Path) -> Path:
     return folder if values is None else Path(values["file"])
 
 
-def fingerprint(file: Path, tensors: dict[str, Stored]) -> str:
-    """A hash of every tensor's name, type and shape, and of 2 KiB at eight places of it."""
-    whole = hashlib.sha256()
-    with file.open("rb") as data:
-        for name in sorted(tensors):
-            stored = tensors[name]
-            whole.update(f"{name} {stored.type} {list(stored.shape)};".encode())
-            for part in samples(data, stored.begin, stored.size):
-                whole.update(part)
-    return whole.hexdigest()[:32]
-
-
 def source(file: Path, header: Header, tensors: dict[str, Entry]) -> dict[str, Any]:
     """What source.json holds."""
     return {
@@ -285,7 +279,6 @@ def source(file: Path, header: Header, tensors: dict[str, Entry]) -> dict[str, A
         "bytes": file.stat().st_size,
         "length": header.length,
         "header": _hash(file, header.length),
-        "fingerprint": fingerprint(file, header.tensors),
         "stored": header.tensors,
         "tensors": tensors,
     }

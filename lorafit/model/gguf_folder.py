@@ -84,7 +84,7 @@ def folder(file: Path, working: Callable[[str], object] = lambda text: None) -> 
     file = file.absolute()
     name = hashlib.sha256(f"{FORMAT} {file}".encode()).hexdigest()[:12]
     place = cache_folder() / "gguf" / f"{file.stem}-{name}"
-    if _fresh(place):
+    if _made(place):
         return place
     working(f"reading the vocabulary of {file.name}, once")
     header = read_header(file)
@@ -101,12 +101,13 @@ def folder(file: Path, working: Callable[[str], object] = lambda text: None) -> 
     return place
 
 
-def _fresh(place: Path) -> bool:
+def _made(place: Path) -> bool:
+    """The folder is there, and the file that it was made from has the same header still."""
     try:
-        weights = GgufWeights(place)
-        return weights.fingerprint() == weights.known
+        GgufWeights(place)
     except (ModelError, OSError):
         return False
+    return True
 
 
 def _fill(place: Path, file: Path, header: Header, config: Any, tensors: dict[str, Entry]) -> None:
@@ -117,7 +118,9 @@ def _fill(place: Path, file: Path, header: Header, config: Any, tensors: dict[st
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(place, gguf_file=link.name, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"{file}: its tokenizer can't be made: {str(error).splitlines()[0]}") from None
+        raise ModelError(
+            f"{file}: its tokenizer can't be made: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from None
     link.unlink()
     config.save_pretrained(place)
     tokenizer.save_pretrained(place)
