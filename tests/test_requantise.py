@@ -21,6 +21,7 @@ from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.model.load import load
 from lorafit.model.quant import Quant, QuantLinear
+from lorafit.model.starts import Start
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
 STILL = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
@@ -85,6 +86,21 @@ def test_the_folder_is_the_same_model_to_transformers_with_bitsandbytes(tmp_path
             off = (theirs.train()(input_ids=x[None]).logits[0] - want).abs().max()
         assert off < 1e-4 * want.abs().max()
     assert not list(tmp_path.glob(".*tmp")) and "lorafit" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_what_is_beside_codes_is_rounded_with_them(tmp_path):
+    """A base that LoftQ made: the folder has codes alone, and is the model that is left in memory."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+    pytest.importorskip("accelerate", reason="transformers loads codes with accelerate alone")
+    quant = Quant("nf4", start=Start("loftq", 4, 1, ("all-linear",)))
+    host = opened(folder(tmp_path, "llama", **SIZES), quant, 0.3, ["q_proj"])
+    layers = [module for module in host.base.model.modules() if isinstance(module, QuantLinear)]
+    assert all(layer.part is not None for layer in layers)
+    proof = requantise(host, "a", tmp_path / "out", PROMPTS, dtype=torch.float32)
+    assert proof.dtype == "nf4" and len(proof.error) == 2 and not any(layer.part for layer in layers)
+    theirs, x = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), ids(13)
+    with torch.no_grad():
+        assert (theirs.train()(input_ids=x[None]).logits[0] - host.logits(x, [13])).abs().max() < 1e-4
 
 
 def test_of_a_small_change_nothing_is_left_and_of_a_large_one_most(tmp_path):

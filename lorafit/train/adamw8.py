@@ -21,7 +21,7 @@ from lorafit.native.quantised import dynamic
 
 BLOCK = 256  # numbers that share an absmax
 SMALL = 4096  # numbers below which a tensor's state stays fp32
-PIECE = 1 << 18  # numbers that a sweep has in fp32 at once: they stay in the processor's cache
+PIECE = 1 << 16  # numbers that a sweep has in fp32 at once: they stay in the processor's cache
 
 Room = Callable[[int, torch.dtype], Tensor]  # zeros (n,) of a type, wherever they lie
 
@@ -64,7 +64,7 @@ class Average:
         blocks = numbers.view(-1, BLOCK)
         absmax = blocks.abs().amax(1)
         shares = (blocks / absmax.clamp(min=1e-38)[:, None]).view(-1)
-        self.codes[at : at + len(shares)] = torch.bucketize(shares, _middles(self.signed), out_int32=True)
+        self.codes[at : at + len(shares)] = nearest(shares, self.signed)
         self.absmax[at // BLOCK : at // BLOCK + len(absmax)] = absmax
 
     def of(self, at: int, parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +166,26 @@ def _spans(parameters: Iterable[Tensor], at: int) -> list[Span]:
     return found
 
 
+def nearest(shares: Tensor, signed: bool) -> Tensor:
+    """The codes (n,) uint8 of the type's values nearest to shares (n,) fp32 in [-1, 1].
+
+    Not by bisection, which is 50 times as slow (torch.bucketize, measured): the upper 16 bits of a share say which value it
+    is, or which of two.
+    """
+    lower, middles = _cells(signed)
+    cells = (shares.view(torch.int32) >> 16) + 32768
+    codes = torch.index_select(lower, 0, cells)
+    codes += shares > torch.index_select(middles, 0, cells)
+    return codes
+
+
 @cache
-def _middles(signed: bool) -> Tensor:
-    """The middles between neighbouring values of the type (255,)."""
+def _cells(signed: bool) -> tuple[Tensor, Tensor]:
+    """For numbers with the same upper 16 bits, in the order of these as a whole number: the code of the least of them
+    (65536,) uint8, and the middle between its value and the next, above which they have the next code (65536,) fp32."""
     values = dynamic("cpu", signed)
-    return (values[:-1] + values[1:]) / 2
+    between = (values[:-1] + values[1:]) / 2
+    cells = torch.arange(-32768, 32768, dtype=torch.int32) << 16
+    ends = torch.stack([cells, cells | 0xFFFF]).view(torch.float32).nan_to_num()
+    codes = torch.bucketize(ends.amin(0), between)
+    return codes.to(torch.uint8), torch.cat([between, torch.tensor([torch.inf])])[codes]
