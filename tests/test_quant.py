@@ -454,7 +454,7 @@ def test_a_second_start_quantises_nothing_and_another_base_has_its_own_codes(cac
     (file,) = cache.glob("*/*")
     before = file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(quant_load, "quantise", None)
+        patch.setattr(quant_load, "stored", None)
         again = opened(path)
         shutil.copytree(path, tmp_path / "elsewhere")
         opened(tmp_path / "elsewhere")

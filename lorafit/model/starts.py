@@ -19,7 +19,9 @@ from lorafit.native.quantised import Quantised, dequantise
 from lorafit.native.svd import leading
 
 FEWEST = {"loftq": 1, "pissa": 0}  # iterations, by method
-PASSES = 4  # of the power method: what codes miss is then within 0.4 % of the exact decomposition's (measured on SmolLM2)
+PASSES = (
+    4  # of the power method: what codes miss is then within 0.4 % of the exact decomposition's (measured on SmolLM2)
+)
 
 
 @dataclass(frozen=True)
