@@ -41,10 +41,8 @@ def test_it_counts_what_the_host_makes(tiny_model, data_file, changes):
     assert found.trainable_parameters == adapter.numbers()
     assert found.total_parameters == host.base.parameters()
     assert found.weights == 4 * found.total_parameters
-    assert found.peak_bytes == sum(
-        getattr(found, part)
-        for part in ("runtime", "weights", "adapter", "gradients", "optimizer", "activations", "logits")
-    )
+    parts = ("runtime", "weights", "adapter", "optimizer", "logits")
+    assert found.peak_bytes == sum(getattr(found, part) for part in parts) + max(found.activations, found.gradients)
 
 
 @pytest.mark.parametrize("double", [True, False])
