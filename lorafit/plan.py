@@ -236,14 +236,14 @@ def _kept(model: Model, tokens: int) -> int:
 
 
 def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
-    """Bytes that an adapter's layer keeps: x·Aᵀ and its matrices in the base's type; where it isn't of low rank, its input."""
+    """Bytes that an adapter's layer keeps: x·Aᵀ; where it isn't of low rank, its input and itself in the base's type."""
     *lead, out, width = site.shape
     low = layer.eval().low_rank()
     if low is None:
         return layer_bytes(layer, wide) + tokens * wide * width
     r = -(-low[0].shape[0] // DEEP) * DEEP
     more = 2 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: what fell out, what was left
-    return wide * (low[0].shape[0] * width + r * out + tokens * r) + more
+    return wide * tokens * r + more
 
 
 def layer_bytes(layer: Method, wide: int) -> int:

@@ -453,8 +453,6 @@ def test_codes_that_are_not_known_are_said(runs, tmp_path):
 
 @pytest.mark.parametrize("method", ["loftq", "pissa"])
 def test_a_plan_knows_it(tiny_model, data_file, method):
-    estimates = [
-        plan.estimate(fit.read_config(str(data_file), {**changes, "r": "4"}), tiny_model, tiny.rows([20] * 9))
-        for changes in ({"method": method, "quant": "nf4"}, {"method": "lora", "quant": "nf4"})
-    ]
+    configs = [fit.read_config(str(data_file), {"method": m, "quant": "nf4", "r": "4"}) for m in (method, "lora")]
+    estimates = [plan.estimate(c, plan.empty(c, tiny_model), tiny.rows([20] * 9)) for c in configs]
     assert estimates[0].trainable_parameters == estimates[1].trainable_parameters

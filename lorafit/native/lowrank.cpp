@@ -22,7 +22,7 @@ struct Low {
     double scale;
 };
 
-// x (rows, in) and all that the backward needs besides: xa (rows, width), the x·Aᵀ side by side; `thin`, what `pack` makes.
+// x (rows, in) and what the backward needs besides: xa (rows, width), the x·Aᵀ side by side. `thin` is for what `pack` makes.
 struct Group {
     const Low* lows;
     int64_t count;
@@ -30,7 +30,7 @@ struct Group {
     int64_t ldx, rows, in;
     bf16* xa;
     int64_t width;  // the sum of all r and at least each `span` after its `start`
-    bf16* thin;
+    bf16* thin;  // scratch
 };
 }
 
@@ -180,6 +180,10 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         tiles::configure();
+        if (g.width) {  // packed anew: kept from the forward they would be a copy of the adapter
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++) pack(g, at, t, threads);
+        }
         if (ranks)
 #pragma omp for schedule(static)
             for (int t = 0; t < workers; t++) {

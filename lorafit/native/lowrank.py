@@ -8,7 +8,7 @@ the gradient for x is one sum over all of them; x is kept once, or not at all wh
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +218,16 @@ def _call(kernel: Kernel, lows: Any, x: Tensor, shape: tuple[int, int], xa: Tens
     kernel(x.dtype, ctypes.addressof(group), *more)
 
 
+def _packed(lows: Iterable[_Low], inner: int) -> tuple[int, int]:
+    """How many columns x·Aᵀ has, all additions side by side, and how many numbers the A's and B's are as they are packed."""
+    start, width, room = 0, 0, 0
+    for low in lows:
+        span = -(-low.r // DEEP) * DEEP
+        width, start, room = max(width, start + span), start + low.r, room + low.out * span
+    width = -(-width // DEEP) * DEEP
+    return width, width * inner + room
+
+
 class _Tiled(torch.autograd.Function):
     """In one call of a kernel each way."""
 
@@ -234,18 +244,14 @@ class _Tiled(torch.autograd.Function):
         made = [x.new_empty(len(x), base.weight.shape[0 if base.across else 1]) for base in frozen]
         weights = _numbers(frozen, x.dtype)
         lows = (_Low * len(made))(*map(_low, frozen, weights, pairs, made))
-        start, width, room = 0, 0, 0  # of the additions' columns in x·Aᵀ, and of the packed B's
-        for low in lows:
-            span = -(-low.r // DEEP) * DEEP
-            width, start, room = max(width, start + span), start + low.r, room + low.out * span
-        width = -(-width // DEEP) * DEEP
-        xa, thin = x.new_empty(len(x), width), x.new_empty(width * x.shape[1] + room)
-        _call(_forward, lows, x, (len(x), x.shape[1]), xa, thin)
+        width, thin = _packed(lows, x.shape[1])
+        xa = x.new_empty(len(x), width)
+        _call(_forward, lows, x, (len(x), x.shape[1]), xa, x.new_empty(thin))
         ctx.frozen, ctx.scales = frozen, scales
         ctx.set_materialize_grads(False)
         if trained:
             ctx.make = remake.make if remake is not None else lambda x: x
-            ctx.save_for_backward(xa, thin, *trained, *(remake.tensors if remake is not None else (x,)))
+            ctx.save_for_backward(xa, *trained, *(remake.tensors if remake is not None else (x,)))
         return tuple(made)
 
     @staticmethod
@@ -258,10 +264,10 @@ class _Tiled(torch.autograd.Function):
         trained: Sequence[Tensor] = ()
         if saved := ctx.saved_tensors:
             trainables = 2 * sum(scale is not None for scale in ctx.scales)
-            xa, thin, *others = saved
+            xa, *others = saved
             trained, x = others[:trainables], lines(ctx.make(*others[trainables:]))
         else:
-            x, xa, thin = some.new_empty(len(some), 0), some.new_empty(0, 0), some.new_empty(0)
+            x, xa = some.new_empty(len(some), 0), some.new_empty(0, 0)
         pairs, lows = _paired(ctx.scales, trained), (_Low * len(dys))()
         found: list[Tensor | None] = []
         weights = _numbers(ctx.frozen, some.dtype)
@@ -270,5 +276,6 @@ class _Tiled(torch.autograd.Function):
             lows[i] = _low(base, weights[i], pair, dy, made)
             found += [None, None] if pair is not None and dy is None else made
         dx = some.new_empty(len(some), width) if ctx.needs_input_grad[0] else None
+        thin = some.new_empty(_packed(lows, width)[1] if saved else 0)
         _call(_backward, lows, x, (len(some), width), xa, thin, dx)
         return dx, None, None, None, *found
