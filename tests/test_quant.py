@@ -421,7 +421,7 @@ def saved(to: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, 
 
 def opened(path: Path, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, double: bool = True):
     config = AutoConfig.from_pretrained(path)
-    return quant_load.load(path, config, dtype, quant.Quant(kind, double), fingerprint(path), lambda text: None)
+    return quant_load.load(path, config, dtype, quant.Quant(kind, double), fingerprint(path), lambda text: None)[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -551,7 +551,7 @@ if kind == "none":
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.bfloat16)
 else:
-    model = quant_load.load(path, config, torch.bfloat16, quant.Quant(kind), fingerprint(path), lambda text: None)
+    model, _ = quant_load.load(path, config, torch.bfloat16, quant.Quant(kind), fingerprint(path), lambda text: None)
 loaded = peak_memory() - before
 base = prepare(model, None, path)
 host = Host(base)

@@ -327,7 +327,7 @@ def test_a_folder_loads_as_if_it_were_loaded_and_then_stored(family, cache, tmp_
     config, mark = AutoConfig.from_pretrained(path), fingerprint(path)
 
     def opened(start):
-        return quant_load.load(path, config, torch.float32, Quant("nf4", start=start), mark, lambda text: None)
+        return quant_load.load(path, config, torch.float32, Quant("nf4", start=start), mark, lambda text: None)[0]
 
     leaf = "q_proj" if family == "llama" else "c_attn"
     narrow = Start("loftq", 4, 2, (leaf,), ((leaf, 3),))
