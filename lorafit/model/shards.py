@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafit.errors import ModelError
@@ -50,20 +49,21 @@ class Shards:
     others neither count as this process's memory nor against a limit of it."""
 
     def __init__(self, folder: Path) -> None:
-        """ModelError for a file that can't be read."""
+        """ModelError for a file that is damaged. (safetensors' own reader maps whole files, writable at that.)"""
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
         self._places: dict[str, tuple[Path, str, int, int]] = {}  # file, type, first byte, bytes
         for file in sorted(folder.glob("*.safetensors")):
             try:
-                with safe_open(file, framework="pt"):  # that it is whole
-                    start, entries = _read_header(file)
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{file} can't be read: {error}") from None
-            for name, entry in entries.items():
-                begin, end = entry["data_offsets"]
-                self._places[name] = file, entry["dtype"], start + begin, end - begin
-                self.shapes[name] = torch.Size(entry["shape"])
+                start, entries = _read_header(file)
+                for name, entry in entries.items():
+                    begin, end = entry["data_offsets"]
+                    self._places[name] = file, entry["dtype"], start + begin, end - begin
+                    self.shapes[name] = torch.Size(entry["shape"])
+                    if start + end > file.stat().st_size:
+                        raise ValueError(f"it is cut off within {name}")
+            except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{file} is damaged: {error}") from None
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """As in Files. ModelError for a type of numbers that isn't known here."""
