@@ -232,7 +232,7 @@ def test_a_base_in_codes_and_parts_is_the_one_that_holds_their_sum(start, family
             assert base.parts() and all(part.after < part.plain for part in base.parts().values())
             given = {path: site.start(start.method) for path, site in Host(base).sites.items()}
             if summed:
-                quant.restore(base.model)
+                tiny.restore(base.model)
                 base = prepare(base.model, None, Path("nowhere"), family)
             host = Host(base)
             adapter = host.add("a", "pissa", r=4, niter=0)

@@ -28,10 +28,10 @@ from lorafit.model.load import load
 from lorafit.model.quant import QuantLinear
 from lorafit.model.shards import write_shards
 from lorafit.model.sites import Site
+from lorafit.plan import COMPARED
 from lorafit.route import StackLike, stack
 
 SHARD = 1_000_000_000  # bytes of a file
-NUMBERS = 20_000_000  # logits kept of each model, 80 MB: with a large vocabulary not every position of every prompt
 
 # Largest logit difference allowed, as a share of the logits' standard deviation: about three times what rounding a
 # trained adapter's merged weights to the type does.
@@ -270,9 +270,9 @@ def write_settings(base: Base, place: Path, dtype: torch.dtype, chat: Chat | Non
 @torch.no_grad()
 def logits_of(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Logits (positions, vocabulary) under a stack, of every n-th position of each prompt, so that they take no more than
-    NUMBERS in all. The prompts share a pass where the base allows it: each pass may read all weights."""
+    COMPARED in all. The prompts share a pass where the base allows it: each pass may read all weights."""
     base = host.base
-    every = max(1, -(-sum(map(len, prompts)) * base.head.weight.shape[0] // NUMBERS))
+    every = max(1, -(-sum(map(len, prompts)) * base.head.weight.shape[0] // COMPARED))
     found = []
     for group in [prompts] if base.packs and base.plain_head else [[prompt] for prompt in prompts]:
         ends = list(accumulate(map(len, group)))

@@ -158,8 +158,6 @@ def probe(base: Base) -> None:
     lengths = [9, 5]
     ids = (torch.arange(sum(lengths), device=base.device) * 7919 + 11) % vocabulary
     logits, states = alone(base, ids, lengths, states=base.body is not None)
-    if logits.is_meta:
-        raise RuntimeError("a module reads the weights of another one, which aren't there")
     want = logits.float()
     tolerance = (0.05 if base.dtype != torch.float32 else 1e-4) * max(1.0, want.abs().max().item())
     kinds = set(getattr(base.model.config.get_text_config(), "layer_types", None) or ())

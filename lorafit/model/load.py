@@ -21,7 +21,7 @@ from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.quant import Quant
-from lorafit.model.streamed import Source
+from lorafit.model.streamed import Source, watched
 from lorafit.native import build
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -254,7 +254,8 @@ def prepare(
     base.quant, base.source = quant, source
     base.body = None if base.streamed else Body.of(model)
     try:
-        probe(base)
+        with watched() if base.streamed else contextlib.nullcontext():
+            probe(base)
     except RuntimeError as error:
         if out_of_memory(error):
             raise

@@ -7,6 +7,7 @@ It is for what goes through the model a few times, such as merging: each time ev
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lorafit.errors import ModelError
 from lorafit.model.shards import Entry, Files
@@ -192,3 +195,17 @@ def present(module: nn.Module, key: str) -> Tensor:
     held: Tensor = getattr(module, key)
     reader = _readers.get(module)
     return reader.read(key) if held.is_meta and reader is not None else held
+
+
+class _Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs or {}))):
+            raise RuntimeError("a module reads a weight outside of its owner's forward")
+        return func(*args, **(kwargs or {}))
+
+
+def watched() -> AbstractContextManager[object]:
+    """RuntimeError, inside `with`, for an operation on a weight that isn't there: one that is read outside of its module's
+    forward. Torch itself doesn't mind, its product with such a weight is whatever lay in memory (measured, torch 2.13)."""
+    made: AbstractContextManager[object] = _Watch()  # type: ignore[no-untyped-call]
+    return made
