@@ -22,7 +22,7 @@ from lorafit.generate import generate
 from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.methods.moved import Moved
-from lorafit.model import embedded, quant, quant_load
+from lorafit.model import embedded, quant_load
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import load, prepare
 from lorafit.model.quant import Quant, QuantLinear, convert

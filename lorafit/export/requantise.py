@@ -51,7 +51,7 @@ def requantise(
             "this adapter was trained on a base that isn't quantised; merge into the original weights, and quantise when"
             " the folder is loaded"
         )
-    assert host.base.dtype is torch.float32
+    assert host.base.dtype is torch.float32 and not host.base.streamed
     want, effect = effect_of(host, spec, prompts)
     working(f"adding the adapter to the base and rounding to {quant}")
     error: dict[str, float] = {}
