@@ -151,6 +151,16 @@ def test_a_merge_that_forgets_something_is_refused(tmp_path, monkeypatch, stream
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*tmp"))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_damaged_adapter_is_named(tmp_path, number):
+    host = host_of(folder(tmp_path, "llama"), ["q_proj"])
+    with torch.no_grad():
+        host.adapters["a"]["model.layers.1.self_attn.q_proj"].b[2, 1] = number
+    with pytest.raises(LorafitError, match=r"1.self_attn.q_proj: the merged weight isn't finite"):
+        merge(host, "a", tmp_path / "out", PROMPTS, dtype=torch.float32)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*tmp"))
+
+
 def test_an_adapter_that_rounding_erases_is_refused(tmp_path):
     host = host_of(folder(tmp_path, "llama"), ["all-linear"], scale=0.002)
     with pytest.raises(LorafitError, match=r"% of the adapter's effect lost; nothing was written; try --dtype fp32"):
