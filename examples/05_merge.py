@@ -21,7 +21,8 @@ parser.add_argument("out", nargs="?", default="runs/library-merged")
 parser.add_argument("--max-new", default=40, type=int)
 args = parser.parse_args()
 
-session = open_session([args.run], precision="fp32", device="cpu")  # weights are added in fp32 and cast once
+# Weights are added in fp32 and cast once; streamed, they are read one by one.
+session = open_session([args.run], precision="fp32", device="cpu", streamed=True)
 (name,) = session.host.adapters
 chat = session.chat(name)
 prompts = [chat.prompt_ids([Message("user", text)]) for text in ("When do you open?", "Where are the maps?")]

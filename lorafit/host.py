@@ -141,9 +141,14 @@ class Host:
             raise AssertionError("only our own run through the layers takes documents that share their beginning")
         return self._documents(self.base.hidden, ids, packing.lengths)
 
-    def logits(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Logits (tokens, vocabulary) by the model's own forward, under the open route."""
-        return self._documents(self.base.logits, ids, lengths)
+    def logits(self, ids: Tensor, lengths: Sequence[int], positions: Tensor | None = None) -> Tensor:
+        """Logits (tokens, vocabulary) by the model's own forward, under the open route; or those at `positions` (n,) alone,
+        ascending, which a plain head is then all that is asked for."""
+        if positions is None:
+            return self._documents(self.base.logits, ids, lengths)
+        if self.base.plain_head:
+            return self.head(self._documents(self.base.hidden, ids, lengths)[positions], positions)
+        return self._documents(self.base.logits, ids, lengths)[positions]
 
     def _documents(self, run: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         if self.base.packs:
@@ -174,11 +179,13 @@ class Host:
     def merged_weight(self, site: Site, spec: StackLike) -> Tensor:
         """The site's weight with a stack's deltas added, (*lead, out, in), fp32: added in fp32, cast by the caller."""
         w = site.weight()
-        whole = w.float().clone()
+        whole: Tensor | None = None  # made by the first sum: no copy of the weight beside it
         for name in stack(spec):
             if site.path in self.adapters[name]:
-                whole += self.adapters[name][site.path].delta_weight(w).detach().to(whole.device)
-        return whole
+                delta = self.adapters[name][site.path].delta_weight(w).detach().to(w.device)
+                whole = w.float() + delta if whole is None else whole.add_(delta)
+                del delta
+        return w.float().clone() if whole is None else whole
 
     # --- hooks: the only place where an adapter meets a module -----------------------------------------------------------
 

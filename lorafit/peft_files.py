@@ -188,8 +188,8 @@ def _by_site(
         )
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-            own = {p: site.stored for site in sites.values() for p in (site.path, *(name for name, _ in site.tied))}
-            if copied in own and torch.equal(own[copied].cpu().to(tensor.dtype), tensor):
+            own = {p: site for site in sites.values() for p in (site.path, *(name for name, _ in site.tied))}
+            if copied in own and torch.equal(own[copied].stored.cpu().to(tensor.dtype), tensor):
                 continue  # PEFT adds the base's own embedding or head when they are adapted
             bad.append(f"{key}: not a key of a LoRA adapter" if copied not in own else f"{key}: differs from this base")
             continue

@@ -34,6 +34,7 @@ RUNTIME = 455_000_000  # Python, torch, transformers, a tokenizer, buffers of ke
 CONTEXT = 600_000_000  # of a GPU's memory: CUDA's own
 KEPT_BY_TWINS = 1.6  # what torch's operations keep for the backward, over our kernels (measured: 135M on an H100)
 AIR = 1.33  # gaps between blocks of memory that come and go (measured)
+COMPARED = 20_000_000  # logits of each model that merging compares: of a large vocabulary not those of every position
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
         logits=logits,
         mapped=mapped,
         evaluating=beside + weights + 4 * number + max(passing, logits),
-        merging=RUNTIME + 4 * number + 3 * 4 * most,
+        merging=RUNTIME + 4 * number + 3 * 4 * most + 2 * 4 * COMPARED,  # it reads and writes weight by weight
         disk=disk,
         tokens=int(batches.lengths.sum()),
         trained_tokens=round(batches.lengths.sum() * steps / max(1, len(batches.epoch(0)))),

@@ -87,7 +87,7 @@ def open_session(
     *,
     model: str | None = None,
     quant: str | None = None,
-    restored: bool = False,
+    streamed: bool = False,
     precision: str = "auto",
     device: str = "auto",
     say: Say = lambda text: None,
@@ -96,7 +96,7 @@ def open_session(
     """Load a base and these adapters over it (none: the base alone). `say` is told of every mismatch.
 
     Adapters are named by their run's folder. RunError/AdapterError if two of them are for different bases. `quant` as in the
-    settings; None: as the adapters' base was stored. `restored` as in `load`.
+    settings; None: as the adapters' base was stored. `streamed` as in `load`.
     """
     folders = _named(paths)
     bases = {base_of(folder) for folder in folders.values()}
@@ -115,7 +115,7 @@ def open_session(
             precision=precision,
             device=device,
             quant=stored,
-            restored=restored,
+            streamed=streamed,
             working=working,
         )
     )

@@ -17,10 +17,14 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from gguf_files import SIZES, alternating, made, write
 from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit import cli, fit
 from lorafit.errors import ModelError
+from lorafit.export.merge import merge
+from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.model import embedded, quant_load
 from lorafit.model import gguf as reading
@@ -257,6 +261,19 @@ def test_codes_are_those_of_the_same_numbers(pair, quant):
     before = place.stat().st_mtime_ns
     loaded(file, quant=quant)
     assert place.stat().st_mtime_ns == before  # found again
+
+
+@pytest.mark.parametrize("quant", [None, Quant("nf4")], ids=str)
+def test_streamed_it_is_merged_as_the_folder_is(pair, tmp_path, quant):
+    found = []
+    for number, base in enumerate(pair):
+        host = Host(loaded(base, quant=quant, streamed=True))
+        assert host.base.streamed
+        randomize(host.add("a", r=3), 0.1)
+        assert merge(host, "a", tmp_path / str(number), [[1, 2, 3]], dtype=torch.float32).holds
+        found.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def config(file, data, out, **changes):

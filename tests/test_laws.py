@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import base, ids, model, randomize, rows
+from tiny import base, ids, model, randomize, restore, rows
 
 from lorafit.batches import pack
 from lorafit.host import Host
 from lorafit.methods import METHODS, settings
 from lorafit.model.load import prepare
-from lorafit.model.quant import Quant, convert, restore
+from lorafit.model.quant import Quant, convert
 from lorafit.model.sites import ranks, select
 from lorafit.model.starts import Start
 from lorafit.route import Route

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorafit import fit, plan, session
@@ -421,7 +422,7 @@ def saved(to: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, 
 
 def opened(path: Path, kind: str = "nf4", dtype: torch.dtype = torch.bfloat16, double: bool = True):
     config = AutoConfig.from_pretrained(path)
-    return quant_load.load(path, config, dtype, quant.Quant(kind, double), fingerprint(path), lambda text: None)
+    return quant_load.load(path, config, dtype, quant.Quant(kind, double), fingerprint(path), lambda text: None)[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -551,7 +552,7 @@ if kind == "none":
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.bfloat16)
 else:
-    model = quant_load.load(path, config, torch.bfloat16, quant.Quant(kind), fingerprint(path), lambda text: None)
+    model, _ = quant_load.load(path, config, torch.bfloat16, quant.Quant(kind), fingerprint(path), lambda text: None)
 loaded = peak_memory() - before
 base = prepare(model, None, path)
 host = Host(base)
@@ -693,10 +694,20 @@ def test_merging_into_weights_of_16_bits(runs, tmp_path, tiny_model, into, capsy
     assert (merged.logits(ids, [20]) - want).abs().max() < 1e-5 * want.abs().max()
 
 
-def test_merging_into_codes_is_refused(runs, tmp_path):
-    opened = session.open_session([str(runs / "nf4")], precision="fp32")
-    with pytest.raises(RunError, match="stored in nf4"):
-        merge(opened.host, "nf4", tmp_path / "out", [[1, 2]], dtype=torch.float32)
+def test_what_codes_stand_for_is_merged_from_a_folder_alone(runs, tmp_path, tiny_model):
+    """Whether the rest of the base is in memory or streamed; codes that were made in memory have no folder."""
+    found = []
+    for streamed in (False, True):
+        host = session.open_session([str(runs / "nf4")], precision="fp32", streamed=streamed).host
+        assert host.base.streamed is streamed
+        assert merge(host, "nf4", tmp_path / str(streamed), [[1, 2]], dtype=torch.float32).holds
+        found.append(load_file(tmp_path / str(streamed) / "model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    host = session.open_session([str(runs / "nf4")], precision="fp32").host
+    host.base.source = None
+    with pytest.raises(RunError, match="quantised to nf4 in memory"):
+        merge(host, "nf4", tmp_path / "out", [[1, 2]], dtype=torch.float32)
     assert not (tmp_path / "out").exists()
 
 

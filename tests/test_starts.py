@@ -22,7 +22,7 @@ from lorafit.generate import generate
 from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.methods.moved import Moved
-from lorafit.model import embedded, quant, quant_load
+from lorafit.model import embedded, quant_load
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import load, prepare
 from lorafit.model.quant import Quant, QuantLinear, convert
@@ -234,7 +234,7 @@ def test_a_base_in_codes_and_parts_is_the_one_that_holds_their_sum(start, family
             assert base.parts() and all(part.after < part.plain for part in base.parts().values())
             given = {path: site.start(start.method) for path, site in Host(base).sites.items()}
             if summed:
-                quant.restore(base.model)
+                tiny.restore(base.model)
                 base = prepare(base.model, None, Path("nowhere"), family)
             host = Host(base)
             adapter = host.add("a", "pissa", r=4, niter=0)
@@ -323,7 +323,7 @@ def test_a_folder_loads_as_if_it_were_loaded_and_then_stored(family, cache, tmp_
     config, mark = AutoConfig.from_pretrained(path), fingerprint(path)
 
     def opened(start):
-        return quant_load.load(path, config, torch.float32, Quant("nf4", start=start), mark, lambda text: None)
+        return quant_load.load(path, config, torch.float32, Quant("nf4", start=start), mark, lambda text: None)[0]
 
     leaf = "q_proj" if family == "llama" else "c_attn"
     narrow = Start("loftq", 4, 2, (leaf,), ((leaf, 3),))

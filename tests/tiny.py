@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,10 +21,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from lorafit.data.tokens import Tokens
 from lorafit.model.base import Base
 from lorafit.model.load import prepare
+from lorafit.model.quant import QuantLinear, put
 
 VOCAB = 61
 _SIZE = dict(
@@ -95,3 +98,17 @@ def rows(lengths, seed: int = 0, learn: str = "half") -> list[Tokens]:
 
 def ids(n: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB, n))
+
+
+@torch.no_grad()
+def restore(model) -> None:
+    """Undo `convert` but for what it rounded: modules of the model's number type that hold what the codes stand for."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            with torch.device("meta"):
+                out, width = module.shape
+                made = Conv1D(out, width) if module.turned else nn.Linear(width, out, module.bias is not None)
+            weight = module.numbers()
+            made.weight = nn.Parameter(weight.t().contiguous() if module.turned else weight, requires_grad=False)
+            made.bias = module.bias
+            put(model, path, made)

@@ -1,16 +1,18 @@
 """Merging: the base with an adapter added in, as a standard Hugging Face folder, proved before it counts.
 
-Each weight is added in fp32 and cast once. The loaded base is overwritten site by site, so nothing larger than one weight
-exists twice; the folder is then read back from disk and its logits compared with the unmerged model's. Where the adapter was
-trained on a quantised base and is added to the original weights, also with those of the model as it was trained.
+Each weight is added in fp32 and cast once. Of a streamed base (model/streamed.py) one weight after the other is read, summed
+and written, so that merging takes less memory than training did; one in memory is overwritten site by site. The folder is
+then read back from disk and its logits compared with the unmerged model's. Where the adapter was trained on a quantised base
+and is added to the original weights, also with those of the model as it was trained.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ from lorafit import files
 from lorafit.data import Chat
 from lorafit.errors import LorafitError, RunError
 from lorafit.host import Host
+from lorafit.model.base import Base
 from lorafit.model.load import load
 from lorafit.model.quant import QuantLinear
+from lorafit.model.shards import write_shards
 from lorafit.model.sites import Site
+from lorafit.plan import COMPARED
 from lorafit.route import StackLike, stack
 
-SHARD = "2GB"
-NUMBERS = 20_000_000  # logits kept of each model, 80 MB: with a large vocabulary not every position of every prompt
+SHARD = 1_000_000_000  # bytes of a file
 
 # Largest logit difference allowed, as a share of the logits' standard deviation: about three times what rounding a
 # trained adapter's merged weights to the type does.
@@ -108,45 +112,52 @@ def merge(
     trained: Host | None = None,
     working: Callable[[str], object] = lambda text: None,
 ) -> Proof:
-    """Write base + adapters to `out` in `dtype`. The host (in fp32) is used up: its base holds the merged weights after.
+    """Write base + adapters to `out` in `dtype`. The host (in fp32) is used up, and without a base after.
 
-    `trained`: the adapters on their base as they were trained, where that is another, quantised one; to compare with alone.
-    RunError if `out` isn't empty; LorafitError, and no folder, if the merged model's logits are off by more than the
-    tolerance, by default a share of the logits' spread that rounding to `dtype` stays well under (_ALLOWED).
+    Of a base in codes, what they stand for is written. `trained`: the adapters on their base as they were trained, where that
+    is another, quantised one; to compare with alone. RunError if `out` isn't empty; LorafitError, and no folder, if the merged
+    model's logits are off by more than the tolerance, by default a share of the logits' spread that rounding to `dtype` stays
+    well under (_ALLOWED).
     """
     out = free(out)
-    if host.base.quant is not None:
-        raise RunError(
-            f"this base is stored in {host.base.quant}; rounding to that would undo most of what was learned, so merge into"
-            " the original weights (quant=none) or what the codes stand for (restored)"
-        )
-    assert host.base.dtype is torch.float32
-    want, plain = logits_of(host, spec, prompts), logits_of(host, None, prompts)
-    there = [logits_of(trained, stack, prompts) for stack in (spec, None)] if trained is not None else []
+    base = host.base
+    if base.quant is not None and base.source is None:
+        raise RunError(f"this base was quantised to {base.quant} in memory; load it from its folder to merge into it")
+    assert base.dtype is torch.float32
+    want, effect = effect_of(host, spec, prompts)
+    there = effect_of(trained, spec, prompts) if trained is not None else None
     unseen: dict[str, float] = {}
-    working("adding the adapter to the base")
-    for site, merged in merged_weights(host, spec):
+    proof: Proof | None = None
+
+    def summed(site: Site) -> Tensor:
+        merged = merged_weight(host, site, spec)
         if trained is not None and isinstance(trained.sites[site.path].module, QuantLinear):
             weight = site.weight()
             unseen[site.path] = ratio(weight - trained.sites[site.path].weight(), merged - weight)
-        site.write(merged)
-    for name in list(host.adapters):
-        host.remove(name)
-    working(f"writing {out}")
-    proof: Proof | None = None
+        return merged
 
     def fill(place: Path) -> None:
         nonlocal proof
-        write(host, place, dtype, chat)
-        host.base.model = None  # the folder is judged by what it loads as, with one model in memory at a time
-        host.base.body = None  # it and the sites hold the modules too
+        working(f"adding the adapter to the base, and writing {out}")
+        adapted = adapted_sites(host, spec)
+        if base.source is not None:
+            copy(base, place, dtype, host.sites.values(), {site.path for site in adapted}, summed)
+            write_settings(base, place, dtype, chat)
+        else:
+            for site in adapted:
+                site.write(summed(site))
+            for name in list(host.adapters):
+                host.remove(name)
+            write(host, place, dtype, chat)
+        base.model = None  # the folder is judged by what it loads as, with one model in memory at a time
+        base.body = base.source = None  # they and the sites hold the modules too
         host.sites.clear()
         host.site_of.clear()
         gc.collect()
         working("reading it back and comparing")
-        got = logits_of(Host(load(str(place), precision="fp32", device="cpu")), None, prompts)
-        proof = compare(want, got, plain, dtype, tolerance)
-        if trained is not None:
+        got = logits_of(Host(load(str(place), precision="fp32", device="cpu", streamed=True)), None, prompts)
+        proof = compare(want, got, effect, dtype, tolerance)
+        if trained is not None and there is not None:
             off = compare(there[0], got, there[1], dtype, None)
             shift = AsTrained(str(trained.base.quant), off.largest, off.mean, off.effect, off.agree, unseen)
             proof = replace(proof, as_trained=shift)
@@ -169,14 +180,20 @@ def free(out: Path) -> Path:
     return out
 
 
-def merged_weights(host: Host, spec: StackLike) -> Iterator[tuple[Site, Tensor]]:
-    """Each adapted site with W + ΔW (*lead, out, in), fp32. LorafitError for one that isn't finite."""
-    for path, site in host.sites.items():
-        if any(path in host.adapters[name] for name in stack(spec)):
-            merged = host.merged_weight(site, spec)
-            if not torch.isfinite(merged).all():
-                raise LorafitError(f"{path}: the merged weight isn't finite; the adapter is damaged")
-            yield site, merged
+def adapted_sites(host: Host, spec: StackLike) -> list[Site]:
+    """The sites that a stack changes."""
+    return [site for path, site in host.sites.items() if any(path in host.adapters[name] for name in stack(spec))]
+
+
+@torch.no_grad()
+def merged_weight(host: Host, site: Site, spec: StackLike) -> Tensor:
+    """W + ΔW (*lead, out, in), fp32. LorafitError if it isn't finite."""
+    merged = host.merged_weight(site, spec)
+    if not all(
+        map(math.isfinite, map(float, merged.aminmax()))
+    ):  # which NaN passes through, with no copy of the weight
+        raise LorafitError(f"{site.path}: the merged weight isn't finite; the adapter is damaged")
+    return merged
 
 
 def ratio(error: Tensor, change: Tensor) -> float:
@@ -185,25 +202,65 @@ def ratio(error: Tensor, change: Tensor) -> float:
     return off / by if by else math.inf if off else 0.0
 
 
+def copy(
+    base: Base,
+    place: Path,
+    dtype: torch.dtype,
+    sites: Iterable[Site],
+    adapted: Container[str],
+    summed: Callable[[Site], Tensor],
+) -> None:
+    """The base's weights from its files into a folder, one after the other: of `adapted` sites what `summed` gives instead,
+    of codes what they stand for. The names are those that the base's folder has them by."""
+    source = base.source
+    assert source is not None
+    names = source.names
+    entries = [entry for name in names for entry in source.entries(name, dtype)]
+    made = {
+        source.keys[site.name]: site for site in sites if site.path in adapted or isinstance(site.module, QuantLinear)
+    }
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        for name in names:
+            site = made.get(source.keys[name])
+            if site is None:
+                tensor = source.read(name, source.entries(name, dtype)[0].dtype)
+            else:
+                tensor = site.turned(summed(site) if site.path in adapted else site.weight()).to(dtype)
+            yield source.parts(name, tensor)
+
+    write_shards(place, entries, tensors(), SHARD)
+
+
 def write(
     host: Host, place: Path, dtype: torch.dtype, chat: Chat | None, codes: Mapping[str, Tensor] | None = None
 ) -> None:
-    """The model folder: sharded safetensors, config, generation settings, the tokenizer and the template trained with.
-    `codes`: what is written of the quantised modules, but for their biases."""
+    """The model folder of a base in memory: sharded safetensors and settings. `codes`: what is written of the quantised
+    modules, but for their biases."""
     model: Any = host.base.model
     with torch.no_grad():
         for p in model.parameters():  # one weight at a time, cast once
             p.data = p.data.to(dtype)
-    model.config.dtype = dtype
-    if chat is not None and model.generation_config is not None:
-        model.generation_config.eos_token_id = list(chat.stop)
     tensors = None
     if codes:
         coded = [(path, module) for path, module in model.named_modules() if isinstance(module, QuantLinear)]
         inner = {f"{path}.{name}" for path, module in coded for name, _ in module.named_buffers()}
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in inner} | dict(codes)
     model.save_pretrained(place, max_shard_size=SHARD, state_dict=tensors)
-    tokenizer = host.base.tokenizer
+    write_settings(host.base, place, dtype, chat)
+
+
+def write_settings(base: Base, place: Path, dtype: torch.dtype, chat: Chat | None) -> None:
+    """What stands beside the weights: config, generation settings, the tokenizer and the template trained with."""
+    model: Any = base.model
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(place)
+    if model.generation_config is not None:
+        if chat is not None:
+            model.generation_config.eos_token_id = list(chat.stop)
+        model.generation_config.save_pretrained(place)
+    tokenizer = base.tokenizer
     if tokenizer is not None:
         if chat is not None:
             tokenizer.chat_template = chat.template
@@ -213,37 +270,63 @@ def write(
 
 
 @torch.no_grad()
-def logits_of(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits (positions, vocabulary) of each prompt under a stack; of every n-th position, so that they take no more than
-    NUMBERS in all."""
-    found: list[Tensor] = []
-    every = 1
-    for ids in prompts:
+def logits_of(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Logits (positions, vocabulary) under a stack, of every n-th position of each prompt, so that they take no more than
+    COMPARED in all. The prompts share a pass where the base allows it: each pass may read all weights."""
+    base = host.base
+    every = max(1, -(-sum(map(len, prompts)) * base.head.weight.shape[0] // COMPARED))
+    found = []
+    for group in [prompts] if base.packs and base.plain_head else [[prompt] for prompt in prompts]:
+        ends = list(accumulate(map(len, group)))
+        chosen = [at for end, prompt in zip(ends, group, strict=True) for at in range(end - len(prompt), end, every)]
+        ids = torch.tensor([i for prompt in group for i in prompt], device=base.device)
         with host.route(spec):
-            logits = host.logits(torch.tensor(list(ids), device=host.base.device), [len(ids)])
-        every = every if found else -(-sum(map(len, prompts)) * logits.shape[-1] // NUMBERS)
-        found.append(logits[:: max(1, every)].float().cpu().clone())
-    return found
+            logits = host.logits(ids, list(map(len, group)), torch.tensor(chosen, device=base.device))
+        found.append(logits.float().cpu())
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def compare(
-    want: list[Tensor], got: list[Tensor], plain: list[Tensor], dtype: torch.dtype, tolerance: float | None
-) -> Proof:
-    """The merged model's logits `got` beside the unmerged model's, `want`, and the base's, `plain`."""
-    a, b = torch.cat(want), torch.cat(got)
-    difference = (a - b).abs()
-    spread = float(a.std())
+def effect_of(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, float]:
+    """The logits under a stack, and their mean |difference| from those of the base alone."""
+    want = logits_of(host, spec, prompts)
+    plain = logits_of(host, None, prompts)
+    return want, _mean([_sum((a - b).abs()) for a, b in _pieces(want, plain)], want)
+
+
+def compare(want: Tensor, got: Tensor, effect: float, dtype: torch.dtype, tolerance: float | None) -> Proof:
+    """The merged model's logits `got` (positions, vocabulary) beside the unmerged model's, `want`; `effect` as in Proof."""
+    spread = float(want.std())
     if tolerance is None:
         tolerance = spread * _ALLOWED[dtype]
-    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    largest, off, divergence, same = [], [], [], 0
+    for a, b in _pieces(want, got):
+        difference = (a - b).abs()
+        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+        largest.append(difference.max())
+        off.append(_sum(difference))
+        divergence.append(_sum(log_a.exp() * (log_a - log_b)))
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
     return Proof(
         dtype=str(dtype).removeprefix("torch."),
-        largest=float(difference.max()),
-        mean=float(difference.mean()),
-        effect=float((a - torch.cat(plain)).abs().mean()),
+        largest=float(torch.stack(largest).max()),
+        mean=_mean(off, want),
+        effect=effect,
         spread=spread,
-        kl=max(0.0, float((log_a.exp() * (log_a - log_b)).sum(-1).mean())),  # rounding may make it negative
-        agree=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
-        positions=len(a),
+        kl=max(0.0, float(torch.stack(divergence).sum()) / len(want)),  # rounding may make it negative
+        agree=same / len(want),
+        positions=len(want),
         tolerance=tolerance,
     )
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some positions of both at a time: what is computed of logits takes several times their memory."""
+    return zip(a.split(64), b.split(64), strict=True)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64)
+
+
+def _mean(sums: Sequence[Tensor], of: Tensor) -> float:
+    return float(torch.stack(list(sums)).sum()) / of.numel()

@@ -19,10 +19,11 @@ from torch import Tensor
 from lorafit import files
 from lorafit.data import Chat
 from lorafit.errors import LorafitError, RunError
-from lorafit.export.merge import Proof, compare, free, logits_of, merged_weights, ratio, write
+from lorafit.export.merge import Proof, adapted_sites, compare, effect_of, free, logits_of, merged_weight, ratio, write
 from lorafit.host import Host
 from lorafit.model.quant import Quant, QuantLinear, quantise
-from lorafit.model.quant_load import Shards, tensors_of
+from lorafit.model.quant_load import tensors_of
+from lorafit.model.shards import Shards
 from lorafit.native.quantised import dequantise
 from lorafit.route import StackLike
 
@@ -50,12 +51,13 @@ def requantise(
             "this adapter was trained on a base that isn't quantised; merge into the original weights, and quantise when"
             " the folder is loaded"
         )
-    assert host.base.dtype is torch.float32
+    assert host.base.dtype is torch.float32 and not host.base.streamed
     quant = replace(quant, start=None)  # the folder has no place for what is beside codes: it is rounded with them
-    want, plain = logits_of(host, spec, prompts), logits_of(host, None, prompts)
+    want, effect = effect_of(host, spec, prompts)
     working(f"adding the adapter to the base and rounding to {quant}")
     error: dict[str, float] = {}
-    for site, merged in merged_weights(host, spec):
+    for site in adapted_sites(host, spec):
+        merged = merged_weight(host, site, spec)
         if isinstance(site.module, QuantLinear):
             q = quantise(merged, quant, site.path)
             error[site.path] = ratio(dequantise(q, torch.float32) - merged, merged - site.weight())
@@ -68,7 +70,7 @@ def requantise(
     for name in list(host.adapters):
         host.remove(name)
     got = logits_of(host, None, prompts)
-    proof = replace(compare(want, got, plain, dtype, math.inf), dtype=str(quant), error=error)
+    proof = replace(compare(want, got, effect, dtype, math.inf), dtype=str(quant), error=error)
     working(f"writing {out}")
 
     def fill(place: Path) -> None:

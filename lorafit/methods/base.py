@@ -64,7 +64,7 @@ class Method(nn.Module):
         if factors is None:
             raise NotImplementedError
         a, b, scale = factors
-        return (b @ a) * scale
+        return (b * scale) @ a
 
     def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
         """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,)).

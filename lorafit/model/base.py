@@ -20,6 +20,7 @@ from lorafit.model.attention import UNREAD_MASK
 from lorafit.model.body import Added, Body, Products, plain_products
 from lorafit.model.quant import Quant, QuantLinear
 from lorafit.model.starts import Part
+from lorafit.model.streamed import Source
 from lorafit.packing import Packing
 
 
@@ -27,7 +28,7 @@ from lorafit.packing import Packing
 class Base:
     """A loaded base. `packs`: documents may share a row. `plain_head`: logits are the head's product with the hidden state.
     `body`: our own run through its layers, where its family is known. `quant`: how its linear weights are stored, if not in
-    its own type."""
+    its own type. `source`: where its weights lie, where it was read tensor by tensor."""
 
     model: Any
     tokenizer: Any
@@ -38,12 +39,18 @@ class Base:
     plain_head: bool = False
     body: Body | None = None
     quant: Quant | None = None
+    source: Source | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """It holds no weights but codes, see streamed.py."""
+        return bool(next(self.model.parameters()).is_meta)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are, or are read to."""
         device: torch.device = next(self.model.parameters()).device
-        return device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,7 +173,10 @@ def probe(base: Base) -> None:
         base.body = None
     head = base.head
     if head is not None and getattr(base.model, "base_model", None) is not None:
-        got = head(states[-1] if base.body is not None else base.hidden(ids, lengths, packed=False)).float()
+        if base.body is None:
+            # In the time of one document alone, where each forward reads all weights and what packing changes is known.
+            states = [base.hidden(ids, lengths, packed=base.packs and base.streamed)]
+        got = head(states[-1]).float()
         text = base.model.config.get_text_config()
         treated = [getattr(text, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")]
         base.plain_head = (

@@ -15,12 +15,13 @@ from safetensors import safe_open
 
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files import read_json
-from lorafit.machine import keep_memory
+from lorafit.machine import keep_memory, out_of_memory
 from lorafit.model import attention, embedded, experts, gguf, gguf_folder, quant_load
 from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
-from lorafit.model.quant import Quant, restore
+from lorafit.model.quant import Quant
+from lorafit.model.streamed import Source, watched
 from lorafit.native import build
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -172,29 +173,33 @@ def load(
     precision: str = "auto",
     device: str = "auto",
     quant: Quant | None = None,
-    restored: bool = False,
+    streamed: bool = False,
     tokenizer: Any = None,
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either. With `quant`, its linear weights
-    are codes, quantised on first use and mapped from the cache after that; `restored`: what those codes stand for, as numbers
-    of the base's own type."""
+    are codes, quantised on first use and mapped from the cache after that. `streamed`, on a CPU: its modules read their
+    weights for each forward, see streamed.py; an architecture that can't be run so is loaded whole."""
     place = pick_device(device)
     if place.type == "cpu":
         build.prepare()
-    keep_memory()
+    if streamed and place.type != "cpu":
+        raise ModelError(f"a base is streamed on the CPU alone, not on device={place.type}")
+    path = locate(name, working)
+    dtype = pick_dtype(precision, place)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
-    path = locate(name, working)
-    dtype = pick_dtype(precision, place)
+    source: Source | None = None
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if streamed:
+            base = _streamed(path, config, dtype, quant, tokenizer, name, working)
+            if base is not None:
+                return base
+        keep_memory()
         if quant is not None or gguf.of(path) is not None:
-            model = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
-            if restored and quant is not None:
-                restore(model)
-                quant = None
+            model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -202,13 +207,43 @@ def load(
     except LorafitError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(f"{path} can't be loaded as a causal language model: {_first_line(error)}") from None
-    return prepare(model.to(place), tokenizer or load_tokenizer(path), path, name, quant)
+    return prepare(model.to(place), tokenizer or load_tokenizer(path), path, name, quant, source)
 
 
-def prepare(model: Any, tokenizer: Any, path: Path, name: str = "", quant: Quant | None = None) -> Base:
+def _streamed(
+    path: Path,
+    config: Any,
+    dtype: torch.dtype,
+    quant: Quant | None,
+    tokenizer: Any,
+    name: str,
+    working: Callable[[str], object],
+) -> Base | None:
+    """None where the model can't be run so: a module reads another one's weights, or the files hold them another way. What
+    is wrong with the files themselves is said where the whole model is loaded."""
+    try:
+        model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working, streamed=True)
+        return prepare(model, tokenizer or load_tokenizer(path), path, name, quant, source)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        working("loading the whole base: its weights can't be read one by one")
+        return None
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    name: str = "",
+    quant: Quant | None = None,
+    source: Source | None = None,
+) -> Base:
     """A Base around a transformers model that is already in memory: frozen, probed, its files fingerprinted. `quant` says how
-    its linear weights are stored."""
+    its linear weights are stored, `source` where all of them lie."""
     model.eval().requires_grad_(False)
     with contextlib.suppress(ValueError, KeyError, AttributeError):  # no pluggable attention: the probe finds out
         model.set_attn_implementation(attention.NAME)
@@ -216,11 +251,14 @@ def prepare(model: Any, tokenizer: Any, path: Path, name: str = "", quant: Quant
         model.set_experts_implementation(experts.NAME)
     has_files = any(path.glob("*.safetensors")) or gguf.of(path) is not None
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
-    base.quant = quant
-    base.body = Body.of(model)
+    base.quant, base.source = quant, source
+    base.body = None if base.streamed else Body.of(model)
     try:
-        probe(base)
+        with watched() if base.streamed else contextlib.nullcontext():
+            probe(base)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         kind = str(base.dtype).removeprefix("torch.")
         raise ModelError(f"{base.name} can't run in {kind}: {str(error).splitlines()[0]}; try precision=fp32") from None
     return base

@@ -174,20 +174,6 @@ def convert(model: Any, quant: Quant, ranks: Mapping[str, int] | None = None) ->
         put(model, path, QuantLinear(q, module.bias, dtype, turned, part))  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def restore(model: Any) -> None:
-    """Undo `convert` but for what it rounded: modules of the model's number type that hold what the codes stand for."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            with torch.device("meta"):
-                out, width = module.shape
-                made: Any = Conv1D(out, width) if module.turned else nn.Linear(width, out, module.bias is not None)
-            weight = module.numbers()
-            made.weight = nn.Parameter(weight.t().contiguous() if module.turned else weight, requires_grad=False)
-            made.bias = module.bias
-            put(model, path, made)
-
-
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Set the module at a path."""
     parent, _, name = path.rpartition(".")

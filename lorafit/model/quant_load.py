@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,43 +24,29 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.errors import ModelError
 from lorafit.files import cache_folder, write_folder
 from lorafit.model import gguf
-from lorafit.model.gguf import GgufWeights
 from lorafit.model.quant import Quant, QuantLinear, linears, put, stored
+from lorafit.model.shards import Entry, Shards, write_file
 from lorafit.model.sites import ranks
 from lorafit.model.starts import Part
+from lorafit.model.streamed import Source, stream
 from lorafit.native.quantised import BLOCK, NESTED, Quantised, dynamic, table
 
 FORMAT = 1  # raised when what is written changes
 FILE = "weights.safetensors"
 _STATE = 256  # bytes of the JSON that bitsandbytes keeps beside a weight, padded
-_TYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int8: "I8"}
-
-
-class Shards:
-    """The tensors of a folder's safetensors files, read one at a time. A file is mapped only while one of its tensors is in
-    use, so that pages of others don't count as this process's memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shapes: dict[str, torch.Size] = {}
-        self._files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    self._files[name] = file
-                    self.shapes[name] = torch.Size(tensors.get_slice(name).get_shape())
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, its numbers in `dtype`, or else as they are stored: then its memory is that of the file."""
-        with safe_open(self._files[name], framework="pt") as tensors:
-            found: Tensor = tensors.get_tensor(name)
-        return found if dtype is None or not found.is_floating_point() else found.to(dtype)
 
 
 def load(
-    path: Path, config: Any, dtype: torch.dtype, quant: Quant | None, fingerprint: str, working: Callable[[str], object]
-) -> Any:
-    """The transformers model of a folder on the CPU, with `quant` its linear modules QuantLinear, all else in `dtype`.
+    path: Path,
+    config: Any,
+    dtype: torch.dtype,
+    quant: Quant | None,
+    fingerprint: str,
+    working: Callable[[str], object],
+    streamed: bool = False,
+) -> tuple[Any, Source]:
+    """The transformers model of a folder on the CPU, with `quant` its linear modules QuantLinear, all else in `dtype`; and
+    where its weights lie. `streamed`: what isn't codes is read by each module for its forward, see streamed.py.
 
     ModelError where a tensor is missing or of another shape, or the cache can't be written; ConfigError where a start is for
     weights that the model hasn't.
@@ -69,26 +55,28 @@ def load(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     found = list(linears(model)) if quant is not None else []
     fill_buffers(model)
-    shards = gguf.of(path) or Shards(path)
-    keys = _keys(model, shards)
+    source = Source(model, gguf.of(path) or Shards(path))
     if quant is not None:
         beside = ranks(model, quant.start) if quant.start is not None else {}
-        codes = _cached(found, keys, shards, quant, beside, fingerprint, working)
+        codes = _cached(found, source, quant, beside, fingerprint, working)
         with safe_open(codes, framework="pt") as tensors:
             for name, module in found:
                 bias: Any = getattr(module, "bias", None)
                 if bias is not None:
-                    bias = shards.read(keys[f"{name}.bias"], dtype)
+                    bias = source.read(f"{name}.bias", dtype)
                 q, part = read(tensors, name, _shape(module), quant), _part(tensors, name, quant, name in beside)
                 put(model, name, QuantLinear(q, bias, dtype, isinstance(module, Conv1D), part))
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if streamed:
+        stream(model, source, dtype)
+    held = [*model.named_buffers(), *(() if streamed else model.named_parameters())]
+    left = [name for name, tensor in held if tensor.is_meta]
     for number, name in enumerate(left, 1):
         working(f"reading {gguf.origin(path).name}: {number} of {len(left)}")
-        _set(model, name, shards.read(keys[name], dtype))
+        _set(model, name, source.read(name, dtype))
     model.tie_weights()
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return model
+    return model, source
 
 
 def fill_buffers(model: Any) -> None:
@@ -106,32 +94,6 @@ def fill_buffers(model: Any) -> None:
                 raise ModelError(f"{name}.{key} can't be made here; leave quant out, or use safetensors")
 
 
-def _keys(model: Any, shards: Shards | GgufWeights) -> dict[str, str]:
-    """Where each tensor of the model lies in the files, by its name; those that share a weight have one key."""
-    prefix = f"{model.base_model_prefix}."
-    owners: dict[int, list[str]] = {}
-    everything = dict(model.named_parameters(remove_duplicate=False))
-    everything |= {name: t for name, t in model.named_buffers() if t.is_meta}
-    for name, tensor in everything.items():
-        owners.setdefault(id(tensor), []).append(name)
-    found: dict[str, str] = {}
-    wrong = []
-    for names in owners.values():
-        spellings = [s for name in names for s in (name, name.removeprefix(prefix), prefix + name)]
-        key = next((s for s in spellings if s in shards.shapes), None)
-        shape = everything[names[0]].shape
-        if key is None:
-            wrong.append(f"{names[0]} is missing")
-        elif shards.shapes[key] != shape:
-            wrong.append(f"{key} is {tuple(shards.shapes[key])}, expected {tuple(shape)}")
-        else:
-            found |= dict.fromkeys(names, key)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ModelError(f"{shards.folder} can't be loaded: {'; '.join(wrong[:3])}{more}")
-    return found
-
-
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, key = name.rpartition(".")
     module = model.get_submodule(parent)
@@ -139,19 +101,6 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 # --- the file of codes -------------------------------------------------------------------------------------------------
-
-
-class Entry(NamedTuple):
-    """A tensor of the file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def folder(fingerprint: str, quant: Quant) -> Path:
@@ -164,8 +113,7 @@ def folder(fingerprint: str, quant: Quant) -> Path:
 
 def _cached(
     found: list[tuple[str, nn.Module]],
-    keys: dict[str, str],
-    shards: Shards | GgufWeights,
+    source: Source,
     quant: Quant,
     beside: Mapping[str, int],
     fingerprint: str,
@@ -178,16 +126,15 @@ def _cached(
         return place / FILE
 
     def fill(scratch: Path) -> None:
-        with (scratch / FILE).open("wb") as file:
-            places = _header(file, entries)
-            for number, (name, module) in enumerate(found, 1):
-                working(f"quantising to {quant.kind}, once: {number} of {len(found)}")
-                given = shards.read(keys[f"{name}.weight"])
-                weight = given.t() if isinstance(module, Conv1D) else given
-                q, part = stored(weight, quant, beside.get(name), f"{name}.weight")
-                for key, tensor in {**tensors_of(name, q), **_part_tensors(name, part)}.items():
-                    file.seek(places[key])
-                    file.write(tensor.contiguous().numpy().data)
+        write_file(scratch / FILE, entries, codes())
+
+    def codes() -> Iterator[dict[str, Tensor]]:
+        for number, (name, module) in enumerate(found, 1):
+            working(f"quantising to {quant.kind}, once: {number} of {len(found)}")
+            given = source.read(f"{name}.weight")
+            weight = given.t() if isinstance(module, Conv1D) else given
+            q, part = stored(weight, quant, beside.get(name), f"{name}.weight")
+            yield {**tensors_of(name, q), **_part_tensors(name, part)}
 
     write_folder(place, fill, again="quantise again, or set XDG_CACHE_HOME to a folder on another disk")
     return place / FILE
@@ -269,25 +216,6 @@ def read(tensors: Any, name: str, shape: torch.Size, quant: Quant) -> Quantised:
     state = json.loads(bytes(tensors.get_tensor(f"{name}.weight.quant_state.bitsandbytes__{quant.kind}").tolist()))
     nested, offset = tensors.get_tensor(f"{name}.weight.nested_absmax"), torch.tensor(state["nested_offset"])
     return Quantised(quant.kind, shape, codes, absmax, nested, offset)
-
-
-def _header(file: Any, entries: list[Entry]) -> dict[str, int]:
-    """Write the header of a safetensors file, and say where each tensor's bytes go: the widest numbers first, so that all
-    are aligned."""
-    header, places, at = {}, {}, 0
-    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
-        header[entry.name] = {
-            "dtype": _TYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.size],
-        }
-        places[entry.name] = at
-        at += entry.size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text = text.ljust(-(-len(text) // 64) * 64 - 8 + 64)  # the first number is at a multiple of 64
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + at)
-    return {name: 8 + len(text) + place for name, place in places.items()}
 
 
 def _whole(path: Path, entries: list[Entry]) -> bool:

@@ -22,6 +22,7 @@ from lorafit.config import nearest
 from lorafit.errors import ConfigError
 from lorafit.model.quant import QuantLinear
 from lorafit.model.starts import Start
+from lorafit.model.streamed import present
 
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 PRESETS = {
@@ -61,23 +62,33 @@ class Site:
 
     @property
     def stored(self) -> Tensor:
-        """The parameter as the base holds it."""
+        """The parameter as the base holds it, or read now where the base is streamed."""
         if isinstance(self.module, QuantLinear):
             return self.module.codes
-        tensor: Tensor = getattr(self.module, self.parameter)
-        return tensor
+        return present(self.module, self.parameter)
+
+    @property
+    def name(self) -> str:
+        """Of the parameter in the model."""
+        return self.path if self.kind == "experts" else f"{self.path}.{self.parameter}"
 
     @property
     def shape(self) -> torch.Size:
         """(*lead, out, in)."""
-        return self.module.shape if isinstance(self.module, QuantLinear) else self.weight().shape
+        if isinstance(self.module, QuantLinear):
+            return self.module.shape
+        shape: torch.Size = self.turned(getattr(self.module, self.parameter)).shape
+        return shape
+
+    def turned(self, w: Tensor) -> Tensor:
+        """From how the weight is stored to (*lead, out, in), or back."""
+        return w.transpose(-1, -2) if self.flipped else w
 
     def weight(self) -> Tensor:
         """The weight as (*lead, out, in), without a copy where storage allows."""
         if isinstance(self.module, QuantLinear):
             return self.module.numbers()
-        w = self.stored.detach()
-        return w.transpose(-1, -2) if self.flipped else w
+        return self.turned(self.stored.detach())
 
     def start(self, method: str) -> tuple[Tensor, Tensor] | None:
         """(a (r, in), b (out, r)), where the weight is codes that this method has made with b·a beside them."""
@@ -87,9 +98,9 @@ class Site:
     def write(self, w: Tensor) -> None:
         """Overwrite the base's weight with w (*lead, out, in), cast once. For merging alone; not into codes, which would round
         away what was learned."""
-        assert not isinstance(self.module, QuantLinear)
+        assert not isinstance(self.module, QuantLinear) and not getattr(self.module, self.parameter).is_meta
         with torch.no_grad():
-            self.stored.copy_(w.transpose(-1, -2) if self.flipped else w)
+            self.stored.copy_(self.turned(w))
 
 
 def find_sites(model: Any) -> dict[str, Site]:

@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> None:
         from lorafit.session import adapter_folder, open_session, quant_of
 
     out = terminal()
-    with out.working("loading the base in fp32") as spinner:
+    with out.working("opening the base") as spinner:
         session = open_session(
             [args.run],
             model=args.model,
             quant="none" if args.into == "original" else None,
-            restored=args.into == "dequantised",
+            streamed=args.into != "quantised",
             precision="fp32",
             device="cpu",
             say=out.say,
@@ -83,8 +83,10 @@ def run(args: argparse.Namespace) -> None:
         else:
             trained = None
             if args.into == "original" and quant_of(adapter_folder(args.run)) is not None:
-                spinner.rename("loading the base as it was trained on")
-                trained = open_session([args.run], model=args.model, precision="fp32", device="cpu").host
+                spinner.rename("opening the base as it was trained on")
+                trained = open_session(
+                    [args.run], model=args.model, streamed=True, precision="fp32", device="cpu", working=spinner.rename
+                ).host
             proof = merge(
                 host,
                 name,
