@@ -359,17 +359,18 @@ class _Fit:
         self.tokens = 0
         self.peak = self.halvings = 0
         self.say_what(run)
-        job, kind = self.job, self.config.optimizer
-        job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay, kind, run.pages)
         if parts := self.host.base.parts():
             errors = [{"path": path, "plain": part.plain, "after": part.after} for path, part in parts.items()]
             files.write_json(run.folder / "start.json", errors)
-        if newest is not None:
-            self._restore(run, newest)
-        self.began = time.monotonic() - self.seconds
+        self.began = time.monotonic()
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
+        job, kind = self.job, self.config.optimizer
         try:
+            job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay, kind, run.pages)
+            if newest is not None:
+                self._restore(run, newest)
+                self.began -= self.seconds
             limit = gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit
             with limit(self.memory), stop, self.terminal.progress() as progress:
                 if newest is None:

@@ -438,7 +438,7 @@ def test_a_run_under_a_limit_finishes_with_the_adapter_of_an_unlimited_one(hungr
 @linux
 def test_too_little_memory_is_one_error_and_the_run_goes_on_with_more(hungry, unlimited, tmp_path):
     out = tmp_path / "run"
-    done = child(-6_000_000, settings(hungry, out, held_out_share="0"))
+    done = child(-16_000_000, settings(hungry, out, held_out_share="0"))  # AdamW's state is 10 of these
     assert done.returncode == 2, done.stdout + done.stderr
     assert "OutOfMemory: out of memory at step 1 with one document at a time" in done.stdout
     assert "go on with checkpointing=true or more memory: lorafit train --resume --out" in done.stdout
@@ -453,7 +453,7 @@ def test_too_little_memory_is_one_error_and_the_run_goes_on_with_more(hungry, un
 @linux
 def test_a_limit_of_the_users_own_and_a_resume_that_remembers(hungry, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"memory=1M: the base and the rows alone take .*; allow more"):
+    with pytest.raises(ConfigError, match=r"this needs about .* with one row at a time, and memory=1M"):
         fit.fit(fit.build(settings(hungry, out, memory="1M")), Terminal(quiet=True))
     assert not out.exists()
     done = child(0, settings(hungry, out), first=STOPPED)

@@ -723,12 +723,8 @@ def test_the_verbs_open_it_as_it_was_trained(runs, data_file, capsys):
 
 
 def test_a_plan_counts_codes(tiny_model, data_file):
-    whole, coded = (
-        plan.estimate(
-            fit.read_config(str(data_file), {"precision": "bf16", "quant": q}), tiny_model, tiny.rows([20] * 9)
-        )
-        for q in ("none", "nf4")
-    )
+    configs = [fit.read_config(str(data_file), {"precision": "bf16", "quant": q}) for q in ("none", "nf4")]
+    whole, coded = (plan.estimate(c, plan.empty(c, tiny_model), tiny.rows([20] * 9)) for c in configs)
     base = both("llama")[0]
     sizes = [
         (quant.Quant("nf4").size(m.shape), m.quantised.nbytes) for m in base.model.modules() if hasattr(m, "codes")
