@@ -204,7 +204,9 @@ def main() -> None:
         assert len(list(taken)) == 2 and host.adapters
         print(peak_memory())
         return
-    found: dict[str, Any] = {"model": args.model, "kind": args.kind, "speed": speed(args), "errors": errors(args)}
+    found: dict[str, Any] = {"model": args.model, "kind": args.kind, "speed": speed(args)}
+    print(json.dumps(found["speed"]), file=sys.stderr, flush=True)  # minutes of it, with a large model
+    found["errors"] = errors(args)
     found["peak"] = {kind: peak(args, kind) for kind in ("none", args.kind)}
     text = json.dumps(found, indent=1)
     print(text)

@@ -679,7 +679,7 @@ def _expected(config: Config, path: Path, rows: Sequence[Tokens], memory: int | 
         config = replace(config, options={**config.options, "r": int(old.get("r") or config.options["r"])})
     model = plan.empty(config, path, room.gpu)
     verdict = plan.judge(config, model, rows, room.memory)
-    if verdict.fits or set(verdict.change) <= {"accumulate"}:
+    if verdict.fits or set(verdict.change) == {"accumulate"}:
         return verdict.best
     least = plan.least(config, model, rows)
     if least.peak_bytes <= room.memory * MARGIN:
