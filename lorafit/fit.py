@@ -685,11 +685,13 @@ def _expected(config: Config, path: Path, rows: Sequence[Tokens], memory: int | 
     if least.peak_bytes <= room.memory * MARGIN:
         return least
     words = " ".join(f"{key}={str(value).lower()}" for key, value in verdict.change.items())
-    way = f"it fits with {words}" if words else "a smaller model, max_tokens or r is needed"
+    way = f"it fits with {words}" if words else plan.way_out(config)
+    if not words and verdict.best.peak_bytes < least.peak_bytes:
+        way = f"quant=nf4 and checkpointing=true would still need {size(verdict.best.peak_bytes)}: {way}"
     limit = f"memory={config.memory}" if config.memory else f"{size(room.memory)} are left on {room.name}"
     raise ConfigError(
         f"this needs about {size(least.peak_bytes)} even with one row at a time, and {limit}; {way}"
-        f" (`lorafit plan {Path(config.data).name}` shows what takes how much)"
+        " (`lorafit plan` with the same words shows what takes how much)"
     )
 
 

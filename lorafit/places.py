@@ -78,7 +78,7 @@ def find(text: str, memory: int | None = None) -> Place:
         if _plain(text) in (_plain(name), _plain(name).removesuffix("gb")):
             return Place(name, int(size * 1e9 * (1 - SPARE / 2)), gpu=True, rate=rate * 1e12 * REACHED)
     if re.match(r"[0-9.]+\s*[KMGT]i?B?$", text, re.IGNORECASE):
-        return Place(f"a machine with {text}", byte_count("--for", text))
+        return Place(f"a machine with {text}", int(byte_count("--for", text) * (1 - SPARE)))
     short = {_plain(name): name for name in GPUS}
     hint = nearest(_plain(text), list(short))
     for plain, name in short.items():

@@ -305,6 +305,13 @@ def least(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     )
 
 
+def way_out(config: Config) -> str:
+    """What to do where no change of settings makes it fit."""
+    return (
+        "method=lora takes far less" if config.method == "full" else "a smaller model or a smaller max_tokens is needed"
+    )
+
+
 def _changes(config: Config, rows: Sequence[Tokens]) -> Iterator[dict[str, Any]]:
     """Settings to try, the least painful first."""
     longest = int(lengths_of(rows).max(initial=1))

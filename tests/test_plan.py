@@ -130,7 +130,7 @@ def test_gpus_are_known_by_the_names_people_use(text, name, memory):
 
 
 def test_other_places():
-    assert places.find("16G").memory == 16e9 and not places.find("16G").gpu
+    assert places.find("16G").memory == 14.4e9 and not places.find("16G").gpu
     here = places.find("cpu")
     assert here.here and here.memory > 1e8
     with pytest.raises(ConfigError, match="did you mean 'RTX 4090'"):

@@ -33,7 +33,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for", dest="place", metavar="cpu|GPU|SIZE", default="cpu", help="a GPU by name, or memory such as 16G"
     )
-    parser.add_argument("--no-time", action="store_true", help="leave out the measurement, some ten seconds")
+    parser.add_argument(
+        "--no-time", action="store_true", help="leave out the measurement: seconds, a minute with a large model"
+    )
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
     add_json(parser)
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with importing():
         from lorafit import fit, places
         from lorafit.config import byte_count
-        from lorafit.plan import empty, estimate, judge
+        from lorafit.plan import empty, estimate, judge, way_out
 
     out = terminal()
     config = fit.read_config(args.source, given(args))
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             }
         )
         return
-    print(described(asked, verdict, place, seconds))
+    print(described(asked, verdict, place, seconds, way_out(config)))
 
 
 def _seconds(config: Any, path: Path, data: Any, verdict: Verdict, place: Place, out: Any, skip: bool) -> float | None:
@@ -87,7 +89,7 @@ def _seconds(config: Any, path: Path, data: Any, verdict: Verdict, place: Place,
         return best.steps * seconds_a_step(config, path, data.train, tokens)
 
 
-def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | None) -> str:
+def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> str:
     """For people."""
     from lorafit.log import count, duration, size, table
 
@@ -103,16 +105,19 @@ def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | 
     )
     lines.append(f"{place.name}: {size(place.memory)} to use")
     words = " ".join(f"{key}={_word(value)}" for key, value in verdict.change.items())
-    if verdict.fits and not verdict.streams:
-        lines.append("it fits")
-    elif verdict.fits or verdict.change:
-        lines.append(f"it fits with {words} (peak {size(verdict.best.peak_bytes)})" if words else "it fits, just")
-        if verdict.streams:
-            lines.append("but its weights don't: they are read from the file again in every step, which is slow")
-    else:
+    peak = size(verdict.best.peak_bytes)
+    if verdict.streams:
+        how = f" with {words}" if words else ""
         lines.append(
-            f"it doesn't fit: {size(verdict.best.peak_bytes)} at least; a smaller model, max_tokens or r is needed"
+            f"its weights don't fit: it would run{how} (peak {peak}), but read what has no room from the file again in every"
+            " step; that takes half as long again where 40% have no room, more where more"
         )
+    elif verdict.fits:
+        lines.append("it fits")
+    elif verdict.change:
+        lines.append(f"it fits with {words} (peak {peak})")
+    else:
+        lines.append(f"it doesn't fit: {peak} at least; {way_out}")
     if seconds is not None and (verdict.fits or verdict.change):
         how = "measured on a few layers" if place.here else "a quarter of the data sheet's rate"
         lines.append(f"training takes about {duration(seconds)} ({how}; evaluation and answers come on top)")
