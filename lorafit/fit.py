@@ -21,7 +21,7 @@ from lorafit import files, peft_files, places, plan, report
 from lorafit.batches import Plan, default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
-from lorafit.errors import ConfigError, MissingExtra, OutOfMemory, RunError, UserError
+from lorafit.errors import ConfigError, MissingExtra, ModelError, OutOfMemory, RunError, UserError
 from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
@@ -175,6 +175,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     ]
     if changes and not force:
         raise RunError(_refusal(run, changes))
+    if newest is not None:
+        made.check_shape(newest)
     files.write_text(run.folder / "config.yaml", settings.to_yaml(after))
     files.write_json(run.folder / "data.json", made.data.report.to_json())
     return made.run(run, newest, changed=bool(changes))
@@ -397,15 +399,18 @@ class _Fit:
             f" lorafit train --resume --out {run.folder}; or start anew with {' or '.join(anew)}"
         )
 
-    def _restore(self, run: Run, newest: Checkpoint) -> None:
-        adapter = self.host.adapters[NAME]
-        try:
-            adapter.load_state_dict(newest.adapter())
-        except RuntimeError:
+    def check_shape(self, newest: Checkpoint) -> None:
+        """RunError, before the run is touched, where a checkpoint's adapter isn't of this run's shape any more."""
+        saved, own = newest.adapter(), self.host.adapters[NAME].state_dict()
+        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
             raise RunError(
                 f"{newest.folder} holds an adapter of another shape; r, targets and patterns can't be changed by --force,"
                 f" start a new run instead"
-            ) from None
+            )
+
+    def _restore(self, run: Run, newest: Checkpoint) -> None:
+        adapter = self.host.adapters[NAME]
+        adapter.load_state_dict(newest.adapter())
         assert self.job.optimizer is not None
         try:
             optim.restore(adapter, self.job.optimizer, newest.optimizer())
@@ -610,7 +615,7 @@ class _Fit:
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.busy, 2) if self.busy else None,
             "peak_rss_bytes": max(self.peak, peak_memory()),
-            "planned_peak_bytes": self.expected.peak_bytes,
+            "planned_peak_bytes": self.expected.peak_bytes if self.expected else None,
             "trainable_parameters": number,
             "total_parameters": base.parameters(),
             "adapter_bytes": weights.stat().st_size if weights.exists() else 0,
@@ -664,11 +669,15 @@ class _Fit:
         if self.host.shares({NAME}) and (again := spared(first)):
             say(f"          rows begin alike: of the first step's tokens {count(again)} needn't be computed again")
         most = f", at most {size(self.memory)}" if self.memory is not None else ""
-        say(f"memory    about {size(self.expected.peak_bytes)} are expected{most}; now {size(self._used())}")
+        about = f"about {size(self.expected.peak_bytes)} are" if self.expected else "not known how much is"
+        say(f"memory    {about} expected{most}; now {size(self._used())}")
 
 
-def _expected(config: Config, path: Path, rows: Sequence[Tokens], memory: int | None, source: Path | None) -> Estimate:
-    """What training will take. ConfigError, before the base is loaded, where it can't fit, with what would.
+def _expected(
+    config: Config, path: Path, rows: Sequence[Tokens], memory: int | None, source: Path | None
+) -> Estimate | None:
+    """What training will take, None where that can't be told. ConfigError, before the base is loaded, where it can't fit, with
+    what would.
 
     A step halves its micro-batches by itself, so it is refused only if one row at a time is too much; and the estimate may
     be off, so only if it is by more than MARGIN.
@@ -677,8 +686,11 @@ def _expected(config: Config, path: Path, rows: Sequence[Tokens], memory: int | 
     if source is not None and "r" in config.options:  # which is not among the settings then
         old = peft_files.read_config(source)
         config = replace(config, options={**config.options, "r": int(old.get("r") or config.options["r"])})
-    model = plan.empty(config, path, room.gpu)
-    verdict = plan.judge(config, model, rows, room.memory)
+    try:
+        model = plan.empty(config, path, room.gpu)
+    except ModelError:  # loading will tell what is wrong, or it works all the same
+        return None
+    verdict = plan.judge(config, model, rows, room.memory, streams=memory is None)
     if verdict.fits or set(verdict.change) == {"accumulate"}:
         return verdict.best
     least = plan.least(config, model, rows)

@@ -7,6 +7,7 @@ taken with a model of the same shape with random numbers, of one layer and of th
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 from lorafit.batches import Plan
 from lorafit.config import Config
 from lorafit.data import Tokens
+from lorafit.errors import ConfigError
 from lorafit.host import Host
+from lorafit.methods import find
 from lorafit.model.base import Base
 from lorafit.model.load import pick_dtype, prepare
 from lorafit.model.quant import Quant, convert
@@ -30,13 +33,13 @@ SECONDS = 5.0  # of either, at most, once two steps are done
 NAME = "adapter"
 
 
-def seconds_a_step(config: Config, path: Path, rows: Sequence[Tokens], tokens: int) -> float:
-    """Of a step of `tokens` tokens of these rows, on this machine's processor."""
+def seconds_a_token(config: Config, path: Path, rows: Sequence[Tokens], tokens: int) -> float:
+    """Of training, in steps of `tokens` tokens of these rows, on this machine's processor."""
     from transformers import AutoConfig
 
     shape = AutoConfig.from_pretrained(path, local_files_only=True)
     layers = int(shape.get_text_config().num_hidden_layers)
-    few, more = (_best_step(config, shape, rows, tokens, number) for number in (FEW, MORE))
+    few, more = (_least(config, shape, rows, tokens, number) for number in (FEW, MORE))
     each = max(0.0, more - few) / (MORE - FEW)
     return few + each * (layers - FEW)
 
@@ -48,20 +51,27 @@ def operations(config: Config, made: Estimate) -> float:
     return 2.0 * passes * made.total_parameters * made.trained_tokens
 
 
-def _best_step(config: Config, shape: Any, rows: Sequence[Tokens], tokens: int, layers: int) -> float:
-    """The least time of a few steps with a model of so many layers."""
+def _least(config: Config, shape: Any, rows: Sequence[Tokens], tokens: int, layers: int) -> float:
+    """The least seconds a token of a few steps with a model of so many layers. What is adapted is adapted plainly: targets that
+    name layers by number, and a method that stores the base its own way, would find another model here."""
     host = Host(_random(config, shape, layers))
     if host.base.body is not None:
         host.base.body.shares = config.share
     if config.checkpointing:
         host.base.checkpointing(True)
-    host.add(NAME, config.method, config.targets, **config.options)
+    kind = find(config.method)
+    try:
+        host.add(NAME, config.method, config.targets or kind.targets, **config.options)
+    except ConfigError:
+        host.add(NAME, "lora", **({"r": config.options["r"]} if "r" in config.options else {}))
     job = Job(NAME, Plan(rows, tokens, config.accumulate, config.seed), 1 << 30, lr=1e-9)
     found: list[float] = []
     began = last = time.perf_counter()
-    for _ in train(host, [job]):
+    for step in train(host, [job]):
         now = time.perf_counter()
-        found.append(now - last)
+        # The last step of an epoch may be a short one, in which a token takes longer or shorter than in the others.
+        if not found or step.tokens > tokens / 2 or step.tokens == job.plan.lengths.sum():
+            found.append((now - last) / step.tokens)
         last = now
         if (len(found) > 1 and now - began > SECONDS) or len(found) > 8:
             break
@@ -92,4 +102,4 @@ def _random(config: Config, shape: Any, layers: int) -> Base:
     quant = Quant.of(config.quant, config.double_quant)
     if quant is not None:
         convert(model, quant)
-    return prepare(model, None, Path(), "random", quant)
+    return prepare(model, None, Path(os.devnull), "random", quant)

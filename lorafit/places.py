@@ -13,12 +13,13 @@ from lorafit.machine import SPARE, available
 from lorafit.machine import memory as taken
 from lorafit.model.load import pick_device
 
-# Memory in GB, and 10^12 dense operations a second in bf16 (fp16 where a card has no bf16) with sums in fp32, as the makers'
-# data sheets have them, rounded.
+# Memory in GB, and 10^12 dense operations a second in bf16 with sums in fp32, as the makers' data sheets have them, rounded; in
+# fp32 for those without bf16, where training is in fp32.
+NO_BF16 = {"T4", "V100", "RTX 2080 Ti"}
 GPUS: dict[str, tuple[int, float]] = {
-    "T4": (16, 65),
-    "V100": (32, 125),
-    "RTX 2080 Ti": (11, 54),
+    "T4": (16, 8),
+    "V100": (32, 16),
+    "RTX 2080 Ti": (11, 13),
     "RTX 3060": (12, 25),
     "RTX 3070": (8, 41),
     "RTX 3080": (10, 60),
@@ -53,12 +54,13 @@ class Place:
     gpu: bool = False
     rate: float | None = None
     here: bool = False
+    bf16: bool = True
 
 
 def this_machine(memory: int | None = None) -> Place:
     """What this process has of this machine's memory and what is left but for a reserve; or `memory` bytes."""
     left = int(available() * (1 - SPARE)) + taken()
-    return Place("this machine", memory if memory is not None else left, here=True)
+    return Place("this machine", left if memory is None else min(memory, left), here=True)
 
 
 def here(device: str, memory: int | None = None) -> Place:
@@ -76,9 +78,13 @@ def find(text: str, memory: int | None = None) -> Place:
         return this_machine(memory)
     for name, (size, rate) in GPUS.items():
         if _plain(text) in (_plain(name), _plain(name).removesuffix("gb")):
-            return Place(name, int(size * 1e9 * (1 - SPARE / 2)), gpu=True, rate=rate * 1e12 * REACHED)
-    if re.match(r"[0-9.]+\s*[KMGT]i?B?$", text, re.IGNORECASE):
-        return Place(f"a machine with {text}", int(byte_count("--for", text) * (1 - SPARE)))
+            most = int(size * 1e9 * (1 - SPARE / 2))
+            return Place(
+                name, min(most, memory or most), gpu=True, rate=rate * 1e12 * REACHED, bf16=name not in NO_BF16
+            )
+    if re.match(r"[0-9.]+\s*[KMGT](i?B)?$", text, re.IGNORECASE):
+        most = int(byte_count("--for", text) * (1 - SPARE))
+        return Place(f"a machine with {text}", min(most, memory or most))
     short = {_plain(name): name for name in GPUS}
     hint = nearest(_plain(text), list(short))
     for plain, name in short.items():

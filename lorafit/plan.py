@@ -19,11 +19,12 @@ from lorafit.batches import default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Tokens
 from lorafit.data.store import lengths_of
+from lorafit.errors import LorafitError, ModelError
 from lorafit.evaluate import TOKENS
 from lorafit.methods import Method, find
 from lorafit.model.body import Body
 from lorafit.model.load import pick_device, pick_dtype
-from lorafit.model.quant import Quant
+from lorafit.model.quant import Quant, linears
 from lorafit.model.sites import Site, find_sites, pattern_value, select
 from lorafit.native.gemm import DEEP
 from lorafit.run import KEEP
@@ -110,6 +111,7 @@ class Model:
     dtype: torch.dtype
     fast: bool  # our own run through the layers takes it
     gpu: bool
+    codable: bool  # it can be quantised
 
     @property
     def numbers(self) -> int:
@@ -128,7 +130,20 @@ class Model:
 
 
 def empty(config: Config, path: Path, gpu: bool | None = None) -> Model:
-    """The model of a folder's config.json, on no device. `gpu`: whether it is to run on one; None: as `device` says."""
+    """The model of a folder's config.json, on no device. `gpu`: whether it is to run on one; None: as `device` says.
+
+    ModelError for a model that can't be looked at without its weights, or can't be quantised as `config` asks.
+    """
+    try:
+        return _empty(config, path, gpu)
+    except LorafitError:
+        raise
+    except Exception as error:  # a config of a kind that transformers has no language model for, or has it otherwise
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{path} can't be planned for: {line[:200]}") from None
+
+
+def _empty(config: Config, path: Path, gpu: bool | None) -> Model:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = torch.device("cuda" if gpu else "cpu") if gpu is not None else pick_device(config.device)
@@ -145,7 +160,13 @@ def empty(config: Config, path: Path, gpu: bool | None = None) -> Model:
                 options["r"] = pattern_value(config.rank_pattern, site.path, options["r"])
             chosen.append((site, kind(site, None, **options)))
     fast = Body.of(model) is not None
-    return Model(model, Width.of(shape), list(sites.values()), chosen, dtype, fast, place.type != "cpu")
+    try:
+        codable = bool(list(linears(model)))
+    except ModelError:
+        if config.quant != "none":
+            raise
+        codable = False
+    return Model(model, Width.of(shape), list(sites.values()), chosen, dtype, fast, place.type != "cpu", codable)
 
 
 def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
@@ -163,7 +184,8 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     number = model.numbers
     beside = CONTEXT if model.gpu else RUNTIME
     heads_trained = any(site.head or site.lookup for site, _ in model.chosen)
-    logits = min(CHUNK, held) * model.width.vocabulary * (wide if model.fast and not heads_trained else 2 * wide + 12)
+    kernels = config.native and not model.gpu
+    logits = min(CHUNK, held) * model.width.vocabulary * (wide if kernels and not heads_trained else 2 * wide + 12)
     scored = max(longest, min(TOKENS, int(batches.lengths.sum())))
     passing = int(AIR * scored * wide * (3 * model.width.h + 3 * model.width.inner))
     most = max((site.shape.numel() for site in model.sites), default=0)
@@ -175,7 +197,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
         adapter=4 * model.held,
         gradients=4 * number,
         optimizer=state_bytes(config.optimizer, number),
-        activations=activations(model, through, config.checkpointing),
+        activations=activations(model, through, config.checkpointing, kernels),
         logits=logits,
         mapped=mapped,
         evaluating=beside + weights + 4 * number + max(passing, logits),
@@ -210,13 +232,14 @@ def _numbers_at_once(model: Model, coded: Sequence[torch.Size]) -> int:
     return (2 if model.fast else 1) * max((shape.numel() for shape in coded), default=0)
 
 
-def activations(model: Model, tokens: int, checkpointing: bool) -> int:
-    """Bytes that a forward of `tokens` tokens keeps for its backward, and what the widest part of the backward adds.
+def activations(model: Model, tokens: int, checkpointing: bool, kernels: bool) -> int:
+    """Bytes that a forward of `tokens` tokens keeps for its backward, and what the widest part of the backward adds; with our
+    kernels, or with their twins.
 
     With checkpointing: one layer, and of each layer the two streams that it begins with.
     """
     w, wide = model.width, model.dtype.itemsize
-    layer = _kept(model, tokens)
+    layer = _kept(model, tokens, kernels)
     ends = tokens * wide * 3 * w.h  # the last norm, the learned tokens' states and their gradient
     backward = tokens * wide * (3 * w.inner + 3 * w.h)
     streams = (2 if model.fast else 1) * tokens * wide * w.h
@@ -224,14 +247,14 @@ def activations(model: Model, tokens: int, checkpointing: bool) -> int:
     return int(AIR * (kept + ends + backward))
 
 
-def _kept(model: Model, tokens: int) -> int:
+def _kept(model: Model, tokens: int, kernels: bool) -> int:
     """Bytes that a layer keeps."""
     w, wide = model.width, model.dtype.itemsize
     # Two streams, q, k, v, attention's output, gate and up; norms and the gated product are made again.
     numbers = 2 * w.h + 2 * w.q + 2 * w.kv + 2 * w.inner
     if not model.fast:  # modules: norms with copies of their own, the gated product's steps
         numbers = 6 * w.h + 3 * w.q + 2 * w.kv + 4 * w.inner
-    factor = KEPT_BY_TWINS if model.fast and model.gpu else 1.0
+    factor = KEPT_BY_TWINS if model.fast and not kernels else 1.0
     whole = int(factor * tokens * wide * numbers) + 4 * tokens * w.heads
     return whole + sum(_kept_by(site, layer, tokens, wide) for site, layer in model.chosen) // w.layers
 
@@ -280,21 +303,20 @@ class Verdict:
         }
 
 
-def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int) -> Verdict:
+def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int, streams: bool = True) -> Verdict:
     """Whether it fits into `memory` bytes; else the first of what changes nothing (smaller micro-batches), what only
-    costs time (checkpointing) and what costs a little exactness (4 bits) with which it does."""
-    best: Estimate | None = None
-    for change in _changes(config, rows):
-        tried = replace(config, **change)
-        found = estimate(tried, model, rows)
+    costs time (checkpointing) and what costs a little exactness (4 bits) with which it does; else, with `streams`, the
+    first with which all but the weights does. A limit on resident memory counts those too: without `streams` there."""
+    tried = [
+        (change, estimate(replace(config, **change), model, rows)) for change in _changes(config, rows, model.codable)
+    ]
+    for change, found in tried:
         if found.peak_bytes <= memory:
             return Verdict(not change, memory, found, change)
-        if not model.gpu and found.peak_bytes - found.mapped <= memory:
+    for change, found in tried if streams and not model.gpu else []:
+        if found.peak_bytes - found.mapped <= memory:
             return Verdict(not change, memory, found, change, streams=True)
-        if best is None or found.peak_bytes < best.peak_bytes:
-            best = found
-    assert best is not None
-    return Verdict(False, memory, best, {})
+    return Verdict(False, memory, min((found for _, found in tried), key=lambda made: made.peak_bytes), {})
 
 
 def least(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
@@ -312,8 +334,8 @@ def way_out(config: Config) -> str:
     )
 
 
-def _changes(config: Config, rows: Sequence[Tokens]) -> Iterator[dict[str, Any]]:
-    """Settings to try, the least painful first."""
+def _changes(config: Config, rows: Sequence[Tokens], codable: bool = False) -> Iterator[dict[str, Any]]:
+    """Settings to try, the least painful first; 4 bits only where the model can be stored in them."""
     longest = int(lengths_of(rows).max(initial=1))
     tokens = config.batch_tokens or default_tokens(rows, config.share)
     smaller, accumulate = [], config.accumulate
@@ -321,7 +343,7 @@ def _changes(config: Config, rows: Sequence[Tokens]) -> Iterator[dict[str, Any]]
         accumulate *= 2
         smaller.append({"accumulate": accumulate})
     quants: list[dict[str, Any]] = [{}]
-    if config.quant == "none":
+    if config.quant == "none" and codable:
         quants.append({"quant": "nf4"})
     for quant in quants:
         yield quant

@@ -17,6 +17,7 @@ from lorafit.errors import ConfigError
 from lorafit.host import Host
 from lorafit.model.load import load
 from lorafit.model.quant import Quant, QuantLinear
+from lorafit.train.loop import Step
 
 LENGTHS = [20] * 10
 
@@ -129,6 +130,46 @@ def test_gpus_are_known_by_the_names_people_use(text, name, memory):
     assert (found.name, found.gpu) == (name, True) and 0.9 * memory * 1e9 < found.memory <= memory * 1e9
 
 
+@pytest.mark.parametrize("text", ["3090 Ti", "1080ti"])
+def test_a_card_that_is_not_known_is_no_amount_of_memory(text):
+    with pytest.raises(ConfigError, match="nor a GPU known here"):
+        places.find(text)
+
+
+def test_a_card_without_bf16_trains_in_fp32(capsys, tiny_model, data_file):
+    assert main(["plan", str(data_file), "--model", str(tiny_model), "--for", "T4"]) == 0
+    assert "in fp32" in capsys.readouterr().out
+
+
+def test_steps_of_other_lengths_are_compared_by_token(tiny_model, data_file, monkeypatch):
+    """A short last step isn't taken for a fast one."""
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+
+    def train(host, jobs):
+        for number in range(100):
+            tokens = 5 if number % 3 == 2 else 50
+            now[0] += tokens * 0.01 + 1
+            yield Step(number, tokens)
+
+    monkeypatch.setattr(pace, "train", train)
+    found = pace._least(settings(data_file), _shape(tiny_model), rows([25, 25, 25, 25, 5]), 50, 1)
+    assert found == pytest.approx(1.5 / 50)
+
+
+@pytest.mark.parametrize("words", [["method=loftq", "quant=nf4"], ["targets=*.1.self_attn.*"], ["method=pissa"]])
+def test_the_measurement_takes_what_training_takes(capsys, tiny_model, data_file, words):
+    assert main(["plan", str(data_file), "--model", str(tiny_model), "--json", "steps=2", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+
+
+def test_what_cannot_be_planned_is_one_line(capsys, tmp_path, data_file):
+    (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
+    tokenizer(CHATML).save_pretrained(tmp_path)
+    assert main(["plan", str(data_file), "--model", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_other_places():
     assert places.find("16G").memory == 14.4e9 and not places.find("16G").gpu
     here = places.find("cpu")
@@ -147,10 +188,10 @@ def test_a_step_is_measured_from_few_layers(tiny_model, data_file, quant, monkey
         return seconds[layers]
 
     config = settings(data_file, quant=quant)
-    real = pace._best_step(config, _shape(tiny_model), rows(LENGTHS), 60, 2)
+    real = pace._least(config, _shape(tiny_model), rows(LENGTHS), 60, 2)
     assert 0 < real < 5
-    monkeypatch.setattr(pace, "_best_step", best)
-    assert pace.seconds_a_step(config, tiny_model, rows(LENGTHS), 60) == 3.0 + (2 - 1) * 2.0
+    monkeypatch.setattr(pace, "_least", best)
+    assert pace.seconds_a_token(config, tiny_model, rows(LENGTHS), 60) == 3.0 + (2 - 1) * 2.0
     assert measured == [pace.FEW, pace.MORE]
 
 

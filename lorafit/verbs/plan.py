@@ -50,12 +50,16 @@ def run(args: argparse.Namespace) -> None:
 
     out = terminal()
     config = fit.read_config(args.source, given(args))
-    place = places.find(args.place, byte_count("memory", config.memory) if config.memory else None)
+    memory = byte_count("memory", config.memory) if config.memory else None
+    own = args.place == "cpu" and config.device not in ("auto", "cpu")
+    place = places.here(config.device, memory) if own else places.find(args.place, memory)
+    if not place.bf16 and config.precision == "auto":
+        config.precision = "fp32"
     path, _, data = fit.read_data(config, out, weights=False)
     with out.working("adding up"):
         model = empty(config, path, gpu=place.gpu)
         asked = estimate(config, model, data.train)
-        verdict = judge(config, model, data.train, place.memory)
+        verdict = judge(config, model, data.train, place.memory, streams=memory is None)
     seconds = _seconds(config, path, data, verdict, place, out, args.no_time)
     if args.json:
         print_json(
@@ -76,17 +80,17 @@ def _seconds(config: Any, path: Path, data: Any, verdict: Verdict, place: Place,
     from dataclasses import replace
 
     from lorafit.batches import default_tokens
-    from lorafit.pace import operations, seconds_a_step
+    from lorafit.pace import operations, seconds_a_token
 
     config = replace(config, **verdict.change)
     best = verdict.best
     if place.rate is not None:
         return operations(config, best) / place.rate
-    if skip or not place.here:
+    if skip or place.gpu or not place.here:
         return None
     tokens = config.batch_tokens or default_tokens(data.train, config.share)
     with out.working("measuring steps of a few layers on this machine"):
-        return best.steps * seconds_a_step(config, path, data.train, tokens)
+        return best.trained_tokens * seconds_a_token(config, path, data.train, tokens)
 
 
 def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> str:
