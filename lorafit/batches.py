@@ -194,9 +194,8 @@ class Plan:
         runs = fill([len(row.ids) for row in documents], max(1, -(-total // self.accumulate)))
         return [[documents[i] for i in run] for run in runs]
 
-    def largest(self) -> list[Tokens]:
-        """The documents of the first epoch's largest micro-batch; no others are read."""
-        epoch = self.epoch(0)
+    def largest(self, epoch: Epoch) -> list[Tokens]:
+        """The documents of an epoch's largest micro-batch; no others are read."""
         most, where = 0, (0, range(0))
         for number, run in enumerate(epoch.runs):
             lengths = self.lengths[epoch.order[run.start : run.stop]].tolist()

@@ -696,9 +696,8 @@ def _expected(
     least = plan.least(config, model, rows)
     if least.peak_bytes <= room.memory * MARGIN:
         return least
-    words = " ".join(f"{key}={str(value).lower()}" for key, value in verdict.change.items())
-    way = f"it fits with {words}" if words else plan.way_out(config)
-    if not words and verdict.best.peak_bytes < least.peak_bytes:
+    way = f"it fits with {verdict.words}" if verdict.change else plan.way_out(config)
+    if not verdict.change and verdict.best.peak_bytes < least.peak_bytes:
         way = f"quant=nf4 and checkpointing=true would still need {size(verdict.best.peak_bytes)}: {way}"
     limit = f"memory={config.memory}" if config.memory else f"{size(room.memory)} are left on {room.name}"
     raise ConfigError(

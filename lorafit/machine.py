@@ -128,7 +128,7 @@ class Gauge:
 
 def available() -> int:
     """Bytes that this process may still take: of the system's, of its control groups' and under a limit of its own."""
-    rooms = [n for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
+    rooms = _rooms()
     if sys.platform == "linux" and (limit := resource.getrlimit(resource.RLIMIT_DATA)[0]) != resource.RLIM_INFINITY:
         rooms.append(max(0, limit - private_memory()))
     return min(rooms) if rooms else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -159,7 +159,7 @@ def memory_limit(most: int | None = None) -> Iterator[None]:
     def renew() -> None:
         ours = private_memory()
         rooms = [] if most is None else [max(0, most - memory())]
-        rooms += [int(n * (1 - SPARE)) for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
+        rooms += [int(n * (1 - SPARE)) for n in _rooms()]
         limits = [ours + room for room in rooms if ours] + ([before[0]] if given else [])
         with contextlib.suppress(ValueError, OSError):
             if limits and sys.platform == "linux":
@@ -204,6 +204,11 @@ def _frugal() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 1 << 30)  # M_MMAP_MAX: any number of them
         mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+
+
+def _rooms() -> list[int]:
+    """Bytes that the system has left, and each control group of this process; none where it doesn't tell."""
+    return [n for n in (_field("/proc/meminfo", "MemAvailable"), *_groups()) if n > 0]
 
 
 def _groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:

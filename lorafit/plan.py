@@ -174,7 +174,8 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     wide = model.dtype.itemsize
     batches = Batches(rows, config.batch_tokens or default_tokens(rows, config.share), config.accumulate, config.seed)
     steps = config.steps or batches.steps(config.epochs)
-    largest = batches.largest()
+    epoch = batches.epoch(0)
+    largest = batches.largest(epoch)
     held = through = sum(len(row.ids) for row in largest)
     if config.share and model.fast and not model.gpu:
         through -= spared(largest)
@@ -204,7 +205,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
         merging=RUNTIME + 4 * number + 3 * 4 * most + 2 * 4 * COMPARED,  # it reads and writes weight by weight
         disk=disk,
         tokens=int(batches.lengths.sum()),
-        trained_tokens=round(batches.lengths.sum() * steps / max(1, len(batches.epoch(0)))),
+        trained_tokens=round(batches.lengths.sum() * steps / max(1, len(epoch))),
         micro_batch_tokens=held,
         longest=longest,
         steps=steps,
@@ -264,15 +265,10 @@ def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
     *lead, out, width = site.shape
     low = layer.eval().low_rank()
     if low is None:
-        return layer_bytes(layer, wide) + tokens * wide * width
+        return wide * (sum(p.numel() for p in layer.parameters()) + tokens * width)
     r = -(-low[0].shape[0] // DEEP) * DEEP
     more = 2 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: what fell out, what was left
     return wide * tokens * r + more
-
-
-def layer_bytes(layer: Method, wide: int) -> int:
-    """Of its parameters, in a type of `wide` bytes."""
-    return sum(p.numel() for p in layer.parameters()) * wide
 
 
 # --- does it fit? ------------------------------------------------------------------------------------------------------
@@ -291,6 +287,11 @@ class Verdict:
     change: dict[str, Any]
     streams: bool = False
 
+    @property
+    def words(self) -> str:
+        """The change as it is written on a command line."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.change.items())
+
     def to_json(self) -> dict[str, Any]:
         """In JSON types."""
         word = "fits" if self.fits else "fits with" if self.change else "doesn't fit"
@@ -307,12 +308,12 @@ def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int, str
     """Whether it fits into `memory` bytes; else the first of what changes nothing (smaller micro-batches), what only
     costs time (checkpointing) and what costs a little exactness (4 bits) with which it does; else, with `streams`, the
     first with which all but the weights does. A limit on resident memory counts those too: without `streams` there."""
-    tried = [
-        (change, estimate(replace(config, **change), model, rows)) for change in _changes(config, rows, model.codable)
-    ]
-    for change, found in tried:
+    tried: list[tuple[dict[str, Any], Estimate]] = []
+    for change in _changes(config, rows, model.codable):  # most runs fit as asked: the others aren't estimated then
+        found = estimate(replace(config, **change), model, rows)
         if found.peak_bytes <= memory:
             return Verdict(not change, memory, found, change)
+        tried.append((change, found))
     for change, found in tried if streams and not model.gpu else []:
         if found.peak_bytes - found.mapped <= memory:
             return Verdict(not change, memory, found, change, streams=True)

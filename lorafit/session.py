@@ -32,9 +32,9 @@ class Session:
         return self.chats.get(name, self.chats[None])
 
 
-def base_chat(base: Base, system: str | None = None) -> Chat:
+def base_chat(base: Base) -> Chat:
     """The chat of the base: its tokenizer's template, and every token its generation settings stop at."""
-    return Chat.of(base.tokenizer, system=system, generation_eos=stop_ids(base.path))
+    return Chat.of(base.tokenizer, generation_eos=stop_ids(base.path))
 
 
 def mismatches(trained: Chat, base: Chat) -> list[str]:

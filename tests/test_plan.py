@@ -65,7 +65,7 @@ def test_memory_follows_the_micro_batch(tiny_model, data_file):
 def test_the_largest_micro_batch_is_found_among_all_steps():
     made = Plan(rows([3, 50, 4, 5, 6, 7, 30, 8]), 60, accumulate=2, seed=1)
     sizes = [sum(len(row.ids) for row in micro) for step in made.epoch(0) for micro in made.micros(step)]
-    assert sum(len(row.ids) for row in made.largest()) == max(sizes)
+    assert sum(len(row.ids) for row in made.largest(made.epoch(0))) == max(sizes)
 
 
 def test_what_rows_share_is_counted_once(tiny_model, data_file):
@@ -97,6 +97,14 @@ def test_the_least_painful_change_that_fits_is_found(tiny_model, data_file):
     assert streamed.streams and streamed.change
     none = plan.judge(config, model, given, 1000)
     assert not none.fits and none.change == {} and none.best.peak_bytes <= smallest
+
+
+def test_a_run_that_fits_as_asked_is_estimated_once(tiny_model, data_file, monkeypatch):
+    """Every training begins with this."""
+    config, made, plain = settings(data_file), [], plan.estimate
+    monkeypatch.setattr(plan, "estimate", lambda *given: made.append(given) or plain(*given))
+    assert plan.judge(config, plan.empty(config, tiny_model), rows(LENGTHS), 10**12).fits
+    assert len(made) == 1
 
 
 def test_the_order_of_the_ways_for_seventy_billion(tmp_path, data_file, monkeypatch):

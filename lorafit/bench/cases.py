@@ -87,8 +87,8 @@ class Bench:
         r = changes.get("r", s.r)
         model = changes.pop("model", str(self.model))
         start = str(self.scratch / f"start-{Path(model).name}-{r}")
-        main = Work(model, precision, batches(rows, STEP), start, held, s.r)
-        main = main.but(max_tokens=s.max_tokens, share=s.share, quant=s.quant)
+        steps = batches(rows, STEP)
+        main = Work(model, precision, steps, start, held, s.r, max_tokens=s.max_tokens, share=s.share, quant=s.quant)
         return main.but(**changes)
 
 

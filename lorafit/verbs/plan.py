@@ -31,7 +31,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face folder (config.json is enough), GGUF file or hub id; default: the embedded model",
     )
     parser.add_argument(
-        "--for", dest="place", metavar="cpu|GPU|SIZE", default="cpu", help="a GPU by name, or memory such as 16G"
+        "--for",
+        dest="place",
+        metavar="cpu|GPU|SIZE",
+        help="a GPU by name, or memory such as 16G; default: where train would run here",
     )
     parser.add_argument(
         "--no-time", action="store_true", help="leave out the measurement: seconds, a minute with a large model"
@@ -51,8 +54,7 @@ def run(args: argparse.Namespace) -> None:
     out = terminal()
     config = fit.read_config(args.source, given(args))
     memory = byte_count("memory", config.memory) if config.memory else None
-    own = args.place == "cpu" and config.device not in ("auto", "cpu")
-    place = places.here(config.device, memory) if own else places.find(args.place, memory)
+    place = places.here(config.device, memory) if args.place is None else places.find(args.place, memory)
     if not place.bf16 and config.precision == "auto":
         config.precision = "fp32"
     path, _, data = fit.read_data(config, out, weights=False)
@@ -108,10 +110,9 @@ def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | 
         f" {asked.precision}; {asked.steps} steps, at most {count(asked.micro_batch_tokens)} tokens at once"
     )
     lines.append(f"{place.name}: {size(place.memory)} to use")
-    words = " ".join(f"{key}={_word(value)}" for key, value in verdict.change.items())
     peak = size(verdict.best.peak_bytes)
     if verdict.streams:
-        how = f" with {words}" if words else ""
+        how = f" with {verdict.words}" if verdict.change else ""
         lines.append(
             f"its weights don't fit: it would run{how} (peak {peak}), but read what has no room from the file again in every"
             " step; that takes half as long again where 40% have no room, more where more"
@@ -119,14 +120,10 @@ def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | 
     elif verdict.fits:
         lines.append("it fits")
     elif verdict.change:
-        lines.append(f"it fits with {words} (peak {peak})")
+        lines.append(f"it fits with {verdict.words} (peak {peak})")
     else:
         lines.append(f"it doesn't fit: {peak} at least; {way_out}")
     if seconds is not None and (verdict.fits or verdict.change):
         how = "measured on a few layers" if place.here else "a quarter of the data sheet's rate"
         lines.append(f"training takes about {duration(seconds)} ({how}; evaluation and answers come on top)")
     return "\n".join(lines)
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
