@@ -9,14 +9,16 @@ The tokenizer is trained on --text (this file's own words by default), so that d
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from lorafit.model.shards import Entry, write_shards
 
 SHARD = 2_000_000_000
 TEMPLATE = (
@@ -87,28 +89,16 @@ def write(config: Any, place: Path, text: str, weights: bool = True) -> None:
     if not weights:
         return
     generator = torch.Generator().manual_seed(0)
-    shards: list[list[str]] = [[]]
-    held = 0
-    sizes = {name: p.numel() * 2 for name, p in model.named_parameters()}
-    for name, size in sizes.items():
-        if shards[-1] and held + size > SHARD:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += size
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for name in names:
-            made_of = torch.empty(shapes[name], dtype=torch.bfloat16)
-            tensors[name] = made_of.fill_(1) if made_of.ndim == 1 else made_of.normal_(0, 0.02, generator=generator)
-            index[name] = file
-        save_file(tensors, place / file, {"format": "pt"})
-        print(f"{file}: {len(names)} tensors", flush=True)
-    listed = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-    (place / "model.safetensors.index.json").write_text(json.dumps(listed), encoding="utf-8")
+    entries = [Entry(name, torch.bfloat16, tuple(p.shape)) for name, p in model.named_parameters()]
+
+    def tensors() -> Iterator[dict[str, torch.Tensor]]:
+        for number, entry in enumerate(entries, 1):
+            print(f"\r{number} of {len(entries)} tensors", end="", file=sys.stderr, flush=True)
+            empty = torch.empty(entry.shape, dtype=entry.dtype)
+            yield {entry.name: empty.fill_(1) if empty.ndim == 1 else empty.normal_(0, 0.02, generator=generator)}
+        print(file=sys.stderr)
+
+    write_shards(place, entries, tensors(), SHARD)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorafit.errors import ConfigError
 from lorafit.methods.base import Matrix, Method
+from lorafit.methods.lora import fresh
 from lorafit.methods.moved import Moved, scale_of
 
 
@@ -32,18 +33,13 @@ class LoftQ(Method):
         self.scale = scale_of(r, alpha)
         if iterations < 1:
             raise ConfigError(f"iterations={iterations}: must be at least 1")
-        given, (*lead, out, width) = site.start("loftq"), site.shape
-        r = min(r, out, width)
+        r, given = min(r, *site.shape[-2:]), site.start("loftq")
         if given is None:
-            a, b = torch.zeros(*lead, r, width), torch.zeros(*lead, out, r)
-            if site.lookup:
-                b.normal_(generator=generator)
-            else:
-                a.uniform_(-(width**-0.5), width**-0.5, generator=generator)
-        else:
-            a, b = (part / self.scale**0.5 for part in given)
-            if a.shape[0] != r:
-                raise ConfigError(f"the base's codes were made for loftq with r={a.shape[0]}, not r={r}")
+            self.moved = Moved(*fresh(site, r, generator))
+            return
+        a, b = (part / self.scale**0.5 for part in given)
+        if a.shape[0] != r:
+            raise ConfigError(f"the base's codes were made for loftq with r={a.shape[0]}, not r={r}")
         self.moved = Moved(a, b)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -15,6 +15,17 @@ from lorafit.errors import ConfigError
 from lorafit.methods.base import MM, Matrix, Method
 
 
+def fresh(site: Matrix, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """a (*lead, r, in) and b (*lead, out, r) of rank r that training starts from; their product is zero."""
+    *lead, out, width = site.shape
+    a, b = torch.zeros(*lead, r, width), torch.zeros(*lead, out, r)
+    if site.lookup:
+        b.normal_(generator=generator)
+    else:
+        a.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+    return a, b
+
+
 class LoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), both trained."""
 
@@ -35,15 +46,9 @@ class LoRA(Method):
             raise ConfigError(f"r={r}: must be at least 1")
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout={dropout}: must be at least 0 and below 1")
-        *lead, out, width = site.shape
         self.scale = alpha / (r**0.5 if rslora else r)
         self.dropout = dropout
-        a, b = torch.zeros(*lead, r, width), torch.zeros(*lead, out, r)
-        if site.lookup:
-            b.normal_(generator=generator)
-        else:
-            a.uniform_(-(width**-0.5), width**-0.5, generator=generator)
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.a, self.b = map(nn.Parameter, fresh(site, r, generator))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Its own two matrices."""

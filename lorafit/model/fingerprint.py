@@ -7,14 +7,13 @@ another checkpoint, a fine-tuned copy or a merged one differs in all of them. A 
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.files import samples
 from lorafit.model import gguf
+from lorafit.model.shards import DAMAGED, read_header
 
 
 def fingerprint(folder: Path) -> str:
@@ -29,19 +28,16 @@ def fingerprint(folder: Path) -> str:
     for path in files:
         try:
             _add(whole, path)
-        except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise ModelError(f"{path} is damaged: {error}") from None
     return whole.hexdigest()[:32]
 
 
 def _add(whole: Any, path: Path) -> None:
+    start, tensors = read_header(path)
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = file.read(min(length, path.stat().st_size))
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        for name in sorted(tensors):
-            entry = tensors[name]
+        for name, entry in sorted(tensors.items()):
             begin, end = entry["data_offsets"]
             whole.update(f"{name} {entry['dtype']} {entry['shape']};".encode())
-            for part in samples(file, 8 + length + begin, end - begin):
+            for part in samples(file, start + begin, end - begin):
                 whole.update(part)

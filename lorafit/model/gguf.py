@@ -200,7 +200,7 @@ class Entry(NamedTuple):
 
 
 class GgufWeights:
-    """The tensors of a GGUF file under the names of the transformers model, read one at a time; like quant_load.Shards."""
+    """The tensors of a GGUF file under the names of the transformers model, read one at a time; like shards.Shards."""
 
     def __init__(self, folder: Path) -> None:
         """ModelError if the file that the folder was made from isn't there any more, or is another one now."""
@@ -261,9 +261,14 @@ class GgufWeights:
         return whole.hexdigest()[:32]
 
 
+def is_folder(folder: Path) -> bool:
+    """It was made from a GGUF file, whatever has become of that."""
+    return (folder / SOURCE).is_file()
+
+
 def of(folder: Path) -> GgufWeights | None:
     """The weights of a folder that was made from a GGUF file; None for any other folder."""
-    return GgufWeights(folder) if (folder / SOURCE).is_file() else None
+    return GgufWeights(folder) if is_folder(folder) else None
 
 
 def origin(folder: Path) -> Path:

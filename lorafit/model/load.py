@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files import read_json
@@ -21,6 +20,7 @@ from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.quant import Quant
+from lorafit.model.shards import Shards
 from lorafit.model.streamed import Source, watched
 from lorafit.native import build
 
@@ -148,16 +148,7 @@ def context_of(path: Path) -> int:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The type most of the model's weights are stored in; bf16 for a GGUF file's blocks."""
-    if (weights := gguf.of(path)) is not None:
-        return weights.dtype()
-    sizes: dict[str, int] = {}
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                part = tensors.get_slice(name)
-                sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + int(torch.Size(part.get_shape()).numel())
-    most = max(sizes, key=lambda name: sizes[name], default="F32")
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+    return (gguf.of(path) or Shards(path)).dtype()
 
 
 def stored_bytes(path: Path) -> int:
@@ -198,7 +189,7 @@ def load(
             if base is not None:
                 return base
         keep_memory()
-        if quant is not None or gguf.of(path) is not None:
+        if quant is not None or gguf.is_folder(path):
             model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
         else:
             model = AutoModelForCausalLM.from_pretrained(
@@ -249,7 +240,7 @@ def prepare(
         model.set_attn_implementation(attention.NAME)
     if any(hasattr(module, "has_gate") and hasattr(module, "num_experts") for module in model.modules()):
         model.set_experts_implementation(experts.NAME)
-    has_files = any(path.glob("*.safetensors")) or gguf.of(path) is not None
+    has_files = any(path.glob("*.safetensors")) or gguf.is_folder(path)
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
     base.quant, base.source = quant, source
     base.body = None if base.streamed else Body.of(model)

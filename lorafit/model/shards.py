@@ -29,6 +29,14 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
+DAMAGED = (
+    OSError,
+    struct.error,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)  # what reading a damaged header raises
 
 
 class Files(Protocol):
@@ -55,15 +63,23 @@ class Shards:
         self._places: dict[str, tuple[Path, str, int, int]] = {}  # file, type, first byte, bytes
         for file in sorted(folder.glob("*.safetensors")):
             try:
-                start, entries = _read_header(file)
+                start, entries = read_header(file)
                 for name, entry in entries.items():
                     begin, end = entry["data_offsets"]
                     self._places[name] = file, entry["dtype"], start + begin, end - begin
                     self.shapes[name] = torch.Size(entry["shape"])
                     if start + end > file.stat().st_size:
                         raise ValueError(f"it is cut off within {name}")
-            except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+            except DAMAGED as error:
                 raise ModelError(f"{file} is damaged: {error}") from None
+
+    def dtype(self) -> torch.dtype:
+        """What most numbers are stored in: bf16, fp16 or, for all other types, fp32."""
+        sizes: dict[str, int] = {}
+        for name, (_, kind, _, _) in self._places.items():
+            sizes[kind] = sizes.get(kind, 0) + self.shapes[name].numel()
+        most = max(sizes, key=lambda kind: sizes[kind], default="F32")
+        return _TYPES[most] if most in ("F16", "BF16") else torch.float32
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """As in Files. ModelError for a type of numbers that isn't known here."""
@@ -79,11 +95,11 @@ class Shards:
         return found if dtype is None or not found.is_floating_point() else found.to(dtype)
 
 
-def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the first tensor begins, and each tensor's entry."""
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the first tensor begins, and each tensor's entry. One of DAMAGED where it isn't a header."""
     with file.open("rb") as data:
         (length,) = struct.unpack("<Q", data.read(8))
-        entries = json.loads(data.read(length))
+        entries = json.loads(data.read(min(length, file.stat().st_size)))
     entries.pop("__metadata__", None)
     return 8 + length, entries
 
