@@ -222,16 +222,13 @@ class _Fit:
         on_cpu = pick_device(config.device).type == "cpu"
         if on_cpu:
             kernels.prepare()
-        with terminal.working("loading the tokenizer") as spinner:
-            path = locate(config.model, spinner.rename)
-            tokenizer = load_tokenizer(path)
-        self.chat = Chat.of(tokenizer, system=config.system, generation_eos=stop_ids(path))
+        path, self.chat = _chat_of(config, terminal)
+        tokenizer = self.chat.tokenizer
         template = hashlib.sha256(self.chat.template.encode()).hexdigest()
         if saved_chat is not None and saved_chat["template"] == self.chat.template:
             self.chat = Chat.from_json({**saved_chat, "system": config.system}, tokenizer)
         if self.chat.default_template:
             terminal.say(f"{config.model} has no chat template; using lorafit's plain one (shown in the report)")
-        config.max_tokens = config.max_tokens or min(context_of(path), MOST_TOKENS)
         config.data = str(Path(config.data).expanduser().absolute())
         config.held_out = str(Path(config.held_out).expanduser().absolute()) if config.held_out else None
         self.data = load_data(config, self.chat, terminal)
@@ -732,11 +729,17 @@ def read_data(
 ) -> tuple[Path, Chat, Dataset]:
     """The model's folder, its chat and the rows of a config, without loading the model; `weights`: they must be there."""
     _check_files(config)
+    path, chat = _chat_of(config, terminal, weights)
+    return path, chat, load_data(config, chat, terminal, strict)
+
+
+def _chat_of(config: Config, terminal: Terminal, weights: bool = True) -> tuple[Path, Chat]:
+    """The model's folder and its chat; `max_tokens` becomes the model's, where the user set none."""
     with terminal.working("loading the tokenizer") as spinner:
         path = locate(config.model, spinner.rename, weights)
         chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
     config.max_tokens = config.max_tokens or min(context_of(path), MOST_TOKENS)
-    return path, chat, load_data(config, chat, terminal, strict)
+    return path, chat
 
 
 def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
