@@ -191,10 +191,16 @@ def gpu_memory_limit(most: int | None = None) -> Iterator[None]:
 
 
 _limits: list[Callable[[], None]] = []  # those that are in force, the innermost last
+_keepers: list[Callable[[], object]] = []
+
+
+def keeper(stop: Callable[[], object]) -> None:
+    """Somebody keeps freed memory for later: `stop` is called where that has to end, because a limit is set or was met."""
+    _keepers.append(stop)
 
 
 def _frugal() -> None:
-    """Have glibc map every larger block by itself, so that it is gone once it is freed.
+    """Have every larger block mapped by itself, so that it is gone once it is freed.
 
     Otherwise freed tensors stay in a heap that anything small above them keeps from shrinking, and its addresses count
     against the limit although nothing is in them: after a failed attempt nearly all of the limit was taken up by air
@@ -204,6 +210,8 @@ def _frugal() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 1 << 30)  # M_MMAP_MAX: any number of them
         mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    for stop in _keepers:
+        stop()
 
 
 def _rooms() -> list[int]:

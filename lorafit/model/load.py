@@ -22,7 +22,7 @@ from lorafit.model.fingerprint import fingerprint
 from lorafit.model.quant import Quant
 from lorafit.model.shards import Shards
 from lorafit.model.streamed import Source, watched
-from lorafit.native import build
+from lorafit.native import build, pool
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
@@ -181,6 +181,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     quiet()
+    pooled = place.type == "cpu" and pool.start()
     source: Source | None = None
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -188,7 +189,8 @@ def load(
             base = _streamed(path, config, dtype, quant, tokenizer, name, working)
             if base is not None:
                 return base
-        keep_memory()
+        if not pooled:
+            keep_memory()
         if quant is not None or gguf.is_folder(path):
             model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
         else:

@@ -3,6 +3,8 @@
 The sources need no headers but the compiler's own, so building takes seconds and the library outlives torch's updates. It
 shares torch's OpenMP runtime: two pools of threads on the same cores would wait for each other. Without a compiler, or
 switched off, `library()` is None and every kernel's plain twin does the work.
+
+pool.cpp does need torch's headers. It is a library of its own, so that a torch it can't be built against costs no kernel.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -27,6 +30,8 @@ FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17", "-fno-math-e
 WIDE = "-mprefer-vector-width=512"  # gcc halves its vectors by default, for the sake of clocks that don't fall any more
 
 _HERE = Path(__file__).parent
+POOL = _HERE / "pool.cpp"
+KERNELS = tuple(path for path in sorted(_HERE.glob("*.cpp")) if path != POOL)
 _lock = threading.Lock()
 _built: ctypes.CDLL | None = None
 _tried = False
@@ -44,13 +49,22 @@ def library() -> ctypes.CDLL | None:
         with _lock:
             if not _tried:
                 try:
-                    _built = ctypes.CDLL(str(_find()))
+                    _built = ctypes.CDLL(str(_find(KERNELS)))
                 except _NotBuilt as error:
                     _why = str(error)
                 except OSError as error:
                     _why = f"the built kernels can't be loaded ({error})"
                 _tried = True
     return _built
+
+
+def pool() -> ctypes.CDLL | None:
+    """pool.cpp, built if need be (some two seconds); None where it can't be, or kernels are off. torch has to be loaded."""
+    if not _on or sys.platform != "linux":
+        return None
+    with contextlib.suppress(_NotBuilt, OSError):
+        return ctypes.CDLL(str(_find((POOL,))))
+    return None
 
 
 def prepare() -> None:
@@ -67,7 +81,7 @@ def built() -> bool:
     if _tried:
         return True
     try:
-        place = _place()[1]
+        place = _place(KERNELS)[1]
         return place.is_file() or _failed(place).is_file()
     except (_NotBuilt, OSError):
         return True
@@ -115,31 +129,34 @@ class _NotBuilt(Exception):
 
 
 @cache
-def _place() -> tuple[str, Path]:
-    """The compiler, and where the library for these sources, that compiler and this processor is kept."""
+def _place(sources: tuple[Path, ...]) -> tuple[str, Path]:
+    """The compiler, and where the library of these sources by that compiler for this processor is kept."""
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise _NotBuilt("no C++ compiler found; installing g++ makes training several times faster")
     key = hashlib.sha256()
-    for path in [*sorted(_HERE.glob("*.h")), *sorted(_HERE.glob("*.cpp"))]:
+    for path in [*sorted(_HERE.glob("*.h")), *sources]:
         key.update(path.name.encode() + path.read_bytes())
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise _NotBuilt(f"{compiler} can't be started: {error}") from None
-    key.update(f"{version} {FLAGS} {WIDE} {_processor()} {_openmp()}".encode())
-    return compiler, cache_folder() / f"native-{key.hexdigest()[:16]}.so"
+    key.update(f"{version} {FLAGS} {WIDE} {_processor()} {_links(sources)}".encode())
+    if sources == (POOL,):
+        key.update(importlib.metadata.version("torch").encode())
+    name = "pool" if sources == (POOL,) else "native"
+    return compiler, cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
 
 
-def _find() -> Path:
-    """The library, from the cache or made now."""
-    compiler, place = _place()
+def _find(sources: tuple[Path, ...]) -> Path:
+    """The library of these sources, from the cache or made now."""
+    compiler, place = _place(sources)
     if place.is_file():
         return place
     if _failed(place).is_file():
         raise _NotBuilt(_failed(place).read_text(encoding="utf-8"))
     with _alone(place.with_suffix(".lock")):  # two processes that begin together compile once
-        return place if place.is_file() else _make(compiler, sorted(_HERE.glob("*.cpp")), place)
+        return place if place.is_file() else _make(compiler, sources, place)
 
 
 def _failed(place: Path) -> Path:
@@ -160,7 +177,7 @@ def _alone(lock: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _make(compiler: str, sources: list[Path], place: Path) -> Path:
+def _make(compiler: str, sources: tuple[Path, ...], place: Path) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="native.", dir=place.parent))
@@ -172,12 +189,14 @@ def _make(compiler: str, sources: list[Path], place: Path) -> Path:
         objects = [folder / f"{path.stem}.o" for path in sources]
         steps = [
             subprocess.Popen(
-                [compiler, *FLAGS, *wide, "-c", str(path), "-o", str(to)], stderr=subprocess.PIPE, text=True
+                [compiler, *FLAGS, *wide, *_headers(sources), "-c", str(path), "-o", str(to)],
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for path, to in zip(sources, objects, strict=True)
         ]
         said = [step.communicate()[1] for step in steps]
-        link = [compiler, "-shared", *map(str, objects), "-o", str(folder / "lib.so"), *_openmp()]
+        link = [compiler, "-shared", *map(str, objects), "-o", str(folder / "lib.so"), *_links(sources)]
         if all(step.returncode == 0 for step in steps):
             done = subprocess.run(link, capture_output=True, text=True)
             steps[0].returncode, said = done.returncode, [done.stderr]
@@ -195,12 +214,23 @@ def _make(compiler: str, sources: list[Path], place: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _openmp() -> list[str]:
-    """What to link with: the very OpenMP library that torch has loaded."""
-    torch = importlib.util.find_spec("torch")
-    folder = Path(torch.origin).parent / "lib" if torch is not None and torch.origin else Path()
-    bundled = sorted(folder.glob("libgomp*"))
+def _headers(sources: tuple[Path, ...]) -> list[str]:
+    """More flags for the compiler: pool.cpp is written to torch's headers, which ask for C++20."""
+    return ["-std=c++20", f"-I{_torch() / 'include'}"] if sources == (POOL,) else []
+
+
+def _links(sources: tuple[Path, ...]) -> list[str]:
+    """What to link with: the very OpenMP library that torch has loaded, or the part of torch that hands out memory."""
+    if sources == (POOL,):
+        return [str(_torch() / "lib" / "libc10.so")]
+    bundled = sorted((_torch() / "lib").glob("libgomp*"))
     return [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
+def _torch() -> Path:
+    """Where torch is installed."""
+    torch = importlib.util.find_spec("torch")
+    return Path(torch.origin).parent if torch is not None and torch.origin else Path()
 
 
 def _processor() -> str:
@@ -216,4 +246,4 @@ def _processor() -> str:
 if __name__ == "__main__":
     os.nice(10)  # a short run that doesn't wait goes first
     with contextlib.suppress(_NotBuilt):  # whoever asks for the library is told
-        _find()
+        _find(KERNELS)

@@ -1,0 +1,166 @@
+// Memory for torch's larger tensors on the CPU: a block that is freed is kept for the next one, resized if need be.
+//
+// A training step frees and asks for the same sizes again. Given back to the system, every page would be cleared and mapped
+// anew at each asking. Kept in the C library's heap, a hole doesn't serve a tensor of its own size again: aligned memory is
+// asked for with room to spare, so the heap grows far beyond what is ever in use. Here a block is a mapping of its own, whose
+// pages move with it when it is made longer or shorter, and what is kept is never more than what was once in use at a time.
+#include <c10/core/CPUAllocator.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+constexpr size_t SMALLEST = size_t(1) << 20;  // the C library serves smaller ones
+constexpr size_t STEP = size_t(1) << 16;
+
+struct Block {
+    void* place;
+    size_t size;
+};
+
+void give_back(void* place);
+
+class Pool final : public c10::Allocator {
+public:
+    explicit Pool(c10::Allocator* small) : small_(small) {}
+
+    c10::DataPtr allocate(size_t bytes) override {
+        void* place = bytes < SMALLEST ? nullptr : take((bytes + STEP - 1) / STEP * STEP);
+        if (!place) return small_->allocate(bytes);  // which also knows how to say that there is no memory
+        return {place, place, &give_back, c10::Device(c10::DeviceType::CPU)};
+    }
+
+    c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+
+    void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+    void put(void* place) {
+        {
+            std::lock_guard<std::mutex> alone(mutex_);
+            auto found = used_.find(place);
+            if (found != used_.end()) {
+                Block block{place, found->second};
+                used_.erase(found);
+                in_use_ -= block.size;
+                kept_.push_back(block);
+                in_kept_ += block.size;
+                shrink();
+                return;
+            }
+        }
+        small_->raw_deleter()(place);
+    }
+
+    void keep(bool on) {
+        std::lock_guard<std::mutex> alone(mutex_);
+        keeps_ = on;
+        shrink();
+    }
+
+    size_t kept() {
+        std::lock_guard<std::mutex> alone(mutex_);
+        return in_kept_;
+    }
+
+private:
+    void* take(size_t size) {
+        std::lock_guard<std::mutex> alone(mutex_);
+        in_use_ += size;
+        if (in_use_ > most_) most_ = in_use_;
+        void* place = nullptr;
+        if (!kept_.empty()) {
+            size_t best = nearest(size), have = kept_[best].size;
+            size_t far = have > size ? have - size : size - have;
+            // A block of quite another size had better wait for its like, while there is room for a new one.
+            if (far <= size / 4 || in_use_ + in_kept_ > most_) place = resized(taken(best), size);
+        }
+        shrink();
+        if (!place) place = mapped(size);
+        if (!place) {  // a limit may have been met by what is kept
+            drop(0);
+            place = mapped(size);
+        }
+        if (place)
+            used_[place] = size;
+        else
+            in_use_ -= size;
+        return place;
+    }
+
+    // The kept block whose size is nearest, the last one freed of those.
+    size_t nearest(size_t size) {
+        size_t best = 0, least = SIZE_MAX;
+        for (size_t i = kept_.size(); i-- > 0 && least > 0;) {
+            size_t far = kept_[i].size > size ? kept_[i].size - size : size - kept_[i].size;
+            if (far < least) best = i, least = far;
+        }
+        return best;
+    }
+
+    Block taken(size_t number) {
+        Block block = kept_[number];
+        kept_.erase(kept_.begin() + number);
+        in_kept_ -= block.size;
+        return block;
+    }
+
+    static void* resized(Block block, size_t size) {
+        if (block.size == size) return block.place;
+        void* place = mremap(block.place, block.size, size, MREMAP_MAYMOVE);
+        if (place != MAP_FAILED) return place;
+        munmap(block.place, block.size);
+        return nullptr;
+    }
+
+    static void* mapped(size_t size) {
+        void* place = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return place == MAP_FAILED ? nullptr : place;
+    }
+
+    void shrink() { drop(keeps_ ? most_ - in_use_ : 0); }
+
+    // Give back to the system what is kept above `room` bytes, what lay unused longest first.
+    void drop(size_t room) {
+        size_t count = 0;
+        for (; in_kept_ > room; count++) {
+            munmap(kept_[count].place, kept_[count].size);
+            in_kept_ -= kept_[count].size;
+        }
+        kept_.erase(kept_.begin(), kept_.begin() + count);
+    }
+
+    c10::Allocator* small_;
+    std::mutex mutex_;
+    std::unordered_map<void*, size_t> used_;
+    std::vector<Block> kept_;  // the last one freed at the end
+    size_t in_use_ = 0, in_kept_ = 0, most_ = 0;
+    bool keeps_ = true;
+};
+
+Pool* pool = nullptr;
+
+void give_back(void* place) { pool->put(place); }
+
+}  // namespace
+
+extern "C" {
+
+// Tensors made from here on come from the pool.
+void lorafit_pool_start() {
+    if (pool) return;
+    pool = new Pool(c10::GetDefaultCPUAllocator());
+    c10::SetCPUAllocator(pool);
+}
+
+// Whether freed blocks are kept for the next ones. Those that are kept already are given back with `on` 0.
+void lorafit_pool_keep(int on) {
+    if (pool) pool->keep(on != 0);
+}
+
+// Bytes that are kept and in nobody's use.
+uint64_t lorafit_pool_kept() { return pool ? pool->kept() : 0; }
+}

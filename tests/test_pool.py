@@ -1,0 +1,156 @@
+"""Memory for tensors from the pool: nothing overlaps, what is kept is bounded, limits and the system's no are heeded."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from lorafit.native import build, pool
+
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def started():
+    if not pool.start():
+        pytest.skip(f"no pool here: {build.state()}")
+    pool.keep(True)
+    yield
+    pool.keep(False)
+    pool.keep(True)
+
+
+def alone(code: str) -> str:
+    """What a process of its own prints that runs `code` with the pool started."""
+    before = "import torch\nfrom lorafit import machine\nfrom lorafit.native import pool\nassert pool.start()\nMB = 1 << 20\n"
+    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def churn(seed: int, wrong: list[str]) -> None:
+    """Makes tensors of all sizes, frees them in any order, and looks whether each still holds what was written to it."""
+    pick = random.Random(seed)
+    mine: list[torch.Tensor] = []
+    for turn in range(400):
+        if len(mine) < 12 and pick.random() < 0.6:
+            size = pick.choice([pick.randrange(1, MB), pick.randrange(MB, 6 * MB)])
+            mine.append(torch.full((size,), turn % 251, dtype=torch.uint8))
+        elif mine:
+            one = mine.pop(pick.randrange(len(mine)))
+            if one.min() != one.max():
+                wrong.append(f"{seed}: {turn}: {one.numel()} bytes")
+
+
+def test_tensors_in_use_never_overlap_in_any_thread():
+    wrong: list[str] = []
+    threads = [threading.Thread(target=churn, args=(seed, wrong)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_freed_block_serves_the_next_tensor_longer_or_shorter():
+    pool.keep(False)
+    pool.keep(True)
+    most = torch.empty(32 * MB, dtype=torch.uint8)
+    del most
+    first = torch.empty(8 * MB, dtype=torch.uint8)
+    start = first.data_ptr()
+    del first
+    same = torch.empty(8 * MB - 5, dtype=torch.uint8)  # the same after rounding up
+    assert same.data_ptr() == start
+    del same
+    for size in (7, 9):
+        before = pool.kept()
+        other = torch.empty(size * MB, dtype=torch.uint8)
+        assert pool.kept() < before
+        other.fill_(size)
+        assert int(other.min()) == int(other.max()) == size
+        del other
+
+
+def test_what_is_kept_was_in_use_at_once():
+    # One process, since the bound is the most that was ever in use in it.
+    said = alone("""
+for n in range(1, 41):
+    x = torch.empty(n * MB, dtype=torch.uint8)
+    del x
+    assert pool.kept() <= n * MB, (n, pool.kept())
+a, b = torch.empty(30 * MB, dtype=torch.uint8), torch.empty(10 * MB, dtype=torch.uint8)
+assert pool.kept() == 0
+del a
+assert pool.kept() == 30 * MB
+machine._frugal()
+assert pool.kept() == 0
+del b
+assert pool.kept() == 0
+""")
+    assert said == ""
+
+
+def test_holes_between_tensors_that_stay_are_used_again():
+    # What activation checkpointing does: of each layer a little stays between much that goes.
+    said = alone("""
+def step():
+    stay = []
+    for layer in range(30):
+        gone = [torch.ones(n * MB, dtype=torch.uint8) for n in (12, 12, 7, 3)]
+        stay.append(torch.ones(2 * MB, dtype=torch.uint8))
+start = machine.peak_memory()
+for _ in range(3):
+    step()
+print((machine.peak_memory() - start) // MB)
+""")
+    assert int(said) < 2 * 34 + 30 * 2 + 15  # a layer's while the one before it goes, and all that stay
+
+
+def test_no_memory_is_an_error_that_is_known():
+    said = alone("""
+import resource
+kept = torch.empty(100 * MB, dtype=torch.uint8)
+del kept
+resource.setrlimit(resource.RLIMIT_DATA, (machine.private_memory() + 20 * MB, -1))
+fits = torch.empty(110 * MB, dtype=torch.uint8)  # with what was kept
+del fits
+try:
+    torch.empty(400 * MB, dtype=torch.uint8)
+except RuntimeError as error:
+    assert machine.out_of_memory(error), error
+    print(machine._reason(error))
+""")
+    assert "you tried to allocate 419430400 bytes" in said
+
+
+def test_what_else_torch_does_with_memory():
+    x = torch.arange(2 * MB, dtype=torch.uint8)
+    x.resize_(5 * MB)
+    assert torch.equal(x[: 2 * MB], torch.arange(2 * MB, dtype=torch.uint8))
+    array = torch.ones(MB).numpy()  # holds the memory alone
+    others = [torch.zeros(MB) for _ in range(4)]
+    assert array.sum() == MB and not any(t.any() for t in others)
+    shared = torch.ones(2 * MB, dtype=torch.uint8).share_memory_()
+    assert shared.is_shared() and int(shared.sum()) == 2 * MB
+
+
+def test_switched_off_there_is_none(monkeypatch):
+    with build.switched(False):
+        assert build.pool() is None
+
+
+def test_without_torchs_headers_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_torch", lambda: tmp_path)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    build._place.cache_clear()
+    try:
+        assert build.pool() is None
+        assert "pool" in next((tmp_path / "cache").glob("*.failed")).name
+    finally:
+        build._place.cache_clear()
