@@ -34,6 +34,7 @@ POINTS: list[tuple[str, str, int, dict[str, str]]] = [  # name, model, tokens a 
     ("LoRA, fp32", "smollm2", 1024, {"precision": "fp32"}),
     ("LoRA, dropout 0.1", "smollm2", 1024, {"dropout": "0.1"}),
     ("QLoRA", "smollm2", 2048, {"quant": "nf4"}),
+    ("QLoRA, checkpointing", "smollm2", 2048, {"quant": "nf4", "checkpointing": "true"}),
     ("full", "smollm2", 1024, {"method": "full"}),
     ("LoRA", "qwen2.5-1.5b", 512, {}),
     ("QLoRA", "qwen2.5-1.5b", 1024, {"quant": "nf4"}),

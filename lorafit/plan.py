@@ -26,6 +26,7 @@ from lorafit.model.body import Body
 from lorafit.model.load import pick_device, pick_dtype
 from lorafit.model.quant import Quant, linears
 from lorafit.model.sites import Site, find_sites, pattern_value, select
+from lorafit.native import build
 from lorafit.native.gemm import DEEP
 from lorafit.run import KEEP
 from lorafit.train.loss import CHUNK
@@ -34,7 +35,7 @@ from lorafit.train.optim import state_bytes
 RUNTIME = 455_000_000  # Python, torch, transformers, a tokenizer, buffers of kernels: beside any model (measured)
 CONTEXT = 600_000_000  # of a GPU's memory: CUDA's own
 KEPT_BY_TWINS = 1.6  # what torch's operations keep for the backward, over our kernels (measured: 135M on an H100)
-AIR = 1.33  # gaps between blocks of memory that come and go (measured)
+AIR = 1.33  # gaps between blocks that come and go (measured), where memory isn't from the pool: there are none in there
 COMPARED = 20_000_000  # logits of each model that merging compares: of a large vocabulary not those of every position
 
 
@@ -185,10 +186,10 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     number = model.numbers
     beside = CONTEXT if model.gpu else RUNTIME
     heads_trained = any(site.head or site.lookup for site, _ in model.chosen)
-    kernels = config.native and not model.gpu
+    kernels = config.native and not model.gpu and build.possible()
     logits = min(CHUNK, held) * model.width.vocabulary * (wide if kernels and not heads_trained else 2 * wide + 12)
     scored = max(longest, min(TOKENS, int(batches.lengths.sum())))
-    passing = int(AIR * scored * wide * (3 * model.width.h + 3 * model.width.inner))
+    passing = int((1 if kernels else AIR) * scored * wide * (3 * model.width.h + 3 * model.width.inner))
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
     disk = 4 * model.held + (KEEP + 1) * (4 * model.held + state) + (mapped if quant else 0)
@@ -245,7 +246,7 @@ def activations(model: Model, tokens: int, checkpointing: bool, kernels: bool) -
     backward = tokens * wide * (3 * w.inner + 3 * w.h)
     streams = (2 if model.fast else 1) * tokens * wide * w.h
     kept = layer + w.layers * streams if checkpointing else w.layers * layer
-    return int(AIR * (kept + ends + backward))
+    return int((1 if kernels else AIR) * (kept + ends + backward))
 
 
 def _kept(model: Model, tokens: int, kernels: bool) -> int:
@@ -267,7 +268,7 @@ def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
     if low is None:
         return wide * (sum(p.numel() for p in layer.parameters()) + tokens * width)
     r = -(-low[0].shape[0] // DEEP) * DEEP
-    more = 2 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: what fell out, what was left
+    more = 3 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: before, what fell out, after
     return wide * tokens * r + more
 
 

@@ -87,6 +87,16 @@ def built() -> bool:
         return True
 
 
+def possible() -> bool:
+    """There is a library, or there will be once it is asked for."""
+    if _tried:
+        return _built is not None
+    try:
+        return not _failed(_place(KERNELS)[1]).is_file()
+    except (_NotBuilt, OSError):
+        return False
+
+
 @contextlib.contextmanager
 def switched(on: bool) -> Iterator[None]:
     """Kernels on or off inside the context."""
