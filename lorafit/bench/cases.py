@@ -46,6 +46,7 @@ class Settings:
     grid: Sequence[str] = ()  # names of the grid's cases; all by default
     share: bool = True  # our side computes once what rows of a step begin with
     quant: str = "none"  # how both sides store the base
+    checkpointing: bool = False  # our side recomputes activations in the backward
     both: bool = True  # limit and profile in fp32 too where bf16 is what is trained in
 
 
@@ -89,7 +90,7 @@ class Bench:
         start = str(self.scratch / f"start-{Path(model).name}-{r}")
         steps = batches(rows, STEP)
         main = Work(model, precision, steps, start, held, s.r, max_tokens=s.max_tokens, share=s.share, quant=s.quant)
-        return main.but(**changes)
+        return main.but(checkpointing=s.checkpointing, **changes)
 
 
 def run(settings: Settings, terminal: Terminal) -> dict[str, Any]:

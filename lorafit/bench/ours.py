@@ -47,6 +47,8 @@ def prepared(work: Work) -> tuple[Host, Job]:
     host = Host(load(work.model, precision=work.precision, device="cpu", quant=Quant.of(work.quant)))
     if host.base.body is not None:
         host.base.body.shares = work.share
+    if work.checkpointing:
+        host.base.checkpointing(True)
     start = Path(work.start)
     if (start / "adapter_config.json").is_file():
         host.load(start, NAME)

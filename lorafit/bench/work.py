@@ -39,6 +39,7 @@ class Work:
     max_tokens: int = 512  # what the mode that pads every row to one length pads to
     share: bool = True  # our side computes once what documents of a step begin with
     quant: str = "none"  # how both sides store the base
+    checkpointing: bool = False  # our side recomputes activations in the backward
 
     @property
     def tokens(self) -> int:

@@ -37,6 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="our side too takes what rows of a step begin with alike once for each row",
     )
+    parser.add_argument("--checkpointing", action="store_true", help="our side too with it, as kbit is; trainer is without")
     add_json(parser)
 
 
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
             given[name] = [word.strip() for word in value.split(",")]
     if args.no_share:
         given["share"] = False
+    if args.checkpointing:
+        given["checkpointing"] = True
     settings = cases.quick(**given) if args.quick else cases.Settings(**given)
     found = cases.run(settings, terminal())
     if args.json:
