@@ -59,9 +59,10 @@ def create(
     *,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> Adapter:
-    """A fresh adapter for these sites. AdapterError where the method can't adapt a kind of site."""
+    """A fresh adapter for these sites; without a seed it is drawn as torch draws, also on the meta device. AdapterError where
+    the method can't adapt a kind of site."""
     kind = find(method)
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
         if not any(matches(pattern, site.path) for site in sites):
@@ -78,6 +79,7 @@ def create(
             own["r"] = pattern_value(rank_pattern, site.path, own["r"])
         if alpha_pattern:
             own["alpha"] = pattern_value(alpha_pattern, site.path, own["alpha"])
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{site.path}".encode()))
+        drawn = seed is not None
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{site.path}".encode())) if drawn else None
         layers[site.path] = kind(site, generator, **own)
     return Adapter(method, options, layers)

@@ -17,7 +17,7 @@ import torch
 
 import lorafit
 from lorafit import config as settings
-from lorafit import files, peft_files, places, plan, report
+from lorafit import files, places, plan, report
 from lorafit.batches import Plan, default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
@@ -210,12 +210,8 @@ class _Fit:
     def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
         self.config, self.terminal = config, terminal
         _check_files(config)
-        if config.steps is None and config.epochs <= 0:
-            raise ConfigError(f"epochs={config.epochs}: must be more than 0")
         _check_extras(config)
-        source = adapter_folder(config.start) if config.start else None
-        if source is not None and config.model == Config().model:
-            config.model = base_of(source)
+        source = start_of(config)
         if config.model != Config().model and Path(config.model).expanduser().exists():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
         kernels.switch(config.native)
@@ -680,11 +676,8 @@ def _expected(
     be off, so only if it is by more than MARGIN.
     """
     room = places.here(config.device, memory)
-    if source is not None and "r" in config.options:  # which is not among the settings then
-        old = peft_files.read_config(source)
-        config = replace(config, options={**config.options, "r": int(old.get("r") or config.options["r"])})
     try:
-        model = plan.empty(config, path, room.gpu)
+        model = plan.empty(config, path, room.gpu, source)
     except ModelError:  # loading will tell what is wrong, or it works all the same
         return None
     verdict = plan.judge(config, model, rows, room.memory, streams=memory is None)
@@ -701,6 +694,14 @@ def _expected(
         f"this needs about {size(least.peak_bytes)} even with one row at a time, and {limit}; {way}"
         " (`lorafit plan` with the same words shows what takes how much)"
     )
+
+
+def start_of(config: Config) -> Path | None:
+    """The adapter that training starts from; its base becomes the config's model, where the user set none."""
+    source = adapter_folder(config.start) if config.start else None
+    if source is not None and config.model == Config().model:
+        config.model = base_of(source)
+    return source
 
 
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:
@@ -756,6 +757,8 @@ def default_lr(host: Host) -> float:
 
 def _check_files(config: Config) -> None:
     """Said before a model is looked for, loaded, or converted for the first time."""
+    if config.steps is None and config.epochs <= 0:
+        raise ConfigError(f"epochs={config.epochs}: must be more than 0")
     for file in (config.data, config.held_out):
         if file:
             files.need_data(file)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SPINNER_AFTER = 0.5  # seconds; what is faster than this needs no spinner
 LINE_AFTER = 2.0  # seconds; the same without a terminal
+LINE_AGAIN = 30.0
 PLAIN_EVERY = 5.0  # seconds between progress lines without a terminal
 
 # Text from data files and models is printed as it is: it must not be able to move the cursor or recolour the terminal.
@@ -190,7 +191,8 @@ class Progress:
 
 
 class Working:
-    """A spinner with the seconds so far, drawn after half a second; without a terminal one line, after two seconds."""
+    """A spinner with the seconds so far, drawn after half a second; without a terminal a line after two seconds, and one every
+    half minute."""
 
     def __init__(self, text: str, terminal: Terminal | None = None) -> None:
         self._terminal = terminal or Terminal()
@@ -227,6 +229,8 @@ class Working:
                 self._terminal.erase()
         elif not self._done.wait(LINE_AFTER):
             self._terminal.say(f"{self._text} ...")
+            while not self._done.wait(LINE_AGAIN):
+                self._terminal.say(f"{self._text} ... {time.monotonic() - self._begin:.0f} s")
 
     def _line(self, width: int) -> str:
         seconds = time.monotonic() - self._begin

@@ -7,13 +7,15 @@ the widest part of a layer's backward, whichever is more. docs/memory.md shows p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorafit import peft_files
+from lorafit.adapter import Adapter, create
 from lorafit.batches import Plan as Batches
 from lorafit.batches import default_tokens, spared
 from lorafit.config import Config
@@ -25,7 +27,7 @@ from lorafit.methods import Method, find
 from lorafit.model.body import Body
 from lorafit.model.load import pick_device, pick_dtype
 from lorafit.model.quant import Quant, linears
-from lorafit.model.sites import Site, find_sites, pattern_value, select
+from lorafit.model.sites import Site, find_sites, select
 from lorafit.native import build
 from lorafit.native.gemm import DEEP
 from lorafit.run import KEEP
@@ -130,13 +132,14 @@ class Model:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def empty(config: Config, path: Path, gpu: bool | None = None) -> Model:
+def empty(config: Config, path: Path, gpu: bool | None = None, source: Path | None = None) -> Model:
     """The model of a folder's config.json, on no device. `gpu`: whether it is to run on one; None: as `device` says.
+    `source`: the adapter that training starts from, whatever the config says of methods.
 
     ModelError for a model that can't be looked at without its weights, or can't be quantised as `config` asks.
     """
     try:
-        return _empty(config, path, gpu)
+        return _empty(config, path, gpu, source)
     except LorafitError:
         raise
     except Exception as error:  # a config of a kind that transformers has no language model for, or has it otherwise
@@ -144,7 +147,7 @@ def empty(config: Config, path: Path, gpu: bool | None = None) -> Model:
         raise ModelError(f"{path} can't be planned for: {line[:200]}") from None
 
 
-def _empty(config: Config, path: Path, gpu: bool | None) -> Model:
+def _empty(config: Config, path: Path, gpu: bool | None, source: Path | None) -> Model:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = torch.device("cuda" if gpu else "cpu") if gpu is not None else pick_device(config.device)
@@ -152,14 +155,9 @@ def _empty(config: Config, path: Path, gpu: bool | None) -> Model:
     shape = AutoConfig.from_pretrained(path, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-        sites = find_sites(model)
-        kind = find(config.method)
-        chosen = []
-        for site in select(sites, config.targets or kind.targets):
-            options = dict(config.options)
-            if "r" in options:
-                options["r"] = pattern_value(config.rank_pattern, site.path, options["r"])
-            chosen.append((site, kind(site, None, **options)))
+    sites = find_sites(model)
+    adapter = _fresh(config, sites) if source is None else peft_files.load(source, sites)
+    chosen = [(sites[path], layer) for path, layer in adapter.items()]
     fast = Body.of(model) is not None
     try:
         codable = bool(list(linears(model)))
@@ -168,6 +166,19 @@ def _empty(config: Config, path: Path, gpu: bool | None) -> Model:
             raise
         codable = False
     return Model(model, Width.of(shape), list(sites.values()), chosen, dtype, fast, place.type != "cpu", codable)
+
+
+def _fresh(config: Config, sites: Mapping[str, Site]) -> Adapter:
+    """What training begins with, as Host.add makes it, but on no device."""
+    with torch.device("meta"):
+        return create(
+            select(sites, config.targets or find(config.method).targets),
+            config.method,
+            config.options,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+            seed=None,
+        )
 
 
 def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:

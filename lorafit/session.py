@@ -125,7 +125,8 @@ def open_session(
         if "fingerprint" not in adapter.notes:
             say(f"{folder} doesn't say which weights it was made for; only names and shapes were checked")
         if trained[name] != stored:
-            say(f"{name} was trained on a base with quant={trained[name] or 'none'}, this one has {stored or 'none'}")
+            then, now = (kept or "its own precision" for kept in (trained[name], stored))
+            say(f"{name} was trained on a base in {then}; this one is in {now}")
         saved = adapter.notes.get("chat")
         chats[name] = Chat.from_json(saved, host.base.tokenizer) if saved else chats[None]
         for difference in mismatches(chats[name], chats[None]):

@@ -257,7 +257,7 @@ def test_codes_are_those_of_the_same_numbers(pair, quant):
     ours, theirs = loaded(file, quant=quant), loaded(folder, quant=quant)
     same_weights(ours.model, theirs.model)
     assert ours.fingerprint != theirs.fingerprint
-    place = quant_load.folder(ours.fingerprint, quant) / quant_load.FILE
+    place = quant_load.folder(locate(str(file)), ours.fingerprint, quant) / quant_load.FILE
     before = place.stat().st_mtime_ns
     loaded(file, quant=quant)
     assert place.stat().st_mtime_ns == before  # found again

@@ -207,6 +207,18 @@ def test_working_without_a_terminal_speaks_only_when_it_takes_long(monkeypatch):
     assert not work._thread.is_alive()
 
 
+def test_working_without_a_terminal_speaks_again_when_it_takes_very_long(monkeypatch):
+    monkeypatch.setattr(lorafit.log, "LINE_AFTER", 0.01)
+    monkeypatch.setattr(lorafit.log, "LINE_AGAIN", 0.05)
+    stream = io.StringIO()
+    with Working("loading", Terminal(stream=stream)) as work:
+        time.sleep(0.03)
+        work.rename("layer 2 of 3")
+        time.sleep(0.2)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "loading ..." and lines[1] == "layer 2 of 3 ... 0 s" and len(lines) > 2
+
+
 def test_working_on_a_terminal_shows_what_is_done_and_cleans_up(monkeypatch):
     monkeypatch.setattr(lorafit.log, "SPINNER_AFTER", 0.01)
     stream = Screen()

@@ -46,6 +46,30 @@ def test_it_counts_what_the_host_makes(tiny_model, data_file, changes):
     assert found.peak_bytes == sum(getattr(found, part) for part in parts) + max(found.activations, found.gradients)
 
 
+@pytest.mark.parametrize("method, changes", [("lora", {"r": "4", "targets": "q_proj"}), ("full", {})])
+def test_what_starts_from_an_adapter_is_planned_as_that(tiny_model, data_file, tmp_path, capsys, method, changes):
+    host = Host(load(str(tiny_model), precision="fp32"))
+    made = fit.read_config(str(data_file), {"method": method, **changes})
+    adapter = host.add("a", method, made.targets, **made.options)
+    (tmp_path / "old").mkdir()
+    host.save("a", tmp_path / "old")
+    words = ["plan", str(data_file), "--from", str(tmp_path / "old"), "--for", "cpu", "--no-time", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trainable_parameters"] == adapter.numbers()
+    assert found["total_parameters"] == host.base.parameters()  # of its own base, not of the default one
+    assert main([*words, "r=8"]) == 2 and "--from keeps the old adapter's shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [(["epochs=0"], "epochs=0.0: must be"), (["rank_pattern=nothing=4"], "pattern 'nothing' matches none")],
+)
+def test_what_train_would_refuse_is_refused(tiny_model, data_file, capsys, words, said):
+    assert main(["plan", str(data_file), "--model", str(tiny_model), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_codes_are_counted_as_they_are_stored(tiny_model, data_file, kind, double):

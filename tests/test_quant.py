@@ -30,6 +30,7 @@ from lorafit.log import Terminal
 from lorafit.model import quant, quant_load
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import load, prepare
+from lorafit.model.shards import read_header
 from lorafit.native import build
 from lorafit.native.lowrank import Frozen, LowRank, products
 from lorafit.native.quantised import BLOCK, FEW, TABLES, dequantise, dynamic, few_rows, plain_dequantise, quantise
@@ -468,6 +469,20 @@ def test_a_second_start_quantises_nothing_and_another_base_has_its_own_codes(cac
     assert len(list(cache.iterdir())) == 4
 
 
+def test_a_change_that_the_fingerprint_misses_is_quantised_again(cache, tmp_path):
+    path = saved(tmp_path / "model", intermediate_size=2048)
+    before, first = fingerprint(path), opened(path)
+    file = next(file for file in sorted(path.glob("*.safetensors")) if any("up_proj" in key for key in load_file(file)))
+    start, tensors = read_header(file)
+    begin = next(entry["data_offsets"][0] for name, entry in tensors.items() if "up_proj" in name)
+    with file.open("r+b") as data:
+        data.seek(start + begin + 3000)  # behind the first sample, before the second
+        data.write(b"\0" * 256)
+    assert fingerprint(path) == before
+    again = opened(path)
+    assert not all(map(torch.equal, first.buffers(), again.buffers()))
+
+
 def test_a_damaged_file_of_codes_is_made_again(cache, tmp_path):
     path = saved(tmp_path / "model")
     want = [t.clone() for t in opened(path).buffers()]
@@ -635,7 +650,7 @@ def test_a_run_remembers_how_its_base_was_stored(runs):
         assert (stored and stored.kind) == want
         loss = evaluate(opened.host, rows, "nf4").loss
         assert (loss == pytest.approx(summary["held_out_loss_after"], rel=1e-6)) == (want == "nf4")
-        assert any("quant=nf4, this one has" in line for line in said) == (want != "nf4")
+        assert any("a base in nf4; this one is in" in line for line in said) == (want != "nf4")
 
 
 def test_adapters_of_bases_stored_otherwise_need_a_choice(runs):
@@ -682,7 +697,7 @@ def test_merging_into_weights_of_16_bits(runs, tmp_path, tiny_model, into, capsy
     """Into the original weights, and into those that the codes stand for: then it is the model that was trained."""
     assert main(["merge", str(runs / "nf4"), str(tmp_path / "out"), "--dtype", "fp32", "--into", into, "--json"]) == 0
     said = capsys.readouterr()
-    assert ("quant=nf4, this one has none" in said.err) == (into == "original")
+    assert ("a base in nf4; this one is in its own precision" in said.err) == (into == "original")
     trained = session.open_session(
         [str(runs / "nf4")], quant="none" if into == "original" else None, precision="fp32"
     ).host

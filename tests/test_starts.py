@@ -399,7 +399,7 @@ def test_a_run_is_opened_on_the_codes_that_it_was_trained_with(runs, name):
     assert stored.start.method == RUNS[name]["method"] and stored.double == (name == "loftq")
     assert all(entry["after"] < entry["plain"] for entry in json.loads(errors.read_text()))
     plain = session.open_session([str(runs / name)], quant="none", precision="fp32", say=said.append)
-    assert any(f"quant={stored}, this one has none" in line for line in said)
+    assert any(f"a base in {stored}; this one is in its own precision" in line for line in said)
     # What training changed is right on the base as it is, too.
     assert evaluate(plain.host, rows, name).loss < evaluate(plain.host, rows, None).loss
 

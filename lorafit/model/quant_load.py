@@ -58,7 +58,7 @@ def load(
     source = Source(model, gguf.of(path) or Shards(path))
     if quant is not None:
         beside = ranks(model, quant.start) if quant.start is not None else {}
-        codes = _cached(found, source, quant, beside, fingerprint, working)
+        codes = _cached(folder(path, fingerprint, quant), found, source, quant, beside, working)
         with safe_open(codes, framework="pt") as tensors:
             for name, module in found:
                 bias: Any = getattr(module, "bias", None)
@@ -103,24 +103,30 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 # --- the file of codes -------------------------------------------------------------------------------------------------
 
 
-def folder(fingerprint: str, quant: Quant) -> Path:
-    """Where the codes of the weights with this fingerprint are kept."""
-    text = f"{FORMAT} {fingerprint} {quant.kind} {quant.double}"
+def folder(path: Path, fingerprint: str, quant: Quant) -> Path:
+    """Where the codes are kept of the weights in `path`, which have this fingerprint.
+
+    A fingerprint looks at samples. A change between them, in place, mustn't get the codes of before, so what the system
+    says of the files counts too: a file that is written again is quantised again.
+    """
+    files = [gguf.origin(path)] if gguf.is_folder(path) else sorted(path.glob("*.safetensors"))
+    written = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    text = f"{FORMAT} {fingerprint} {written} {quant.kind} {quant.double}"
     if quant.start is not None:
         text += f" {json.dumps(quant.start.to_json(), sort_keys=True)}"
     return cache_folder() / "quantised" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _cached(
+    place: Path,
     found: list[tuple[str, nn.Module]],
     source: Source,
     quant: Quant,
     beside: Mapping[str, int],
-    fingerprint: str,
     working: Callable[[str], object],
 ) -> Path:
-    """The file of codes, made now if it isn't there or isn't whole. `beside`: ranks of what goes beside codes, by path."""
-    place = folder(fingerprint, quant)
+    """The file of codes in `place`, made now if it isn't there or isn't whole. `beside`: ranks of what goes beside codes, by
+    path."""
     entries = [entry for name, module in found for entry in _entries(name, _shape(module), quant, beside.get(name))]
     if _whole(place / FILE, entries):
         return place / FILE

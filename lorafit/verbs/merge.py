@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
         print_json({"out": args.out, **proof.to_json()})
     else:
         print(described(args.out, proof))
+        print(f"\nnext:\n  lorafit chat --model {args.out}")
 
 
 def described(out: str, proof: Proof) -> str:

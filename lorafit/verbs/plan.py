@@ -39,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-time", action="store_true", help="leave out the measurement: seconds, a minute with a large model"
     )
+    parser.add_argument("--from", dest="start", metavar="RUN", help="plan training that starts from an old adapter")
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
     add_json(parser)
@@ -57,9 +58,10 @@ def run(args: argparse.Namespace) -> None:
     place = places.here(config.device, memory) if args.place is None else places.find(args.place, memory)
     if not place.bf16 and config.precision == "auto":
         config.precision = "fp32"
+    source = fit.start_of(config)
     path, _, data = fit.read_data(config, out, weights=False)
     with out.working("adding up"):
-        model = empty(config, path, gpu=place.gpu)
+        model = empty(config, path, place.gpu, source)
         asked = estimate(config, model, data.train)
         verdict = judge(config, model, data.train, place.memory, streams=memory is None)
     seconds = _seconds(config, path, data, verdict, place, out, args.no_time)
