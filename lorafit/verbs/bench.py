@@ -37,7 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="our side too takes what rows of a step begin with alike once for each row",
     )
-    parser.add_argument("--checkpointing", action="store_true", help="our side too with it, as kbit is; trainer is without")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="our side too with it, as kbit is; trainer is without"
+    )
     add_json(parser)
 
 
