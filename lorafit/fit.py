@@ -141,6 +141,7 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
     config.out = str(folder)
     if config.start:  # the run keeps what it started from, so that it can be resumed whatever becomes of the old one
         source = adapter_folder(config.start)
+        made.terminal.say(f"starts from {source}; its rows come in the same order again unless seed is another")
         files.write_folder(folder / "start", lambda place: _copy(source, place))
         config.start = str((folder / "start").absolute())
     files.write_text(folder / "config.yaml", settings.to_yaml(config))
@@ -686,9 +687,9 @@ def _expected(
     least = plan.least(config, model, rows)
     if least.peak_bytes <= room.memory * MARGIN:
         return least
-    way = f"it fits with {verdict.words}" if verdict.change else plan.way_out(config)
+    way = f"it fits with {verdict.words}" if verdict.change else plan.way_out(config, verdict)
     if not verdict.change and verdict.best.peak_bytes < least.peak_bytes:
-        way = f"quant=nf4 and checkpointing=true would still need {size(verdict.best.peak_bytes)}: {way}"
+        way = f"the thriftiest settings would still need {size(verdict.best.peak_bytes)}: {way}"
     limit = f"memory={config.memory}" if config.memory else f"{size(room.memory)} are left on {room.name}"
     raise ConfigError(
         f"this needs about {size(least.peak_bytes)} even with one row at a time, and {limit}; {way}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorafit import peft_files
+from lorafit import log, peft_files
 from lorafit.adapter import Adapter, create
 from lorafit.batches import Plan as Batches
 from lorafit.batches import default_tokens, spared
@@ -340,11 +340,13 @@ def least(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     )
 
 
-def way_out(config: Config) -> str:
+def way_out(config: Config, verdict: Verdict) -> str:
     """What to do where no change of settings makes it fit."""
-    return (
-        "method=lora takes far less" if config.method == "full" else "a smaller model or a smaller max_tokens is needed"
-    )
+    if config.method == "full":
+        return "method=lora takes far less"
+    if verdict.best.weights > verdict.memory:
+        return f"the weights alone are {log.size(verdict.best.weights)}, so a smaller model is needed"
+    return "a smaller model or a smaller max_tokens is needed"
 
 
 def _changes(config: Config, rows: Sequence[Tokens], codable: bool = False) -> Iterator[dict[str, Any]]:

@@ -53,7 +53,12 @@ def run(args: argparse.Namespace) -> None:
     out = terminal()
     session = opened(args, out)
     host = session.host
-    result: dict[str, Any] = {"data": args.data, "base": host.base.name, "scores": {}}
+    result: dict[str, Any] = {
+        "data": args.data,
+        "base": host.base.name,
+        "quant": str(host.base.quant or "none"),
+        "scores": {},
+    }
     first = next(iter(host.adapters), None)
     sets: dict[str, Any] = {}  # rows by what decides their tokens: adapters of one chat share them
     for name in [None, *host.adapters]:
@@ -96,5 +101,7 @@ def run(args: argparse.Namespace) -> None:
         for name, s in result["scores"].items()
     ]
     print(table(["model", "loss", "perplexity", "rows", "tokens"] + (["exact", "F1"] if args.answers else []), lines))
+    stored = "its own precision" if host.base.quant is None else f"{host.base.quant}; --quant none scores it in 16 bits"
+    print(f"the base is {host.base.name} in {stored}")
     if result["left_out"]:
         print(f"{result['left_out']} rows left out (bad, or longer than the context)")

@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
     if proof.as_trained is not None and proof.as_trained.differs:
         out.say(
             f"this isn't the model that was trained: the original weights differ from {proof.as_trained.quant} by more than"
-            " the adapter does; score both, or merge --into dequantised"
+            f" the adapter does. Often it is the better one all the same: `lorafit eval base DATA --model {args.out}` beside"
+            f" `lorafit eval {args.run} DATA` tells; --into dequantised makes exactly what was trained"
         )
     if args.json:
         print_json({"out": args.out, **proof.to_json()})

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             }
         )
         return
-    print(described(asked, verdict, place, seconds, way_out(config)))
+    print(described(asked, verdict, place, seconds, way_out(config, verdict)))
 
 
 def _seconds(config: Any, path: Path, data: Any, verdict: Verdict, place: Place, out: Any, skip: bool) -> float | None:
@@ -128,4 +128,6 @@ def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | 
     if seconds is not None and (verdict.fits or verdict.change):
         how = "measured on a few layers" if place.here else "a quarter of the data sheet's rate"
         lines.append(f"training takes about {duration(seconds)} ({how}; evaluation and answers come on top)")
+    elif place.rate is None and not place.here and (verdict.fits or verdict.change):
+        lines.append("how long it takes isn't known of a size of memory; without --for it is measured here")
     return "\n".join(lines)
