@@ -35,6 +35,7 @@ from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_de
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native import build as kernels
+from lorafit.native import pool
 from lorafit.plan import Estimate
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_of, quant_of
@@ -219,6 +220,7 @@ class _Fit:
         on_cpu = pick_device(config.device).type == "cpu"
         if on_cpu:
             kernels.prepare()
+            pool.start()  # here: while the kernels are being built they are off, and loading would go without it
         path, self.chat = _chat_of(config, terminal)
         tokenizer = self.chat.tokenizer
         template = hashlib.sha256(self.chat.template.encode()).hexdigest()

@@ -35,6 +35,11 @@ def learned(row: Tokens, chat: Chat) -> list[str]:
     return [chat.text(row.ids[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def test_a_stop_id_that_the_tokenizer_has_not_is_left_out():
+    tok = h.tokenizer(h.CHATML)
+    assert Chat.of(tok, generation_eos=[len(tok) + 7, 5]).stop == Chat.of(tok, generation_eos=[5]).stop
+
+
 CASES = [
     ("chatml", h.CHATML, TALK, ["the cat<|im_end|>", "sat on the mat<|im_end|>"]),
     ("bos", h.WITH_BOS, TALK, ["the cat<|im_end|>", "sat on the mat<|im_end|>"]),

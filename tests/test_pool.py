@@ -129,6 +129,52 @@ except RuntimeError as error:
     assert "you tried to allocate 419430400 bytes" in said
 
 
+def test_what_was_refused_does_not_count_as_once_in_use():
+    said = alone("""
+x = torch.empty(50 * MB, dtype=torch.uint8)
+del x
+for size in (1 << 50, 1 << 62):
+    try:
+        torch.empty(size, dtype=torch.uint8)
+    except RuntimeError:
+        pass
+for n in (3, 9, 20, 40, 30, 7):
+    x = torch.empty(n * MB, dtype=torch.uint8)
+    del x
+print(pool.kept() // MB)
+""")
+    assert int(said) <= 50
+
+
+def test_a_forked_process_can_make_tensors_whatever_other_threads_do():
+    said = alone("""
+import os, threading, time
+stop = False
+def churn():
+    while not stop:
+        torch.empty(64 * MB, dtype=torch.uint8).view(-1)[::4096].fill_(1)
+pool.keep(False)
+threads = [threading.Thread(target=churn) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    if (child := os.fork()) == 0:
+        torch.empty(2 * MB, dtype=torch.uint8)
+        os._exit(0)
+    until = time.monotonic() + 5
+    while (done := os.waitpid(child, os.WNOHANG)[0]) == 0 and time.monotonic() < until:
+        time.sleep(0.005)
+    if not done:
+        print("hangs")
+        os.kill(child, 9)
+        break
+stop = True
+for thread in threads:
+    thread.join()
+""")
+    assert said == ""
+
+
 def test_what_else_torch_does_with_memory():
     x = torch.arange(2 * MB, dtype=torch.uint8)
     x.resize_(5 * MB)

@@ -264,6 +264,15 @@ def test_a_folder_with_something_in_it_is_not_overwritten(whole, tiny_model, dat
         fit.fit(config(tiny_model, data_file, whole), QUIET)
 
 
+def test_a_run_that_trains_while_the_kernels_are_built_has_the_pool(tiny_model, data_file, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(fit.pool, "start", lambda: found.append(fit.kernels.on()) or True)
+    monkeypatch.setattr(fit.kernels, "built", lambda: False)
+    settings = {"model": str(tiny_model), "out": str(tmp_path / "run"), "steps": "1", "precision": "fp32"}
+    fit.fit(fit.read_config(str(data_file), settings), QUIET)
+    assert found[0]  # not only where they are switched off for the while
+
+
 def test_from_starts_new_training_from_the_old_adapter(whole, tiny_model, data_file, tmp_path):
     values = {**SETTINGS, "model": str(tiny_model), "out": str(tmp_path / "more"), "start": str(whole), "steps": "2"}
     with pytest.raises(ConfigError, match=r"--from keeps the old adapter's shape, so dropout can't be set"):

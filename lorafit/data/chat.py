@@ -82,7 +82,9 @@ class Chat:
             starts = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
             template = ("{{ bos_token }}" if starts else "") + DEFAULT_TEMPLATE
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        stop = tuple(dict.fromkeys([*eos, *generation_eos]))
+        # A config may name an id that its tokenizer hasn't.
+        known = [id_ for id_ in generation_eos if tokenizer.convert_ids_to_tokens(id_) is not None]
+        stop = tuple(dict.fromkeys([*eos, *known]))
         today = datetime.date.today().isoformat()
         return cls(tokenizer, template, stop, system, default, today)
 

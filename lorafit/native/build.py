@@ -62,7 +62,7 @@ def pool() -> ctypes.CDLL | None:
     """pool.cpp, built if need be (some two seconds); None where it can't be, or kernels are off. torch has to be loaded."""
     if not _on or sys.platform != "linux":
         return None
-    with contextlib.suppress(_NotBuilt, OSError):
+    with contextlib.suppress(_NotBuilt, OSError, importlib.metadata.PackageNotFoundError):
         return ctypes.CDLL(str(_find((POOL,))))
     return None
 

@@ -5,10 +5,12 @@
 // asked for with room to spare, so the heap grows far beyond what is ever in use. Here a block is a mapping of its own, whose
 // pages move with it when it is made longer or shorter, and what is kept is never more than what was once in use at a time.
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 #include <vector>
 
@@ -46,9 +48,13 @@ public:
                 Block block{place, found->second};
                 used_.erase(found);
                 in_use_ -= block.size;
-                kept_.push_back(block);
-                in_kept_ += block.size;
-                shrink();
+                if (keeps_ && kept_.size() < kept_.capacity()) {  // a deleter mustn't ask for memory
+                    kept_.push_back(block);
+                    in_kept_ += block.size;
+                    shrink();
+                } else {
+                    munmap(block.place, block.size);
+                }
                 return;
             }
         }
@@ -61,6 +67,9 @@ public:
         shrink();
     }
 
+    void lock() { mutex_.lock(); }
+    void unlock() { mutex_.unlock(); }
+
     size_t kept() {
         std::lock_guard<std::mutex> alone(mutex_);
         return in_kept_;
@@ -69,7 +78,14 @@ public:
 private:
     void* take(size_t size) {
         std::lock_guard<std::mutex> alone(mutex_);
+        try {
+            if (kept_.capacity() < used_.size() + 1 + kept_.size()) kept_.reserve(2 * (used_.size() + 1 + kept_.size()));
+            used_.reserve(used_.size() + 1);
+        } catch (const std::bad_alloc&) {
+            return nullptr;
+        }
         in_use_ += size;
+        const size_t before = most_;
         if (in_use_ > most_) most_ = in_use_;
         void* place = nullptr;
         if (!kept_.empty()) {
@@ -84,11 +100,17 @@ private:
             drop(0);
             place = mapped(size);
         }
-        if (place)
-            used_[place] = size;
-        else
-            in_use_ -= size;
-        return place;
+        if (place) {
+            try {
+                used_[place] = size;
+                return place;
+            } catch (const std::bad_alloc&) {
+                munmap(place, size);
+            }
+        }
+        in_use_ -= size;
+        most_ = before;  // what was refused was never in use
+        return nullptr;
     }
 
     // The kept block whose size is nearest, the last one freed of those.
@@ -153,6 +175,8 @@ extern "C" {
 void lorafit_pool_start() {
     if (pool) return;
     pool = new Pool(c10::GetDefaultCPUAllocator());
+    // A process that is forked off while another thread holds the lock would wait for it for ever.
+    pthread_atfork([] { pool->lock(); }, [] { pool->unlock(); }, [] { pool->unlock(); });
     c10::SetCPUAllocator(pool);
 }
 
