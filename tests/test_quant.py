@@ -406,7 +406,7 @@ def test_a_base_whose_absmax_were_cast_says_so():
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache of the test's own."""
-    kernels = build._place(build.KERNELS)[1] if build.library() is not None else None
+    kernels = build._place(build.kernels())[1] if build.library() is not None else None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = tmp_path / "cache" / "lorafit"
     if kernels is not None:  # other processes needn't compile them again

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from lorafit.files import cache_folder
 
@@ -30,8 +31,8 @@ FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17", "-fno-math-e
 WIDE = "-mprefer-vector-width=512"  # gcc halves its vectors by default, for the sake of clocks that don't fall any more
 
 _HERE = Path(__file__).parent
-POOL = _HERE / "pool.cpp"
-KERNELS = tuple(path for path in sorted(_HERE.glob("*.cpp")) if path != POOL)
+_POOL = _HERE / "pool.cpp"
+KERNELS = tuple(path for path in sorted(_HERE.glob("*.cpp")) if path != _POOL)
 _lock = threading.Lock()
 _built: ctypes.CDLL | None = None
 _tried = False
@@ -49,7 +50,7 @@ def library() -> ctypes.CDLL | None:
         with _lock:
             if not _tried:
                 try:
-                    _built = ctypes.CDLL(str(_find(KERNELS)))
+                    _built = ctypes.CDLL(str(_find(kernels())))
                 except _NotBuilt as error:
                     _why = str(error)
                 except OSError as error:
@@ -63,7 +64,7 @@ def pool() -> ctypes.CDLL | None:
     if not _on or sys.platform != "linux":
         return None
     with contextlib.suppress(_NotBuilt, OSError, importlib.metadata.PackageNotFoundError):
-        return ctypes.CDLL(str(_find((POOL,))))
+        return ctypes.CDLL(str(_find(_pool())))
     return None
 
 
@@ -81,7 +82,7 @@ def built() -> bool:
     if _tried:
         return True
     try:
-        place = _place(KERNELS)[1]
+        place = _place(kernels())[1]
         return place.is_file() or _failed(place).is_file()
     except (_NotBuilt, OSError):
         return True
@@ -92,7 +93,7 @@ def possible() -> bool:
     if _tried:
         return _built is not None
     try:
-        return not _failed(_place(KERNELS)[1]).is_file()
+        return not _failed(_place(kernels())[1]).is_file()
     except (_NotBuilt, OSError):
         return False
 
@@ -138,35 +139,62 @@ class _NotBuilt(Exception):
     """Why there are no kernels."""
 
 
+class Library(NamedTuple):
+    """What is compiled into a file, and how. `flags` beside FLAGS; `made_for` is what else it is no good without."""
+
+    name: str
+    sources: tuple[Path, ...]
+    flags: tuple[str, ...]
+    links: tuple[str, ...]
+    made_for: str = ""
+
+
 @cache
-def _place(sources: tuple[Path, ...]) -> tuple[str, Path]:
-    """The compiler, and where the library of these sources by that compiler for this processor is kept."""
+def kernels() -> Library:
+    """The kernels, linked with the very OpenMP library that torch has loaded."""
+    bundled = sorted((_torch() / "lib").glob("libgomp*"))
+    return Library("native", KERNELS, (), (str(bundled[0]) if bundled else "-fopenmp",))
+
+
+def _pool() -> Library:
+    """The pool, written to torch's headers, which ask for C++20, and to the part of torch that hands out memory."""
+    headers, memory = f"-I{_torch() / 'include'}", str(_torch() / "lib" / "libc10.so")
+    return Library("pool", (_POOL,), ("-std=c++20", headers), (memory,), importlib.metadata.version("torch"))
+
+
+def _torch() -> Path:
+    """Where torch is installed."""
+    torch = importlib.util.find_spec("torch")
+    return Path(torch.origin).parent if torch is not None and torch.origin else Path()
+
+
+@cache
+def _place(library: Library) -> tuple[str, Path]:
+    """The compiler, and where what it makes of a library for this processor is kept."""
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise _NotBuilt("no C++ compiler found; installing g++ makes training several times faster")
     key = hashlib.sha256()
-    for path in [*sorted(_HERE.glob("*.h")), *sources]:
+    for path in [*sorted(_HERE.glob("*.h")), *library.sources]:
         key.update(path.name.encode() + path.read_bytes())
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise _NotBuilt(f"{compiler} can't be started: {error}") from None
-    key.update(f"{version} {FLAGS} {WIDE} {_processor()} {_links(sources)}".encode())
-    if sources == (POOL,):
-        key.update(importlib.metadata.version("torch").encode())
-    name = "pool" if sources == (POOL,) else "native"
-    return compiler, cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
+    how = [FLAGS, WIDE, library.flags, library.links, library.made_for]
+    key.update(f"{version} {how} {_processor()}".encode())
+    return compiler, cache_folder() / f"{library.name}-{key.hexdigest()[:16]}.so"
 
 
-def _find(sources: tuple[Path, ...]) -> Path:
-    """The library of these sources, from the cache or made now."""
-    compiler, place = _place(sources)
+def _find(library: Library) -> Path:
+    """A library, from the cache or made now."""
+    compiler, place = _place(library)
     if place.is_file():
         return place
     if _failed(place).is_file():
         raise _NotBuilt(_failed(place).read_text(encoding="utf-8"))
     with _alone(place.with_suffix(".lock")):  # two processes that begin together compile once
-        return place if place.is_file() else _make(compiler, sources, place)
+        return place if place.is_file() else _make(compiler, library, place)
 
 
 def _failed(place: Path) -> Path:
@@ -187,7 +215,7 @@ def _alone(lock: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _make(compiler: str, sources: tuple[Path, ...], place: Path) -> Path:
+def _make(compiler: str, library: Library, place: Path) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="native.", dir=place.parent))
@@ -196,17 +224,17 @@ def _make(compiler: str, sources: tuple[Path, ...], place: Path) -> Path:
         place = folder.with_name(f"{folder.name}.so")
     try:
         wide = [WIDE] if "clang" not in Path(os.path.realpath(compiler)).name else []
-        objects = [folder / f"{path.stem}.o" for path in sources]
+        objects = [folder / f"{path.stem}.o" for path in library.sources]
         steps = [
             subprocess.Popen(
-                [compiler, *FLAGS, *wide, *_headers(sources), "-c", str(path), "-o", str(to)],
+                [compiler, *FLAGS, *wide, *library.flags, "-c", str(path), "-o", str(to)],
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for path, to in zip(sources, objects, strict=True)
+            for path, to in zip(library.sources, objects, strict=True)
         ]
         said = [step.communicate()[1] for step in steps]
-        link = [compiler, "-shared", *map(str, objects), "-o", str(folder / "lib.so"), *_links(sources)]
+        link = [compiler, "-shared", *map(str, objects), "-o", str(folder / "lib.so"), *library.links]
         if all(step.returncode == 0 for step in steps):
             done = subprocess.run(link, capture_output=True, text=True)
             steps[0].returncode, said = done.returncode, [done.stderr]
@@ -224,25 +252,6 @@ def _make(compiler: str, sources: tuple[Path, ...], place: Path) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _headers(sources: tuple[Path, ...]) -> list[str]:
-    """More flags for the compiler: pool.cpp is written to torch's headers, which ask for C++20."""
-    return ["-std=c++20", f"-I{_torch() / 'include'}"] if sources == (POOL,) else []
-
-
-def _links(sources: tuple[Path, ...]) -> list[str]:
-    """What to link with: the very OpenMP library that torch has loaded, or the part of torch that hands out memory."""
-    if sources == (POOL,):
-        return [str(_torch() / "lib" / "libc10.so")]
-    bundled = sorted((_torch() / "lib").glob("libgomp*"))
-    return [str(bundled[0])] if bundled else ["-fopenmp"]
-
-
-def _torch() -> Path:
-    """Where torch is installed."""
-    torch = importlib.util.find_spec("torch")
-    return Path(torch.origin).parent if torch is not None and torch.origin else Path()
-
-
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -256,4 +265,4 @@ def _processor() -> str:
 if __name__ == "__main__":
     os.nice(10)  # a short run that doesn't wait goes first
     with contextlib.suppress(_NotBuilt):  # whoever asks for the library is told
-        _find(KERNELS)
+        _find(kernels())
