@@ -79,7 +79,8 @@ def create(
             own["r"] = pattern_value(rank_pattern, site.path, own["r"])
         if alpha_pattern:
             own["alpha"] = pattern_value(alpha_pattern, site.path, own["alpha"])
-        drawn = seed is not None
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{site.path}".encode())) if drawn else None
+        generator = None
+        if seed is not None:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{site.path}".encode()))
         layers[site.path] = kind(site, generator, **own)
     return Adapter(method, options, layers)

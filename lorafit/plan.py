@@ -200,7 +200,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     kernels = config.native and not model.gpu and build.possible()
     logits = min(CHUNK, held) * model.width.vocabulary * (wide if kernels and not heads_trained else 2 * wide + 12)
     scored = max(longest, min(TOKENS, int(batches.lengths.sum())))
-    passing = int((1 if kernels else AIR) * scored * wide * (3 * model.width.h + 3 * model.width.inner))
+    passing = _with_gaps(scored * wide * (3 * model.width.h + 3 * model.width.inner), kernels)
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
     disk = 4 * model.held + (KEEP + 1) * (4 * model.held + state) + (mapped if quant else 0)
@@ -257,7 +257,12 @@ def activations(model: Model, tokens: int, checkpointing: bool, kernels: bool) -
     backward = tokens * wide * (3 * w.inner + 3 * w.h)
     streams = (2 if model.fast else 1) * tokens * wide * w.h
     kept = layer + w.layers * streams if checkpointing else w.layers * layer
-    return int((1 if kernels else AIR) * (kept + ends + backward))
+    return _with_gaps(kept + ends + backward, kernels)
+
+
+def _with_gaps(size: int, kernels: bool) -> int:
+    """What blocks of so many bytes take up that come and go; with the kernels comes the pool."""
+    return size if kernels else int(AIR * size)
 
 
 def _kept(model: Model, tokens: int, kernels: bool) -> int:

@@ -29,14 +29,8 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-DAMAGED = (
-    OSError,
-    struct.error,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)  # what reading a damaged header raises
+# What reading a damaged header raises.
+DAMAGED = (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError)
 
 
 class Files(Protocol):

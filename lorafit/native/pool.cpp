@@ -78,12 +78,6 @@ public:
 private:
     void* take(size_t size) {
         std::lock_guard<std::mutex> alone(mutex_);
-        try {
-            if (kept_.capacity() < used_.size() + 1 + kept_.size()) kept_.reserve(2 * (used_.size() + 1 + kept_.size()));
-            used_.reserve(used_.size() + 1);
-        } catch (const std::bad_alloc&) {
-            return nullptr;
-        }
         in_use_ += size;
         const size_t before = most_;
         if (in_use_ > most_) most_ = in_use_;
@@ -102,6 +96,8 @@ private:
         }
         if (place) {
             try {
+                const size_t blocks = used_.size() + kept_.size() + 1;
+                if (kept_.capacity() < blocks) kept_.reserve(2 * blocks);  // for when it is given back
                 used_[place] = size;
                 return place;
             } catch (const std::bad_alloc&) {
