@@ -142,7 +142,7 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
     config.out = str(folder)
     if config.start:  # the run keeps what it started from, so that it can be resumed whatever becomes of the old one
         source = adapter_folder(config.start)
-        made.terminal.say(f"starts from {source}; its rows come in the same order again unless seed is another")
+        made.terminal.say(f"starts from {source}")
         files.write_folder(folder / "start", lambda place: _copy(source, place))
         config.start = str((folder / "start").absolute())
     files.write_text(folder / "config.yaml", settings.to_yaml(config))

@@ -198,6 +198,8 @@ def test_the_verb_says_what_is_lost(run, tmp_path, capsys):
     assert main(["merge", run, out, "--into", "quantised", "--force"]) == 0
     said = capsys.readouterr()
     assert f"merged     {out} (nf4)" in said.out and "smallest" in said.out and "model.layers." in said.out
+    assert "next:" not in said.out and main(["chat", "--model", out, "--prompt", "hi"]) == 2  # it isn't ours to open
+    capsys.readouterr()
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"]
         == "nf4"
@@ -208,6 +210,7 @@ def test_the_verb_says_what_is_lost(run, tmp_path, capsys):
     assert main(["merge", run, str(tmp_path / "original"), "--dtype", "fp32"]) == 0
     said = capsys.readouterr()
     assert "as trained on nf4: largest logit difference" in said.out and "median" in said.out
+    assert said.out.endswith(f"next:\n  lorafit chat --model {tmp_path / 'original'}\n")
     assert main(["merge", run, str(tmp_path / "again"), "--dtype", "fp32", "--json"]) == 0
     said = capsys.readouterr()
     shift = json.loads(said.out)["as_trained"]

@@ -105,14 +105,15 @@ def run(args: argparse.Namespace) -> None:
     if proof.as_trained is not None and proof.as_trained.differs:
         out.say(
             f"this isn't the model that was trained: the original weights differ from {proof.as_trained.quant} by more than"
-            f" the adapter does. Often it is the better one all the same: `lorafit eval base DATA --model {args.out}` beside"
+            f" the adapter does. It may be the better one all the same: `lorafit eval base DATA --model {args.out}` beside"
             f" `lorafit eval {args.run} DATA` tells; --into dequantised makes exactly what was trained"
         )
     if args.json:
         print_json({"out": args.out, **proof.to_json()})
     else:
         print(described(args.out, proof))
-        print(f"\nnext:\n  lorafit chat --model {args.out}")
+        if proof.error is None:  # a folder of codes is for bitsandbytes
+            print(f"\nnext:\n  lorafit chat --model {args.out}")
 
 
 def described(out: str, proof: Proof) -> str:
