@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -33,28 +31,47 @@ def alone(code: str) -> str:
     return done.stdout.strip()
 
 
-def churn(seed: int, wrong: list[str]) -> None:
-    """Makes tensors of all sizes, frees them in any order, and looks whether each still holds what was written to it."""
-    pick = random.Random(seed)
-    mine: list[torch.Tensor] = []
-    for turn in range(400):
-        if len(mine) < 12 and pick.random() < 0.6:
-            size = pick.choice([pick.randrange(1, MB), pick.randrange(MB, 6 * MB)])
-            mine.append(torch.full((size,), turn % 251, dtype=torch.uint8))
-        elif mine:
-            one = mine.pop(pick.randrange(len(mine)))
-            if one.min() != one.max():
-                wrong.append(f"{seed}: {turn}: {one.numel()} bytes")
+CHURN = """
+#include <c10/core/CPUAllocator.h>
+#include <thread>
+#include <vector>
+// Each thread marks the ends of its blocks with its own number, frees them in any order, and counts marks that changed.
+extern "C" int churn(int threads, int turns) {
+    std::vector<int> wrong(threads);
+    std::vector<std::thread> all;
+    for (int t = 0; t < threads; t++)
+        all.emplace_back([&wrong, t, turns] {
+            std::vector<std::pair<c10::DataPtr, size_t>> mine;
+            unsigned random = t + 1;
+            for (int turn = 0; turn < turns; turn++) {
+                random = random * 1664525u + 1013904223u;
+                if (mine.size() < 6 && random >> 31) {
+                    size_t size = (random >> 8) % 3 ? (1 << 20) + (random >> 10) % (1 << 20) : 4096;
+                    mine.emplace_back(c10::GetCPUAllocator()->allocate(size), size);
+                    char* place = (char*)mine.back().first.get();
+                    place[0] = place[size - 1] = t + 1;
+                } else if (!mine.empty()) {
+                    size_t one = (random >> 12) % mine.size();
+                    char* place = (char*)mine[one].first.get();
+                    wrong[t] += place[0] != t + 1 || place[mine[one].second - 1] != t + 1;
+                    mine.erase(mine.begin() + one);
+                }
+            }
+        });
+    int sum = 0;
+    for (int t = 0; t < threads; t++) all[t].join(), sum += wrong[t];
+    return sum;
+}
+"""
 
 
-def test_tensors_in_use_never_overlap_in_any_thread():
-    wrong: list[str] = []
-    threads = [threading.Thread(target=churn, args=(seed, wrong)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+def test_blocks_in_use_never_overlap_in_any_thread(tmp_path):
+    # From C++, where no interpreter's lock stands between the threads; in a process of its own, since it might crash.
+    compiler, _ = build._place(build._pool())
+    (tmp_path / "churn.cpp").write_text(CHURN)
+    library = build.Library("churn", (tmp_path / "churn.cpp",), build._pool().flags, build._pool().links)
+    made = build._make(compiler, library, tmp_path / "churn.so")
+    assert alone(f"import ctypes\nprint(ctypes.CDLL({str(made)!r}).churn(4, 40_000))\n") == "0"
 
 
 def test_a_freed_block_serves_the_next_tensor_longer_or_shorter():
@@ -75,6 +92,60 @@ def test_a_freed_block_serves_the_next_tensor_longer_or_shorter():
         other.fill_(size)
         assert int(other.min()) == int(other.max()) == size
         del other
+
+
+def test_the_pages_of_a_resized_block_come_with_it():
+    # What is in them isn't cleared, as it would be in pages that the system gives anew.
+    said = alone("""
+for before, after in ((8, 9), (8, 7)):
+    x = torch.full((before * MB,), before, dtype=torch.uint8)
+    del x
+    y = torch.empty(after * MB, dtype=torch.uint8)
+    least = min(before, after) * MB
+    assert int(y[:least].min()) == int(y[:least].max()) == before, (before, after)
+    del y
+    pool.keep(False)
+    pool.keep(True)
+""")
+    assert said == ""
+
+
+def test_the_block_of_the_nearest_size_is_taken():
+    said = alone("""
+blocks = [torch.empty(n * MB, dtype=torch.uint8) for n in (30, 8, 20)]
+places = [block.data_ptr() for block in blocks]
+del blocks
+again = torch.empty(8 * MB, dtype=torch.uint8)
+assert again.data_ptr() == places[1]
+assert torch.empty(20 * MB, dtype=torch.uint8).data_ptr() == places[2]
+del again
+near = torch.empty(9 * MB, dtype=torch.uint8)  # of 8; what is freed longest makes room, which is the one of 30
+assert pool.kept() == 20 * MB, pool.kept()
+""")
+    assert said == ""
+
+
+def test_what_is_kept_makes_room_for_what_is_longer():
+    said = alone("""
+a, b = (torch.empty(10 * MB, dtype=torch.uint8) for _ in range(2))
+del a, b
+assert pool.kept() == 20 * MB
+c = torch.empty(15 * MB, dtype=torch.uint8)
+assert pool.kept() <= 5 * MB, pool.kept()
+""")
+    assert said == ""
+
+
+def test_what_is_kept_is_given_up_before_memory_is_refused():
+    said = alone("""
+import resource
+blocks = [torch.empty(40 * MB, dtype=torch.uint8) for _ in range(5)]
+del blocks
+resource.setrlimit(resource.RLIMIT_DATA, (machine.private_memory() - 60 * MB, -1))  # a limit set since
+x = torch.empty(110 * MB, dtype=torch.uint8)
+assert pool.kept() == 0
+""")
+    assert said == ""
 
 
 def test_what_is_kept_was_in_use_at_once():
