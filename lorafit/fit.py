@@ -26,7 +26,16 @@ from lorafit.evaluate import TOKENS, evaluate, prompt_of
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, cut, size
-from lorafit.machine import Stop, gpu_memory, gpu_memory_limit, memory, memory_limit, out_of_memory, peak_memory
+from lorafit.machine import (
+    Stop,
+    gpu_memory,
+    gpu_memory_limit,
+    gpu_peak,
+    memory,
+    memory_limit,
+    out_of_memory,
+    peak_memory,
+)
 from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
@@ -611,6 +620,7 @@ class _Fit:
             "tokens": self.tokens,
             "tokens_per_second": round(self.tokens / self.busy, 2) if self.busy else None,
             "peak_rss_bytes": max(self.peak, peak_memory()),
+            "peak_gpu_bytes": gpu_peak() or None,
             "planned_peak_bytes": self.expected.peak_bytes if self.expected else None,
             "trainable_parameters": number,
             "total_parameters": base.parameters(),

@@ -47,6 +47,13 @@ def gpu_memory() -> int:
     return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
 
 
+def gpu_peak() -> int:
+    """The most that torch has held of the current CUDA device, in bytes; 0 where there is none in use. What CUDA takes for
+    itself comes on top."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.max_memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+
+
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes."""
     if own := _field("/proc/self/status", "VmHWM"):

@@ -241,6 +241,7 @@ _SUMMARY_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("Time", duration),
     "tokens_per_second": ("Tokens per second", _whole_count),
     "peak_rss_bytes": ("Peak memory", size),
+    "peak_gpu_bytes": ("Peak memory of the GPU", size),
     "adapter_bytes": ("Adapter size", size),
     "best_step": ("Best step", _whole_count),
     "held_out_loss_before": ("Held-out loss before", "{:.3f}".format),

@@ -23,6 +23,7 @@ from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.model import body
 from lorafit.model.load import load, prepare
+from lorafit.model.quant import Quant
 from lorafit.native import build
 from lorafit.native.attention import _varlen, attend, plain_attend
 from lorafit.route import Route
@@ -322,6 +323,51 @@ def test_a_whole_run_and_one_that_was_interrupted(tiny_model, data_file, tmp_pat
     host = Host(load(str(tiny_model)))
     assert host.base.device.type == "cuda"
     host.load(run.adapter, "mine")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_a_base_in_four_bits_and_every_optimizer(tiny_model, data_file, tmp_path, kind):
+    if kind != "adamw":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
+
+    def run(name, **changes):
+        return fit.read_config(
+            str(data_file), settings(tiny_model, tmp_path / name, quant="nf4", optimizer=kind, **changes)
+        )
+
+    fit.fit(run("a", precision="fp32"), Heard())
+    with pytest.raises(fit.Interrupted):
+        fit.fit(run("b", precision="fp32"), Heard("step 4:"))
+    fit.resume(tmp_path / "b", {}, terminal=Heard())
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["peak_gpu_bytes"] > 0
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    assert distance(first, second) < 1e-4
+    fit.fit(run("c", precision="fp32", device="cpu"), Heard())
+    on_cpu = json.loads((tmp_path / "c" / "summary.json").read_text())
+    near = (
+        1e-3 if kind.endswith("adamw") else 0.02
+    )  # bitsandbytes rounds small tensors' state where we don't, and elsewhere
+    assert summary["held_out_loss_after"] == pytest.approx(on_cpu["held_out_loss_after"], rel=near)
+
+
+def test_evaluating_and_generating_leave_training_in_four_bits_as_it_is(tiny_model):
+    def losses(disturbed):
+        host = Host(load(str(tiny_model), quant=Quant("nf4"), precision="fp32"))
+        assert host.base.device.type == "cuda"
+        host.add("a", r=4)
+        found = []
+        for step in train(host, [Job("a", Plan(DOCUMENTS, 30), steps=6, lr=1e-2)]):
+            found.append(step.jobs["a"].loss)
+            if disturbed:
+                evaluate(host, DOCUMENTS, "a")
+                list(generate(host, [3, 5, 8], "a", max_new=4))
+        return found, evaluate(host, DOCUMENTS, "a").loss
+
+    (plain, at_end), (other, after) = losses(False), losses(True)
+    assert plain == pytest.approx(other, rel=1e-6) and at_end == pytest.approx(after, rel=1e-6)
+    assert plain[-1] < plain[0]
 
 
 @pytest.mark.parametrize("works", [True, False])

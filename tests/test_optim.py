@@ -32,7 +32,7 @@ from lorafit.train.loop import Job, train
 QUIET = Terminal(quiet=True)
 KINDS = choices("optimizer")
 # Of the tiny model: adapters of 32 x 130 numbers and more, so that 8 bits are 8 bits, in blocks that aren't full.
-SHORT = {**SETTINGS, "r": "130", "samples": "0", "steps": "8", "eval_every": "4"}
+SHORT = {**SETTINGS, "device": "cpu", "r": "130", "samples": "0", "steps": "8", "eval_every": "4"}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from lorafit.model import quant, quant_load
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import load, prepare
 from lorafit.model.shards import read_header
-from lorafit.native import build
+from lorafit.native import build, quantised
 from lorafit.native.lowrank import Frozen, LowRank, products
 from lorafit.native.quantised import BLOCK, FEW, TABLES, dequantise, dynamic, few_rows, plain_dequantise, quantise
 from lorafit.route import Route
@@ -754,9 +755,15 @@ def test_a_plan_counts_codes(tiny_model, data_file):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_on_a_gpu_it_is_the_same(kind):
+    assert quantised._on_gpu() is not None
     w = weight((64, 512))
     q, there = quantise(w, kind), quantise(w.cuda(), kind)
     assert torch.equal(q.codes, there.codes.cpu())
+    for shape, double, dtype in product(SHAPES, (True, False), DTYPES):
+        made = quantise(weight(shape).cuda(), kind, double)
+        assert torch.equal(dequantise(made, dtype), plain_dequantise(made, dtype))
+        out = torch.full(made.shape, torch.nan, dtype=dtype, device="cuda")
+        assert dequantise(made, dtype, out) is out and torch.equal(out, plain_dequantise(made, dtype))
     found = []
     for device in ("cpu", "cuda"):
         model = tiny.model("llama")
@@ -767,7 +774,8 @@ def test_on_a_gpu_it_is_the_same(kind):
         host.adapters["a"].to(device)
         with host.route("a"):
             hidden = host.hidden(tiny.ids(20).to(device), [9, 11])
-            hidden.square().sum().backward()
+            way = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(device)
+            (hidden * way).sum().backward()  # not its square: behind a norm that has no gradient
         grads = torch.cat([p.grad.flatten() for p in host.adapters["a"].parameters()])
         found.append([hidden.detach().cpu(), grads.cpu()])
     for ours, theirs in zip(*found, strict=True):

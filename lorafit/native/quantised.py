@@ -10,7 +10,7 @@ to 127 for each weight, and the largest magnitude of each row.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lorafit.native import build
 from lorafit.native.kernel import Kernel, gives
 
 BLOCK = 64  # numbers that share an absmax
@@ -162,15 +163,33 @@ def _by_rows(weight: Tensor) -> Quantised:
 
 def dequantise(q: Quantised, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The weight (out, in), computed in fp32 and rounded once; in `out`, which is contiguous, or a new tensor."""
-    if not gives(dtype, q.codes):
+    on_gpu = _on_gpu() if q.codes.is_cuda and q.kind != "int8" and build.on() else None
+    if on_gpu is None and not gives(dtype, q.codes):
         made = plain_dequantise(q, dtype)
         return made if out is None else out.copy_(made)
-    out = torch.empty(q.shape, dtype=dtype) if out is None else out
+    out = torch.empty(q.shape, dtype=dtype, device=q.codes.device) if out is None else out
+    if on_gpu is not None:
+        device = str(q.codes.device)
+        on_gpu(q.codes, table(q.kind, device), q.absmax, q.nested, q.offset, dynamic(device), out)
+        return out
     if q.kind == "int8":
         _eight_bits(dtype, q.codes, q.absmax, out, *q.shape)
         return out
     _four_bits(dtype, *_given(q), out, out.numel())
     return out
+
+
+@cache
+def _on_gpu() -> Callable[..., None] | None:
+    """The kernel for GPUs; None where there is no Triton, or not what it compiles with."""
+    try:
+        from lorafit.native.quantised_triton import four_bits
+
+        zeros = torch.zeros(256, device="cuda")
+        four_bits(zeros.byte(), zeros, zeros, None, None, zeros, torch.empty_like(zeros))
+    except Exception:  # whatever it is, there is the twin
+        return None
+    return four_bits
 
 
 def _given(q: Quantised) -> tuple[Tensor | None, ...]:

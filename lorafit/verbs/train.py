@@ -103,10 +103,11 @@ def described(run: str, summary: dict[str, Any]) -> str:
             "               no evaluation was better than the start, so adapter/ holds the start; try another lr"
         )
     share = summary["trainable_parameters"] / summary["total_parameters"]
+    on_gpu = f", {size(summary['peak_gpu_bytes'])} of the GPU's" if summary["peak_gpu_bytes"] else ""
     speed = f"{summary['tokens_per_second']:.0f} tokens/s in its steps, " if summary["tokens_per_second"] else ""
     lines += [
         f"stopped        {summary['stopped']}, after {summary['steps']} steps",
-        f"took           {duration(summary['seconds'])}, {speed}peak memory {size(summary['peak_rss_bytes'])}",
+        f"took           {duration(summary['seconds'])}, {speed}peak memory {size(summary['peak_rss_bytes'])}{on_gpu}",
         f"adapter        {count(summary['trainable_parameters'])} numbers ({share:.2%} of the base), "
         f"{size(summary['adapter_bytes'])} on disk; the base {size(summary['base_bytes'])}",
         f"run            {run} (report.html shows the curves)",
