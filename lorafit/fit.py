@@ -300,7 +300,7 @@ class _Fit:
         config = self.config
         config.batch_tokens = config.batch_tokens or default_tokens(self.data.train, config.share)
         if config.lr is None:
-            config.lr = default_lr(self.host) * find(config.method).lr_factor
+            config.lr = default_lr(self.host.base.model.config) * find(config.method).lr_factor
         plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
         steps = config.steps or plan.steps(config.epochs)
         config.eval_every = config.eval_every or max(1, math.ceil(steps / 8))
@@ -762,9 +762,10 @@ def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
     return load_data(config, chat, Terminal(quiet=True)).held_out
 
 
-def default_lr(host: Host) -> float:
-    """2e-4 at a width of 4096, more for narrower models: the best rate falls with the root of the width (2602.06204)."""
-    width = host.base.model.config.get_text_config().hidden_size
+def default_lr(shape: Any) -> float:
+    """For a model with this transformers config: 2e-4 at a width of 4096, more for narrower models, because the best rate
+    falls with the root of the width (2602.06204)."""
+    width = shape.get_text_config().hidden_size
     return float(f"{2e-4 * (4096 / width) ** 0.5:.2g}")
 
 
