@@ -119,9 +119,14 @@ def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
     found = [layer.factors() for _, layer in adapter.items()]
     if adapter.method == "lora" or not found or None in found:
         return adapter.options if adapter.method == "lora" else None
-    pairs = Counter((f[0].shape[-2], round(f[2] * f[0].shape[-2], 9)) for f in found if f is not None)
+    root = adapter.method == "rslora"
+    pairs = Counter((f[0].shape[-2], _alpha(f[0].shape[-2], f[2], root)) for f in found if f is not None)
     r, alpha = pairs.most_common(1)[0][0]
-    return {"r": r, "alpha": alpha, "dropout": 0.0, "rslora": False}
+    return {"r": r, "alpha": alpha, "dropout": adapter.options.get("dropout", 0.0), "rslora": root}
+
+
+def _alpha(r: int, scale: float, rslora: bool) -> float:
+    return round(scale * (r**0.5 if rslora else r), 9)
 
 
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
@@ -240,7 +245,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         return config
     found = {p: factors for p, layer in adapter.items() if (factors := layer.factors()) is not None}
     ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
-    alphas = {p: s * (ranks[p] ** 0.5 if options["rslora"] else ranks[p]) for p, (_, _, s) in found.items()}
+    alphas = {p: _alpha(ranks[p], s, options["rslora"]) for p, (_, _, s) in found.items()}
     return config | {
         "r": options["r"],
         "lora_alpha": options["alpha"],
@@ -251,9 +256,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         "fan_in_fan_out": bool(plain) and all(sites[p].kind == "conv1d" for p in plain),
         "init_lora_weights": True,
         "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != options["r"]},
-        "alpha_pattern": {
-            re.escape(p): round(alpha, 9) for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6
-        },
+        "alpha_pattern": {re.escape(p): alpha for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6},
         "ensure_weight_tying": any(sites[p].tied for p in paths),
     }
 

@@ -8,11 +8,15 @@ from lorafit.methods.base import Matrix, Method, settings
 from lorafit.methods.full import Full
 from lorafit.methods.loftq import LoftQ
 from lorafit.methods.lora import LoRA
+from lorafit.methods.lora_plus import LoRAPlus
 from lorafit.methods.olora import OLoRA
 from lorafit.methods.pissa import PiSSA
+from lorafit.methods.rslora import RsLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
+    "rslora": RsLoRA,
+    "lora+": LoRAPlus,
     "full": Full,
     "pissa": PiSSA,
     "olora": OLoRA,

@@ -45,6 +45,7 @@ class Method(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "experts"})
     targets: ClassVar[tuple[str, ...]] = ("all-linear",)  # adapted when the user names none
     about: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # its number at arXiv
     lr_factor: ClassVar[float] = 1.0  # of the default learning rate
     codes: ClassVar[str] = ""  # the setting that, with r, decides the codes this method has a quantised base stored in
     needs_codes: ClassVar[bool] = False  # it is nothing without them
@@ -52,6 +53,7 @@ class Method(nn.Module):
     # Random choices of a forward (dropout) are drawn from this seed, which the training loop sets anew for each
     # micro-batch: the same in a recomputed forward, after a resume, and with other adapters in the batch or without.
     seed: int = 0
+    dropout: float = 0.0  # of a floating-point input, in training; a method that has it as a setting sets it
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """(a (*lead, r, in), b (*lead, out, r), scale) where what the method adds is scale·b·a, whatever the weight: then the
@@ -75,17 +77,24 @@ class Method(nn.Module):
         if factors is None:
             return mm(x, self.delta_weight(weight()))
         a, b, scale = factors
-        return mm(mm(x, a), b) * scale
+        return mm(mm(self.dropped(x), a), b) * scale
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x as training with dropout sees it; x itself otherwise."""
+        if not self.draws or not x.is_floating_point():
+            return x
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        return x * torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator) / (1 - self.dropout)
 
     @property
     def draws(self) -> bool:
         """Whether a forward in training makes random choices, so that equal tokens needn't give equal deltas."""
-        return False
+        return bool(self.dropout) and self.training
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """(a (r, in), b (out, r), scale) where this forward adds exactly scale·(x·aᵀ)·bᵀ, so that it can be computed in
-        one sum with the base's product; None where it doesn't."""
-        factors = self.factors()
+        one sum with the base's product; None where it doesn't, or dropout gives each site an input of its own."""
+        factors = None if self.draws else self.factors()
         return factors if factors is not None and factors[0].dim() == 2 else None
 
     def lr_scale(self) -> dict[str, float]:
