@@ -22,6 +22,7 @@ from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
 from lorafit.files import load_json
 from lorafit.methods import Method, find
+from lorafit.methods.dora import DoRA
 from lorafit.methods.lora import LoRA
 from lorafit.model.sites import Site
 
@@ -41,8 +42,8 @@ def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder:
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
-    if adapter.method != "lora" and (plain := _as_lora(adapter)) is not None:
-        own |= {"method": "lora", "options": plain}
+    if (stored := _as_lora(adapter)) is not None and adapter.method not in _LORAS:
+        own |= {"method": "lora", "options": stored}
         own.setdefault("trained_as", {"method": adapter.method, "options": adapter.options})
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -113,12 +114,22 @@ def _wrap_order(path: str) -> int:
     return 1 if path.endswith("down_proj") else 0
 
 
+_LORAS: dict[str, type[LoRA | DoRA]] = {"lora": LoRA, "dora": DoRA}  # the methods that PEFT's LORA stands for
+
+
+def _pair(layer: Method) -> tuple[Tensor, Tensor, float] | None:
+    """(a, b, scale) of a layer that is stored as LoRA."""
+    return (layer.a, layer.b, layer.scale) if isinstance(layer, DoRA) else layer.factors()
+
+
 def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
     """The settings of LoRA under which an adapter is stored, where all its layers add products of low rank: its own, or r and
     alpha as most of its sites have them."""
+    if adapter.method in _LORAS:
+        return adapter.options
     found = [layer.factors() for _, layer in adapter.items()]
-    if adapter.method == "lora" or not found or None in found:
-        return adapter.options if adapter.method == "lora" else None
+    if not found or None in found:
+        return None
     root = adapter.method == "rslora"
     pairs = Counter((f[0].shape[-2], _alpha(f[0].shape[-2], f[2], root)) for f in found if f is not None)
     r, alpha = pairs.most_common(1)[0][0]
@@ -130,15 +141,24 @@ def _alpha(r: int, scale: float, rslora: bool) -> float:
 
 
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
-    factors = layer.factors()
+    factors = _pair(layer)
     if factors is None:
         return {f"lorafit_{name}": p.detach().cpu().float().contiguous() for name, p in layer.named_parameters()}
     a, b = (part.detach().cpu().float() for part in factors[:2])
     if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
-    if site.lookup:
-        return {"lora_embedding_A": a.contiguous(), "lora_embedding_B": b.contiguous()}
-    return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
+    names = _names(site, type(layer))
+    return {names[name]: t.contiguous() for name, t in {"a": a, "b": b, **_magnitude(layer)}.items()}
+
+
+def _magnitude(layer: Method) -> dict[str, Tensor]:
+    return {"m": layer.m.detach().cpu()} if isinstance(layer, DoRA) else {}
+
+
+def _names(site: Site, kind: type[Method]) -> dict[str, str]:
+    """PEFT's names of a layer's parameters."""
+    a, b = ("lora_embedding_A", "lora_embedding_B") if site.lookup else ("lora_A.weight", "lora_B.weight")
+    return {"a": a, "b": b, **({"m": "lora_magnitude_vector"} if issubclass(kind, DoRA) else {})}
 
 
 def _from_peft(
@@ -147,14 +167,15 @@ def _from_peft(
     kind = find(method)
     if site.kind not in kind.kinds:
         return None, [f"method '{method}' can't adapt a site of kind '{site.kind}'"]
-    if not issubclass(kind, LoRA):
+    if kind not in _LORAS.values():
         layer = kind(site, None, **options)
         state = {name.removeprefix("lorafit_"): tensor for name, tensor in parts.items()}
     else:
-        a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if site.lookup else ("lora_A.weight", "lora_B.weight")
-        if set(parts) != {a_name, b_name}:
-            return None, [f"has {', '.join(sorted(parts))}; expected {a_name} and {b_name}"]
-        a, b = parts[a_name].float(), parts[b_name].float()
+        names = _names(site, kind)
+        if set(parts) != set(names.values()):
+            return None, [f"has {', '.join(sorted(parts))}; expected {' and '.join(names.values())}"]
+        state = {name: parts[theirs].float() for name, theirs in names.items()}
+        a, b, a_name, b_name = state["a"], state["b"], names["a"], names["b"]
         *lead, out, width = site.shape
         if a.ndim != 2 or b.ndim != 2:
             return None, [f"{a_name} {tuple(a.shape)} and {b_name} {tuple(b.shape)} must have two dimensions"]
@@ -165,7 +186,7 @@ def _from_peft(
             a = a.view(experts, -1, a.shape[1])
             b = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
         layer = kind(site, None, **options)
-        state = {"a": a, "b": b}
+        state |= {"a": a, "b": b}
     want = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     wrong = [f"{n} is missing" for n in want if n not in state] + [
         f"unknown tensor {n}" for n in state if n not in want
@@ -189,7 +210,9 @@ def _by_site(
     parsed, bad = [], []
     for key, tensor in tensors.items():
         match = re.fullmatch(
-            re.escape(PREFIX) + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lorafit_\w+)", key
+            re.escape(PREFIX)
+            + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lorafit_\w+)",
+            key,
         )
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
@@ -243,7 +266,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
     }
     if options is None:
         return config
-    found = {p: factors for p, layer in adapter.items() if (factors := layer.factors()) is not None}
+    found = {p: factors for p, layer in adapter.items() if (factors := _pair(layer)) is not None}
     ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
     alphas = {p: _alpha(ranks[p], s, options["rslora"]) for p, (_, _, s) in found.items()}
     return config | {
@@ -251,7 +274,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         "lora_alpha": options["alpha"],
         "lora_dropout": 0.0 if experts else options["dropout"],  # PEFT refuses dropout on parameters
         "use_rslora": options["rslora"],
-        "use_dora": False,
+        "use_dora": adapter.method == "dora",
         "bias": "none",
         "fan_in_fan_out": bool(plain) and all(sites[p].kind == "conv1d" for p in plain),
         "init_lora_weights": True,
@@ -281,7 +304,6 @@ def _promised(config: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]
 
 # PEFT features that change what the tensors mean; an adapter that uses one would compute something else here.
 _UNSUPPORTED = [
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -323,7 +345,7 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
         }
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
-    return "lora", options
+    return "dora" if config.get("use_dora") else "lora", options
 
 
 def _options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

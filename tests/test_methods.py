@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -16,6 +17,9 @@ from lorafit.errors import ConfigError
 from lorafit.evaluate import evaluate
 from lorafit.host import Host
 from lorafit.log import Terminal
+from lorafit.methods.dora import DoRA
+from lorafit.native import build
+from lorafit.native.rescale import plain_rescale, rescale
 from lorafit.train import optim
 
 QUIET = Terminal(quiet=True)
@@ -86,6 +90,161 @@ def test_lora_plus_is_lora_with_two_rates():
     assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
 
 
+# --- DoRA --------------------------------------------------------------------------------------------------------------
+
+
+def site(w, bias=None, lookup=False):
+    """What a method is told of a weight (out, in)."""
+    return SimpleNamespace(shape=w.shape, lookup=lookup, bias=bias, weight=lambda: w)
+
+
+def dense_dora(layer, w, bias, x, dropped=None):
+    """The formula as the paper has it, V formed, its norm a constant: what the site gives."""
+    v = w + layer.scale * layer.b @ layer.a
+    whole = layer.m[:, None] * v / v.norm(dim=1, keepdim=True).detach()
+    if dropped is not None:  # as PEFT: the base's own output, and the change on what is left of x
+        return x @ w.t() + dropped @ (whole - w).t() + bias
+    return x @ whole.t() + bias
+
+
+def gradients(layer, out):
+    layer.zero_grad()
+    (out * normal(*out.shape, seed=9)).sum().backward()
+    return [p.grad.clone() for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dora_is_its_formula(dropout):
+    w, bias, x = normal(20, 12), normal(20, seed=1), normal(7, 12, seed=2)
+    layer = DoRA(site(w, bias), r=3, alpha=5.0, dropout=dropout)
+    assert torch.equal(layer.m, layer.square.sqrt()) and (layer.m - w.norm(dim=1)).abs().max() < 1e-6
+    randomize(layer)
+    layer.m.data += 4
+    layer.train(dropout > 0)
+    y = x @ w.t() + bias
+    found = y + layer(x, y, torch.nn.functional.linear, lambda: w)
+    want = dense_dora(layer, w, bias, x, layer.dropped(x) if dropout else None)
+    assert near(found, want)
+    for g, h in zip(gradients(layer, found), gradients(layer, want), strict=True):
+        assert g.abs().max() > 0 and near(g, h)
+    assert near(w + layer.delta_weight(w), dense_dora(layer, w, 0, torch.eye(12)).t())
+    made = layer.scaled(lambda: w)
+    assert (made is None) == (dropout > 0)
+    if made is not None:
+        y = y + (x @ made.low[0].t()) @ made.low[1].t() * made.low[2]
+        whole = rescale(y, made.gain, made.apart)
+        assert near(whole, want)
+        for g, h in zip(gradients(layer, whole), gradients(layer, dense_dora(layer, w, bias, x)), strict=True):
+            assert near(g, h)
+
+
+def test_rescale_is_its_twin():
+    y, gain, apart, out = normal(9, 5), normal(5, seed=1), normal(5, seed=2), normal(9, 5, seed=3)
+    for off in (apart, None):
+        ends = []
+        for function in (rescale, plain_rescale):
+            leaves = y.clone().requires_grad_(), gain.clone().requires_grad_()
+            made = function(*leaves, off)
+            made.backward(out)
+            ends.append([made.detach(), *(leaf.grad for leaf in leaves)])
+        assert all(near(a, b, 1e-6) for a, b in zip(*ends, strict=True))
+    assert torch.equal(rescale(y, torch.zeros(5), apart), y)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("shape", ["llama", "qwen2"])
+def test_a_fresh_dora_adds_nothing_in_16_bits(shape, native):
+    with build.switched(native):
+        host = Host(base(shape, torch.bfloat16))
+        host.add("a", "dora", r=4)
+        x = ids(20)
+        with torch.no_grad():
+            before = host.hidden(x, [9, 11])
+            with host.route("a"):
+                assert torch.equal(host.hidden(x, [9, 11]), before)
+
+
+def test_doras_norm_follows_every_change_and_needs_no_second_product(monkeypatch):
+    host = Host(base("qwen2"))
+    adapter = host.add("a", "dora", r=3)
+    x, read = ids(12), []
+    fresh = {name: p.clone() for name, p in adapter.state_dict().items()}
+    monkeypatch.setattr(DoRA, "forward", lambda *args: pytest.fail("computed beside the base's product"))
+    norms = DoRA.norm
+
+    def norm(layer, weight):
+        return norms(layer, lambda: read.append(layer) or weight())
+
+    monkeypatch.setattr(DoRA, "norm", norm)
+
+    def hidden():
+        with torch.no_grad(), host.route("a"):
+            return host.hidden(x, [12])
+
+    first = hidden()
+    sites = len(read)
+    assert sites == 14 and torch.equal(hidden(), first) and len(read) == sites
+    randomize(adapter)
+    second = hidden()
+    assert not torch.equal(second, first) and len(read) == 2 * sites
+    adapter.load_state_dict(fresh)
+    assert torch.equal(hidden(), first) and len(read) == 3 * sites
+
+
+DORA = {
+    "llama": ("llama", ["all-linear"], {}),
+    "qwen2": ("qwen2", ["all-linear"], {"rslora": True, "rank_pattern": {"q_proj": 5}}),
+    "gpt2": ("gpt2", ["all-linear"], {}),
+    "embedding and head": ("llama", ["embed_tokens", "lm_head"], {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", DORA)
+def test_dora_in_peft_and_back(case, tmp_path):
+    shape, targets, options = DORA[case]
+    host = Host(base(shape))
+    adapter = host.add("a", "dora", targets, **{"r": 3, **options})
+    randomize(adapter)
+    for _, layer in adapter.items():
+        layer.m.data += 1
+    host.save("a", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["use_dora"] is True
+    x = ids(13)
+    want = logits(host, x)
+    assert near(in_peft(tmp_path, shape, x), want)
+    host.load(tmp_path, "again")
+    assert torch.equal(logits(host, x, "again"), want)
+    theirs = peft.PeftModel.from_pretrained(model(shape), tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    host.load(tmp_path / "theirs", "theirs")
+    assert torch.equal(logits(host, x, "theirs"), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_trains_dora_as_we_do():
+    """The gradients of the same loss: the norm is a constant there too."""
+    host = Host(base("qwen2"))
+    adapter = host.add("a", "dora", ["q_proj", "down_proj"], r=3, alpha=5)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_dora=True)
+    theirs = peft.get_peft_model(model("qwen2"), config)
+    randomize(adapter)
+    for path, layer in adapter.items():
+        layer.m.data += 1
+        other = theirs.base_model.model.get_submodule(path)
+        for mine, name in ((layer.a, "lora_A"), (layer.b, "lora_B"), (layer.m, "lora_magnitude_vector")):
+            getattr(other, name)["default"].weight.data.copy_(mine)
+    x, out = ids(13), normal(13, 61)
+    theirs(input_ids=x[None]).logits[0].backward(out)
+    with host.route("a"):
+        host.logits(x, [13]).backward(out)
+    for path, layer in adapter.items():
+        other = theirs.base_model.model.get_submodule(path)
+        for mine, name in ((layer.a, "lora_A"), (layer.b, "lora_B"), (layer.m, "lora_magnitude_vector")):
+            assert near(mine.grad, getattr(other, name)["default"].weight.grad)
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +256,7 @@ def config_of(tiny_model, data, out, **changes):
 RUNS: dict[str, dict[str, str]] = {
     "rslora": {"r": "4", "dropout": "0.1"},
     "lora+": {"r": "4"},
+    "dora": {"r": "4", "dropout": "0.1"},
 }
 
 
@@ -165,6 +325,7 @@ def test_a_plan_knows_it(runs, tiny_model, data_file, method):
     [
         ("rslora", {"r": 0}, "r=0: must be at least 1"),
         ("rslora", {"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
+        ("dora", {"r": 0}, "r=0: must be at least 1"),
         ("lora+", {"r": 0}, "r=0: must be at least 1"),
         ("lora+", {"lr_ratio": 0.0}, "lr_ratio=0.0: must be more than 0"),
     ],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
-from lorafit.methods.base import Matrix, Method, settings
+from lorafit.methods.base import Matrix, Method, Scaled, settings
+from lorafit.methods.dora import DoRA
 from lorafit.methods.full import Full
 from lorafit.methods.loftq import LoftQ
 from lorafit.methods.lora import LoRA
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
     "rslora": RsLoRA,
     "lora+": LoRAPlus,
+    "dora": DoRA,
     "full": Full,
     "pissa": PiSSA,
     "olora": OLoRA,
@@ -31,4 +33,4 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Matrix", "Method", "find", "settings"]
+__all__ = ["METHODS", "Matrix", "Method", "Scaled", "find", "settings"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,24 @@ class Matrix(Protocol):
     def lookup(self) -> bool:
         """Inputs are ids."""
 
+    @property
+    def bias(self) -> Tensor | None:
+        """(*lead, out), which the site adds to its product; None where it has none."""
+
     def weight(self) -> Tensor:
         """The weight, (*lead, out, in)."""
 
     def start(self, method: str) -> tuple[Tensor, Tensor] | None:
         """(a (r, in), b (out, r)) where the weight is codes that `method` has made with b·a beside them; else None."""
+
+
+class Scaled(NamedTuple):
+    """A site that gives y + gain·(y − apart), where y is the base's output with scale·(x·aᵀ)·bᵀ in its sum: the base's product is
+    then the only one of its size. Each is None where there is none."""
+
+    low: tuple[Tensor, Tensor, float] | None = None  # a (r, in), b (out, r), scale
+    gain: Tensor | None = None  # (out,)
+    apart: Tensor | None = None  # (out,), such as a bias
 
 
 class Method(nn.Module):
@@ -69,10 +82,7 @@ class Method(nn.Module):
         return (b * scale) @ a
 
     def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
-        """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,)).
-
-        y holds the layer's bias, and what other adapters of a stack have added; only mm(x, weight()) is the bare product.
-        """
+        """What the method adds to y (n, out), the base's own output for x ((n, in), or ids (n,)): mm(x, weight()) and bias."""
         factors = self.factors()
         if factors is None:
             return mm(x, self.delta_weight(weight()))
@@ -96,6 +106,11 @@ class Method(nn.Module):
         one sum with the base's product; None where it doesn't, or dropout gives each site an input of its own."""
         factors = None if self.draws else self.factors()
         return factors if factors is not None and factors[0].dim() == 2 else None
+
+    def scaled(self, weight: Callable[[], Tensor]) -> Scaled | None:
+        """The site's output in one product, where this forward can be had so; of low rank it can."""
+        low = self.low_rank()
+        return None if low is None else Scaled(low)
 
     def lr_scale(self) -> dict[str, float]:
         """Learning-rate factors by parameter name; 1 for those that aren't named."""

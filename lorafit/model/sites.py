@@ -90,6 +90,12 @@ class Site:
             return self.module.numbers()
         return self.turned(self.stored.detach())
 
+    @property
+    def bias(self) -> Tensor | None:
+        """(*lead, out), as the base holds it."""
+        name = f"{self.parameter}_bias" if self.kind == "experts" else "bias"
+        return None if getattr(self.module, name, None) is None else present(self.module, name).detach()
+
     def start(self, method: str) -> tuple[Tensor, Tensor] | None:
         """(a (r, in), b (out, r)), where the weight is codes that this method has made with b·a beside them."""
         part = self.module.part if isinstance(self.module, QuantLinear) else None
