@@ -188,6 +188,15 @@ class Host:
                 del delta
         return w.float().clone() if whole is None else whole
 
+    def merged_bias(self, site: Site, spec: StackLike) -> Tensor | None:
+        """The site's bias (*lead, out) with a stack's deltas added, fp32; None where they change nothing of it."""
+        bias = site.bias
+        if bias is None:
+            return None
+        layers = [self.adapters[name][site.path] for name in stack(spec) if site.path in self.adapters[name]]
+        deltas = [delta.detach() for layer in layers if (delta := layer.delta_bias(bias)) is not None]
+        return sum(deltas, bias.float()) if deltas else None
+
     # --- hooks: the only place where an adapter meets a module -----------------------------------------------------------
 
     def _hook(self, site: Site) -> None:

@@ -23,6 +23,7 @@ from lorafit.errors import AdapterError
 from lorafit.files import load_json
 from lorafit.methods import Method, find
 from lorafit.methods.dora import DoRA
+from lorafit.methods.ia3 import IA3
 from lorafit.methods.lora import LoRA
 from lorafit.model.sites import Site
 
@@ -114,6 +115,7 @@ def _wrap_order(path: str) -> int:
     return 1 if path.endswith("down_proj") else 0
 
 
+_OURS = {"ia3_l": "scale"}
 _LORAS: dict[str, type[LoRA | DoRA]] = {"lora": LoRA, "dora": DoRA}  # the methods that PEFT's LORA stands for
 
 
@@ -141,6 +143,8 @@ def _alpha(r: int, scale: float, rslora: bool) -> float:
 
 
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
+    if isinstance(layer, IA3):
+        return {"ia3_l": layer.scale.detach().cpu().unsqueeze(0 if layer.inputs else 1)}
     factors = _pair(layer)
     if factors is None:
         return {f"lorafit_{name}": p.detach().cpu().float().contiguous() for name, p in layer.named_parameters()}
@@ -167,7 +171,10 @@ def _from_peft(
     kind = find(method)
     if site.kind not in kind.kinds:
         return None, [f"method '{method}' can't adapt a site of kind '{site.kind}'"]
-    if kind not in _LORAS.values():
+    if kind is IA3:
+        layer: Method = kind(site, None, **options)
+        state = {_OURS.get(name, name): tensor.flatten() for name, tensor in parts.items()}
+    elif kind not in _LORAS.values():
         layer = kind(site, None, **options)
         state = {name.removeprefix("lorafit_"): tensor for name, tensor in parts.items()}
     else:
@@ -211,7 +218,7 @@ def _by_site(
     for key, tensor in tensors.items():
         match = re.fullmatch(
             re.escape(PREFIX)
-            + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lorafit_\w+)",
+            + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|lorafit_\w+)",
             key,
         )
         if match is None:
@@ -254,6 +261,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
     paths = [path for path, _ in adapter.items()]
     plain = [p for p in paths if sites[p].kind != "experts"]
     experts = [p for p in paths if sites[p].kind == "experts"]
+    conv1d = bool(plain) and all(sites[p].kind == "conv1d" for p in plain)
     options = _as_lora(adapter)
     config: dict[str, Any] = {
         "peft_type": f"LORAFIT_{adapter.method.upper()}" if options is None else "LORA",
@@ -264,6 +272,13 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         "target_parameters": experts or None,
         "modules_to_save": None,
     }
+    if adapter.method == "ia3":
+        inputs = {p for p, layer in adapter.items() if isinstance(layer, IA3) and layer.inputs}
+        return (
+            config
+            | _feedforward(config["target_modules"], plain, inputs)
+            | {"peft_type": "IA3", "fan_in_fan_out": conv1d}
+        )
     if options is None:
         return config
     found = {p: factors for p, layer in adapter.items() if (factors := _pair(layer)) is not None}
@@ -276,12 +291,20 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         "use_rslora": options["rslora"],
         "use_dora": adapter.method == "dora",
         "bias": "none",
-        "fan_in_fan_out": bool(plain) and all(sites[p].kind == "conv1d" for p in plain),
+        "fan_in_fan_out": conv1d,
         "init_lora_weights": True,
         "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != options["r"]},
         "alpha_pattern": {re.escape(p): alpha for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6},
         "ensure_weight_tying": any(sites[p].tied for p in paths),
     }
+
+
+def _feedforward(targets: list[str], paths: Sequence[str], inputs: set[str]) -> dict[str, list[str]]:
+    """IA3's modules, and which of them scale their inputs: short names if each means modules of one sort."""
+    meant = {name: {p for p in paths if p == name or p.endswith("." + name)} for name in targets}
+    if any(found & inputs and found - inputs for found in meant.values()):
+        return {"target_modules": list(paths), "feedforward_modules": sorted(inputs)}
+    return {"target_modules": targets, "feedforward_modules": [name for name in targets if meant[name] & inputs]}
 
 
 def _short(paths: Sequence[str], modules: Sequence[str]) -> list[str]:
@@ -326,8 +349,10 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.startswith("LORAFIT_"):
         return str(own.get("method", "")), dict(own.get("options", {}))
+    if kind == "IA3":
+        return "ia3", {"feedforward": _feedforward_of(config, folder)}
     if kind != "LORA":
-        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA can be loaded")
+        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA and IA3 can be loaded")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
@@ -346,6 +371,14 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
     return "dora" if config.get("use_dora") else "lora", options
+
+
+def _feedforward_of(config: Mapping[str, Any], folder: Path) -> list[str]:
+    named = config.get("feedforward_modules") or []
+    if not isinstance(named, list) or config.get("modules_to_save"):
+        wrong = "modules_to_save" if config.get("modules_to_save") else f"feedforward_modules={named}"
+        raise AdapterError(f"{folder} uses {wrong}, which can't be loaded yet")
+    return [str(name) for name in named]
 
 
 def _options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

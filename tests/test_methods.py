@@ -15,9 +15,12 @@ from tiny import base, ids, model, randomize, rows
 from lorafit import fit, plan, session
 from lorafit.errors import ConfigError
 from lorafit.evaluate import evaluate
+from lorafit.export.merge import merge
 from lorafit.host import Host
 from lorafit.log import Terminal
+from lorafit.methods import METHODS
 from lorafit.methods.dora import DoRA
+from lorafit.model.load import load
 from lorafit.native import build
 from lorafit.native.rescale import plain_rescale, rescale
 from lorafit.train import optim
@@ -95,7 +98,7 @@ def test_lora_plus_is_lora_with_two_rates():
 
 def site(w, bias=None, lookup=False):
     """What a method is told of a weight (out, in)."""
-    return SimpleNamespace(shape=w.shape, lookup=lookup, bias=bias, weight=lambda: w)
+    return SimpleNamespace(path="layers.0.q_proj", shape=w.shape, lookup=lookup, bias=bias, weight=lambda: w)
 
 
 def dense_dora(layer, w, bias, x, dropped=None):
@@ -245,6 +248,61 @@ def test_peft_trains_dora_as_we_do():
             assert near(mine.grad, getattr(other, name)["default"].weight.grad)
 
 
+# --- (IA)³ -------------------------------------------------------------------------------------------------------------
+
+IA3 = {
+    "llama": ("llama", [], ["down_proj"]),
+    "qwen2": ("qwen2", [], ["down_proj"]),  # keys and values have a bias
+    "gpt2": ("gpt2", ["c_attn", "c_proj"], ["mlp.c_proj"]),
+    "outputs alone": ("llama", ["all-linear"], []),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", IA3)
+def test_ia3_in_peft_and_back(case, tmp_path):
+    shape, targets, feedforward = IA3[case]
+    host = Host(base(shape))
+    adapter = host.add("a", "ia3", targets, feedforward=feedforward)
+    assert {path.rsplit(".", 1)[-1] for path, layer in adapter.items() if layer.inputs} <= {"down_proj", "c_proj"}
+    randomize(adapter)
+    host.save("a", tmp_path)
+    x = ids(13)
+    want = logits(host, x)
+    assert near(in_peft(tmp_path, shape, x), want)
+    theirs = peft.PeftModel.from_pretrained(model(shape), tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for number, folder in enumerate((tmp_path, tmp_path / "theirs")):
+        host.load(folder, str(number))
+        assert torch.equal(logits(host, x, str(number)), want)
+
+
+@pytest.mark.parametrize("feedforward", [[], ["q_proj"]])
+def test_ia3_is_its_formula(feedforward):
+    w, bias, x = normal(20, 12), normal(20, seed=1), normal(7, 12, seed=2)
+    layer = METHODS["ia3"](site(w, bias), feedforward=feedforward)
+    randomize(layer)
+    y = x @ w.t() + bias
+    want = (x * layer.scale) @ w.t() + bias if feedforward else layer.scale * y
+    (expected,) = gradients(layer, want)
+    for found in (
+        y + layer(x, y, torch.nn.functional.linear, lambda: w),
+        *(rescale(y, *made[1:]) for made in [layer.scaled(lambda: w)] if made is not None),
+    ):
+        assert near(found, want)
+        assert near(gradients(layer, found)[0], expected)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_scaled_bias_is_merged_too(tmp_path, streamed):
+    model("qwen2").save_pretrained(tmp_path / "base")
+    host = Host(load(str(tmp_path / "base"), precision="fp32", streamed=streamed))
+    randomize(host.add("a", "ia3"))
+    want = logits(host, ids(13))
+    merge(host, "a", tmp_path / "out", [[1, 2, 3]], dtype=torch.float32)
+    assert near(logits(Host(load(str(tmp_path / "out"), precision="fp32")), ids(13), None), want)
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +315,7 @@ RUNS: dict[str, dict[str, str]] = {
     "rslora": {"r": "4", "dropout": "0.1"},
     "lora+": {"r": "4"},
     "dora": {"r": "4", "dropout": "0.1"},
+    "ia3": {},
 }
 
 

@@ -7,6 +7,7 @@ from lorafit.errors import ConfigError
 from lorafit.methods.base import Matrix, Method, Scaled, settings
 from lorafit.methods.dora import DoRA
 from lorafit.methods.full import Full
+from lorafit.methods.ia3 import IA3
 from lorafit.methods.loftq import LoftQ
 from lorafit.methods.lora import LoRA
 from lorafit.methods.lora_plus import LoRAPlus
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "rslora": RsLoRA,
     "lora+": LoRAPlus,
     "dora": DoRA,
+    "ia3": IA3,
     "full": Full,
     "pissa": PiSSA,
     "olora": OLoRA,

@@ -22,6 +22,10 @@ class Matrix(Protocol):
     """What a method may know of its site: the (*lead, out, in) weight, and whether inputs are ids."""
 
     @property
+    def path(self) -> str:
+        """Where it is in the model, for settings that name sites."""
+
+    @property
     def shape(self) -> torch.Size:
         """(*lead, out, in)."""
 
@@ -50,7 +54,8 @@ class Scaled(NamedTuple):
 
 
 class Method(nn.Module):
-    """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic.
+    """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic, and
+    delta_bias where there is one.
 
     Keyword arguments of a subclass's `__init__` after `generator` are the method's settings, with their defaults.
     """
@@ -80,6 +85,10 @@ class Method(nn.Module):
             raise NotImplementedError
         a, b, scale = factors
         return (b * scale) @ a
+
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        """What the method adds to the site's bias (*lead, out), in fp32; None for nothing."""
+        return None
 
     def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
         """What the method adds to y (n, out), the base's own output for x ((n, in), or ids (n,)): mm(x, weight()) and bias."""
