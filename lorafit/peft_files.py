@@ -147,7 +147,7 @@ def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
         return {"ia3_l": layer.scale.detach().cpu().unsqueeze(0 if layer.inputs else 1)}
     factors = _pair(layer)
     if factors is None:
-        return {f"lorafit_{name}": p.detach().cpu().float().contiguous() for name, p in layer.named_parameters()}
+        return {f"lorafit_{name}": t.detach().cpu().contiguous() for name, t in layer.state_dict().items()}
     a, b = (part.detach().cpu().float() for part in factors[:2])
     if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
@@ -194,7 +194,7 @@ def _from_peft(
             b = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
         layer = kind(site, None, **options)
         state |= {"a": a, "b": b}
-    want = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    want = {name: tuple(t.shape) for name, t in layer.state_dict().items()}
     wrong = [f"{n} is missing" for n in want if n not in state] + [
         f"unknown tensor {n}" for n in state if n not in want
     ]
@@ -205,7 +205,7 @@ def _from_peft(
     ]
     if wrong:
         return None, wrong
-    layer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    layer.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     return layer, []
 
 

@@ -124,7 +124,12 @@ class Model:
 
     @property
     def held(self) -> int:
-        """Numbers of the adapter in memory: also those that it starts from."""
+        """Numbers of the adapter in memory: also those that it starts from, or has made of the weights."""
+        return sum(t.numel() for _, layer in self.chosen for t in (*layer.parameters(), *layer.buffers()))
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the adapter on disk."""
         return sum(t.numel() for _, layer in self.chosen for t in layer.state_dict().values())
 
     @property
@@ -211,7 +216,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     passing = _with_gaps(scored * wide * (3 * model.width.h + 3 * model.width.inner), kernels)
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
-    disk = 4 * model.held + (KEEP + 1) * (4 * model.held + state) + (mapped if quant else 0)
+    disk = 4 * model.stored + (KEEP + 1) * (4 * model.stored + state) + (mapped if quant else 0)
     return Estimate(
         runtime=beside,
         weights=weights,

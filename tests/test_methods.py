@@ -13,14 +13,15 @@ import torch
 from tiny import base, ids, model, randomize, rows
 
 from lorafit import fit, plan, session
-from lorafit.errors import ConfigError
+from lorafit.errors import AdapterError, ConfigError
 from lorafit.evaluate import evaluate
 from lorafit.export.merge import merge
 from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.methods import METHODS
 from lorafit.methods.dora import DoRA
-from lorafit.model.load import load
+from lorafit.methods.qrlora import pivoted
+from lorafit.model.load import load, prepare
 from lorafit.native import build
 from lorafit.native.rescale import plain_rescale, rescale
 from lorafit.train import optim
@@ -303,6 +304,50 @@ def test_a_scaled_bias_is_merged_too(tmp_path, streamed):
     assert near(logits(Host(load(str(tmp_path / "out"), precision="fp32")), ids(13), None), want)
 
 
+# --- QR-LoRA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)], ids=str)
+def test_pivoting_takes_what_is_left_most(shape):
+    w = normal(*shape)
+    q, order = pivoted(w, 12)
+    r = q.t() @ w[:, order]
+    assert (q.t() @ q - torch.eye(12)).abs().max() < 1e-5 and sorted(set(order.tolist())) == sorted(order.tolist())
+    assert near(q @ r[:, :12], w[:, order[:12]]) and r[:, :12].tril(-1).abs().max() < 1e-5
+    left = w.clone()
+    for k in range(12):
+        assert left.norm(dim=0).argmax() == order[k]
+        left = left - q[:, k : k + 1] @ (q[:, k : k + 1].t() @ left)
+    assert torch.equal(pivoted(w, 12, order)[0], q)
+
+
+def test_qrlora_is_its_formula():
+    w, x = normal(20, 12), normal(7, 12, seed=2)
+    layer = METHODS["qrlora"](site(w), r=5)
+    randomize(layer)
+    q, order = pivoted(w, 5)
+    rows = torch.linalg.solve(q[order.new_tensor(range(5))], (q @ q.t() @ w)[:5])  # R with its columns back in place
+    want = x @ sum(lam * torch.outer(q[:, i], rows[i]) for i, lam in enumerate(layer.lam)).t()
+    (expected,) = gradients(layer, want)
+    found = layer(x, x @ w.t(), torch.nn.functional.linear, lambda: w)
+    assert near(found, want, 1e-4) and near(gradients(layer, found)[0], expected, 1e-4)
+    assert sum(p.numel() for p in layer.parameters()) == 5
+
+
+def test_qrlora_refuses_another_base(tmp_path):
+    host = Host(base("llama"))
+    host.add("a", "qrlora", r=4)
+    host.save("a", tmp_path)
+    host.sites["model.layers.1.mlp.up_proj"].write(normal(24, 16))
+    with pytest.raises(AdapterError, match="up_proj isn't the weight that this qrlora adapter was made for"):
+        host.load(tmp_path, "b")
+    half = Host(base("llama", torch.bfloat16))
+    half.add("a", "qrlora", r=4)
+    half.save("a", tmp_path)
+    wide = Host(prepare(half.base.model.float(), None, tmp_path, "llama"))
+    wide.load(tmp_path, "b")
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +361,7 @@ RUNS: dict[str, dict[str, str]] = {
     "lora+": {"r": "4"},
     "dora": {"r": "4", "dropout": "0.1"},
     "ia3": {},
+    "qrlora": {"r": "8"},
 }
 
 
@@ -385,6 +431,7 @@ def test_a_plan_knows_it(runs, tiny_model, data_file, method):
         ("rslora", {"r": 0}, "r=0: must be at least 1"),
         ("rslora", {"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
         ("dora", {"r": 0}, "r=0: must be at least 1"),
+        ("qrlora", {"r": 0}, "r=0: must be at least 1"),
         ("lora+", {"r": 0}, "r=0: must be at least 1"),
         ("lora+", {"lr_ratio": 0.0}, "lr_ratio=0.0: must be more than 0"),
     ],

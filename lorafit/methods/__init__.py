@@ -13,6 +13,7 @@ from lorafit.methods.lora import LoRA
 from lorafit.methods.lora_plus import LoRAPlus
 from lorafit.methods.olora import OLoRA
 from lorafit.methods.pissa import PiSSA
+from lorafit.methods.qrlora import QRLoRA
 from lorafit.methods.rslora import RsLoRA
 
 METHODS: dict[str, type[Method]] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "lora+": LoRAPlus,
     "dora": DoRA,
     "ia3": IA3,
+    "qrlora": QRLoRA,
     "full": Full,
     "pissa": PiSSA,
     "olora": OLoRA,
