@@ -86,6 +86,13 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     return adapter
 
 
+def peft_type(kind: type[Method]) -> str | None:
+    """PEFT's type that a method's adapters are stored as; None where PEFT has none, and the files are lorafit's alone."""
+    if kind is IA3:
+        return "IA3"
+    return "LORA" if kind in _LORAS.values() or kind.factors is not Method.factors else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What adapter_config.json holds. AdapterError if it isn't there."""
     values = load_json(folder / CONFIG, AdapterError)

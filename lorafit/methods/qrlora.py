@@ -74,7 +74,10 @@ class QRLoRA(Method):
 def pivoted(w: Tensor, r: int, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Q's first r columns (out, r) of w (out, in) fp32, and the columns (r,) of w that pivoting takes, or those in `order`. By
     Gram and Schmidt: torch has no pivoted decomposition, and of a whole one little would be used."""
-    q, left = w.new_zeros(len(w), r), w.square().sum(0)
+    q = w.new_zeros(len(w), r)
+    if w.is_meta:  # sizes are all that is asked for
+        return q, w.new_empty(r, dtype=torch.int64)
+    left = w.square().sum(0)
     taken = []
     for k in range(r):
         at = left.argmax().reshape(1) if order is None else order[k : k + 1]
