@@ -19,13 +19,14 @@ from torch import Tensor
 from lorafit import peft_files
 from lorafit.adapter import Adapter, create
 from lorafit.errors import AdapterError, ConfigError
-from lorafit.methods import find, settings
+from lorafit.methods import Scaled, find, settings
 from lorafit.model import experts, gguf
 from lorafit.model.base import Base
 from lorafit.model.body import Added
 from lorafit.model.quant import QuantLinear
 from lorafit.model.sites import Site, find_sites, select
 from lorafit.native.lowrank import Frozen, LowRank, Remake, products
+from lorafit.native.rescale import rescale
 from lorafit.packing import Packing
 from lorafit.route import Route, Stack, StackLike, stack
 
@@ -187,6 +188,15 @@ class Host:
                 del delta
         return w.float().clone() if whole is None else whole
 
+    def merged_bias(self, site: Site, spec: StackLike) -> Tensor | None:
+        """The site's bias (*lead, out) with a stack's deltas added, fp32; None where they change nothing of it."""
+        bias = site.bias
+        if bias is None:
+            return None
+        layers = [self.adapters[name][site.path] for name in stack(spec) if site.path in self.adapters[name]]
+        deltas = [delta.detach() for layer in layers if (delta := layer.delta_bias(bias)) is not None]
+        return sum(deltas, bias.float()) if deltas else None
+
     # --- hooks: the only place where an adapter meets a module -----------------------------------------------------------
 
     def _hook(self, site: Site) -> None:
@@ -238,7 +248,7 @@ class Host:
 
     def _products(self, modules: Sequence[Any], x: Tensor, remake: Remake | None) -> Sequence[Tensor]:
         """What these modules, which share the input x (n, in), give under the open route: base product and deltas at once
-        where every delta is one of low rank, else one after the other."""
+        where no site needs another product of its size, else one after the other."""
         sites = [self.site_of[module] for module in modules]
         frozen = [
             module.frozen if isinstance(module, QuantLinear) else Frozen(module.weight, module.bias)
@@ -246,10 +256,16 @@ class Host:
         ]
         stacks = {names for _, names in self._route.runs} if self._route else {()}
         found = {site.path: [layer for names in stacks for layer in self._layers(site.path, names)] for site in sites}
-        low = {path: layers[0].low_rank() if len(layers) == 1 else None for path, layers in found.items()}
-        if all(not layers or (len(stacks) == 1 and low[path] is not None) for path, layers in found.items()):
-            added = [LowRank(*given) if (given := low[site.path]) is not None else None for site in sites]
-            return products(x, frozen, added, remake)
+        if all(not layers or len(stacks) == len(layers) == 1 for layers in found.values()):
+            asked = [
+                layers[0].scaled(self.sites[path].weight) if layers else Scaled() for path, layers in found.items()
+            ]
+            made = [one for one in asked if one is not None]
+            if len(made) == len(asked):
+                ys = products(x, frozen, [None if one.low is None else LowRank(*one.low) for one in made], remake)
+                return [
+                    y if one.gain is None else rescale(y, one.gain, one.apart) for y, one in zip(ys, made, strict=True)
+                ]
         bare = products(x, frozen, [None] * len(sites), remake)
         return [
             y if (whole := self._after(site, site.module, (x,), y)) is None else whole

@@ -22,6 +22,8 @@ from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
 from lorafit.files import load_json
 from lorafit.methods import Method, find
+from lorafit.methods.dora import DoRA
+from lorafit.methods.ia3 import IA3
 from lorafit.methods.lora import LoRA
 from lorafit.model.sites import Site
 
@@ -41,8 +43,8 @@ def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder:
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
-    if adapter.method != "lora" and (plain := _as_lora(adapter)) is not None:
-        own |= {"method": "lora", "options": plain}
+    if (stored := _as_lora(adapter)) is not None and adapter.method not in _LORAS:
+        own |= {"method": "lora", "options": stored}
         own.setdefault("trained_as", {"method": adapter.method, "options": adapter.options})
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -84,6 +86,13 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     return adapter
 
 
+def peft_type(kind: type[Method]) -> str | None:
+    """PEFT's type that a method's adapters are stored as; None where PEFT has none, and the files are lorafit's alone."""
+    if kind is IA3:
+        return "IA3"
+    return "LORA" if kind in _LORAS.values() or kind.factors is not Method.factors else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What adapter_config.json holds. AdapterError if it isn't there."""
     values = load_json(folder / CONFIG, AdapterError)
@@ -113,27 +122,54 @@ def _wrap_order(path: str) -> int:
     return 1 if path.endswith("down_proj") else 0
 
 
+_OURS = {"ia3_l": "scale"}
+_LORAS: dict[str, type[LoRA | DoRA]] = {"lora": LoRA, "dora": DoRA}  # the methods that PEFT's LORA stands for
+
+
+def _pair(layer: Method) -> tuple[Tensor, Tensor, float] | None:
+    """(a, b, scale) of a layer that is stored as LoRA."""
+    return (layer.a, layer.b, layer.scale) if isinstance(layer, DoRA) else layer.factors()
+
+
 def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
     """The settings of LoRA under which an adapter is stored, where all its layers add products of low rank: its own, or r and
     alpha as most of its sites have them."""
+    if adapter.method in _LORAS:
+        return adapter.options
     found = [layer.factors() for _, layer in adapter.items()]
-    if adapter.method == "lora" or not found or None in found:
-        return adapter.options if adapter.method == "lora" else None
-    pairs = Counter((f[0].shape[-2], round(f[2] * f[0].shape[-2], 9)) for f in found if f is not None)
+    if not found or None in found:
+        return None
+    root = adapter.method == "rslora"
+    pairs = Counter((f[0].shape[-2], _alpha(f[0].shape[-2], f[2], root)) for f in found if f is not None)
     r, alpha = pairs.most_common(1)[0][0]
-    return {"r": r, "alpha": alpha, "dropout": 0.0, "rslora": False}
+    return {"r": r, "alpha": alpha, "dropout": adapter.options.get("dropout", 0.0), "rslora": root}
+
+
+def _alpha(r: int, scale: float, rslora: bool) -> float:
+    return round(scale * (r**0.5 if rslora else r), 9)
 
 
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
-    factors = layer.factors()
+    if isinstance(layer, IA3):
+        return {"ia3_l": layer.scale.detach().cpu().unsqueeze(0 if layer.inputs else 1)}
+    factors = _pair(layer)
     if factors is None:
-        return {f"lorafit_{name}": p.detach().cpu().float().contiguous() for name, p in layer.named_parameters()}
+        return {f"lorafit_{name}": t.detach().cpu().contiguous() for name, t in layer.state_dict().items()}
     a, b = (part.detach().cpu().float() for part in factors[:2])
     if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
-    if site.lookup:
-        return {"lora_embedding_A": a.contiguous(), "lora_embedding_B": b.contiguous()}
-    return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
+    names = _names(site, type(layer))
+    return {names[name]: t.contiguous() for name, t in {"a": a, "b": b, **_magnitude(layer)}.items()}
+
+
+def _magnitude(layer: Method) -> dict[str, Tensor]:
+    return {"m": layer.m.detach().cpu()} if isinstance(layer, DoRA) else {}
+
+
+def _names(site: Site, kind: type[Method]) -> dict[str, str]:
+    """PEFT's names of a layer's parameters."""
+    a, b = ("lora_embedding_A", "lora_embedding_B") if site.lookup else ("lora_A.weight", "lora_B.weight")
+    return {"a": a, "b": b, **({"m": "lora_magnitude_vector"} if issubclass(kind, DoRA) else {})}
 
 
 def _from_peft(
@@ -142,14 +178,18 @@ def _from_peft(
     kind = find(method)
     if site.kind not in kind.kinds:
         return None, [f"method '{method}' can't adapt a site of kind '{site.kind}'"]
-    if not issubclass(kind, LoRA):
+    if kind is IA3:
+        layer: Method = kind(site, None, **options)
+        state = {_OURS.get(name, name): tensor.flatten() for name, tensor in parts.items()}
+    elif kind not in _LORAS.values():
         layer = kind(site, None, **options)
         state = {name.removeprefix("lorafit_"): tensor for name, tensor in parts.items()}
     else:
-        a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if site.lookup else ("lora_A.weight", "lora_B.weight")
-        if set(parts) != {a_name, b_name}:
-            return None, [f"has {', '.join(sorted(parts))}; expected {a_name} and {b_name}"]
-        a, b = parts[a_name].float(), parts[b_name].float()
+        names = _names(site, kind)
+        if set(parts) != set(names.values()):
+            return None, [f"has {', '.join(sorted(parts))}; expected {' and '.join(names.values())}"]
+        state = {name: parts[theirs].float() for name, theirs in names.items()}
+        a, b, a_name, b_name = state["a"], state["b"], names["a"], names["b"]
         *lead, out, width = site.shape
         if a.ndim != 2 or b.ndim != 2:
             return None, [f"{a_name} {tuple(a.shape)} and {b_name} {tuple(b.shape)} must have two dimensions"]
@@ -160,8 +200,8 @@ def _from_peft(
             a = a.view(experts, -1, a.shape[1])
             b = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
         layer = kind(site, None, **options)
-        state = {"a": a, "b": b}
-    want = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+        state |= {"a": a, "b": b}
+    want = {name: tuple(t.shape) for name, t in layer.state_dict().items()}
     wrong = [f"{n} is missing" for n in want if n not in state] + [
         f"unknown tensor {n}" for n in state if n not in want
     ]
@@ -172,7 +212,7 @@ def _from_peft(
     ]
     if wrong:
         return None, wrong
-    layer.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    layer.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
     return layer, []
 
 
@@ -184,7 +224,9 @@ def _by_site(
     parsed, bad = [], []
     for key, tensor in tensors.items():
         match = re.fullmatch(
-            re.escape(PREFIX) + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lorafit_\w+)", key
+            re.escape(PREFIX)
+            + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|lorafit_\w+)",
+            key,
         )
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
@@ -226,6 +268,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
     paths = [path for path, _ in adapter.items()]
     plain = [p for p in paths if sites[p].kind != "experts"]
     experts = [p for p in paths if sites[p].kind == "experts"]
+    conv1d = bool(plain) and all(sites[p].kind == "conv1d" for p in plain)
     options = _as_lora(adapter)
     config: dict[str, Any] = {
         "peft_type": f"LORAFIT_{adapter.method.upper()}" if options is None else "LORA",
@@ -236,26 +279,39 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
         "target_parameters": experts or None,
         "modules_to_save": None,
     }
+    if adapter.method == "ia3":
+        inputs = {p for p, layer in adapter.items() if isinstance(layer, IA3) and layer.inputs}
+        return (
+            config
+            | _feedforward(config["target_modules"], plain, inputs)
+            | {"peft_type": "IA3", "fan_in_fan_out": conv1d}
+        )
     if options is None:
         return config
-    found = {p: factors for p, layer in adapter.items() if (factors := layer.factors()) is not None}
+    found = {p: factors for p, layer in adapter.items() if (factors := _pair(layer)) is not None}
     ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
-    alphas = {p: s * (ranks[p] ** 0.5 if options["rslora"] else ranks[p]) for p, (_, _, s) in found.items()}
+    alphas = {p: _alpha(ranks[p], s, options["rslora"]) for p, (_, _, s) in found.items()}
     return config | {
         "r": options["r"],
         "lora_alpha": options["alpha"],
         "lora_dropout": 0.0 if experts else options["dropout"],  # PEFT refuses dropout on parameters
         "use_rslora": options["rslora"],
-        "use_dora": False,
+        "use_dora": adapter.method == "dora",
         "bias": "none",
-        "fan_in_fan_out": bool(plain) and all(sites[p].kind == "conv1d" for p in plain),
+        "fan_in_fan_out": conv1d,
         "init_lora_weights": True,
         "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != options["r"]},
-        "alpha_pattern": {
-            re.escape(p): round(alpha, 9) for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6
-        },
+        "alpha_pattern": {re.escape(p): alpha for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6},
         "ensure_weight_tying": any(sites[p].tied for p in paths),
     }
+
+
+def _feedforward(targets: list[str], paths: Sequence[str], inputs: set[str]) -> dict[str, list[str]]:
+    """IA3's modules, and which of them scale their inputs: short names if each means modules of one sort."""
+    meant = {name: {p for p in paths if p == name or p.endswith("." + name)} for name in targets}
+    if any(found & inputs and found - inputs for found in meant.values()):
+        return {"target_modules": list(paths), "feedforward_modules": sorted(inputs)}
+    return {"target_modules": targets, "feedforward_modules": [name for name in targets if meant[name] & inputs]}
 
 
 def _short(paths: Sequence[str], modules: Sequence[str]) -> list[str]:
@@ -278,7 +334,6 @@ def _promised(config: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]
 
 # PEFT features that change what the tensors mean; an adapter that uses one would compute something else here.
 _UNSUPPORTED = [
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -301,8 +356,10 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.startswith("LORAFIT_"):
         return str(own.get("method", "")), dict(own.get("options", {}))
+    if kind == "IA3":
+        return "ia3", {"feedforward": _feedforward_of(config, folder)}
     if kind != "LORA":
-        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA can be loaded")
+        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA and IA3 can be loaded")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
@@ -320,7 +377,15 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
         }
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
-    return "lora", options
+    return "dora" if config.get("use_dora") else "lora", options
+
+
+def _feedforward_of(config: Mapping[str, Any], folder: Path) -> list[str]:
+    named = config.get("feedforward_modules") or []
+    if not isinstance(named, list) or config.get("modules_to_save"):
+        wrong = "modules_to_save" if config.get("modules_to_save") else f"feedforward_modules={named}"
+        raise AdapterError(f"{folder} uses {wrong}, which can't be loaded yet")
+    return [str(name) for name in named]
 
 
 def _options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

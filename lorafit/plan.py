@@ -7,6 +7,7 @@ the widest part of a layer's backward, whichever is more. docs/memory.md shows p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -123,7 +124,12 @@ class Model:
 
     @property
     def held(self) -> int:
-        """Numbers of the adapter in memory: also those that it starts from."""
+        """Numbers of the adapter in memory: also those that it starts from, or has made of the weights."""
+        return sum(t.numel() for _, layer in self.chosen for t in (*layer.parameters(), *layer.buffers()))
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the adapter on disk."""
         return sum(t.numel() for _, layer in self.chosen for t in layer.state_dict().values())
 
     @property
@@ -156,7 +162,7 @@ def _empty(config: Config, path: Path, gpu: bool | None, source: Path | None) ->
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     sites = find_sites(model)
-    adapter = _fresh(config, sites) if source is None else peft_files.load(source, sites)
+    adapter = _fresh(config, sites) if source is None else _saved(source, sites)
     chosen = [(sites[path], layer) for path, layer in adapter.items()]
     fast = Body.of(model) is not None
     try:
@@ -181,6 +187,13 @@ def _fresh(config: Config, sites: Mapping[str, Site]) -> Adapter:
         )
 
 
+def _saved(source: Path, sites: Mapping[str, Site]) -> Adapter:
+    """What training goes on from, on no device."""
+    with warnings.catch_warnings():  # what a method makes of a weight is nowhere already, and torch says so
+        warnings.simplefilter("ignore")
+        return peft_files.load(source, sites).to("meta")
+
+
 def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     """What training `config` on these rows takes."""
     wide = model.dtype.itemsize
@@ -203,7 +216,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     passing = _with_gaps(scored * wide * (3 * model.width.h + 3 * model.width.inner), kernels)
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
-    disk = 4 * model.held + (KEEP + 1) * (4 * model.held + state) + (mapped if quant else 0)
+    disk = 4 * model.stored + (KEEP + 1) * (4 * model.stored + state) + (mapped if quant else 0)
     return Estimate(
         runtime=beside,
         weights=weights,
@@ -278,14 +291,15 @@ def _kept(model: Model, tokens: int, kernels: bool) -> int:
 
 
 def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
-    """Bytes that an adapter's layer keeps: x·Aᵀ; where it isn't of low rank, its input and itself in the base's type."""
+    """Bytes that an adapter's layer keeps: x·Aᵀ, and the output where that is scaled; where the base's product isn't the only
+    one, its input and itself in the base's type."""
     *lead, out, width = site.shape
-    low = layer.eval().low_rank()
-    if low is None:
+    made = layer.eval().scaled(site.weight)
+    if made is None:
         return wide * (sum(p.numel() for p in layer.parameters()) + tokens * width)
-    r = -(-low[0].shape[0] // DEEP) * DEEP
-    more = 3 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: before, what fell out, after
-    return wide * tokens * r + more
+    r = 0 if made.low is None else -(-made.low[0].shape[0] // DEEP) * DEEP
+    more = 3 * tokens * wide * width if layer.train().draws else 0  # dropout: before, what fell out, after
+    return wide * tokens * (r + (0 if made.gain is None else out)) + more
 
 
 # --- does it fit? ------------------------------------------------------------------------------------------------------

@@ -160,6 +160,19 @@ def test_runs_lists_and_compares(capsys, run, other):
 def test_methods(capsys):
     code, out, _ = call(capsys, "methods", "--json")
     assert code == 0 and {m["method"] for m in json.loads(out)} >= {"lora", "full"}
+    assert all("trainable" not in m for m in json.loads(out))
+
+
+def test_methods_of_a_model(capsys, tiny_model):
+    code, out, _ = call(capsys, "methods", "--model", tiny_model, "--json")
+    found = {m["method"]: m for m in json.loads(out)}
+    assert code == 0 and found["ia3"]["trainable"] == 2 * (16 + 16 + 48)
+    assert found["lora"]["trainable"] < found["dora"]["trainable"] < found["full"]["trainable"]
+    assert [found[m]["peft"] for m in ("lora", "pissa", "ia3", "full")] == ["LORA", "LORA", "IA3", "own format"]
+    code, out, _ = call(capsys, "methods", "--model", tiny_model)
+    assert code == 0 and any(line.split()[:2] == ["ia3", "160"] for line in out.splitlines())
+    code, _, err = call(capsys, "methods", "--model", "nowhere")
+    assert code == 2 and "nowhere" in err
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,13 @@ def test_forward_equals_merged_weight(place):
         with host.route("a"):
             routed = host.logits(x, LENGTHS)
         weights = {site.path: host.merged_weight(site, "a") for site in select(host.sites, targets)}
+        biases = {site.path: host.merged_bias(site, "a") for site in select(host.sites, targets)}
         restore(host.base.model)  # codes become numbers
         merged_host = Host(host.base)
         for path, w in weights.items():
             merged_host.sites[path].write(w)
+            if biases[path] is not None:
+                merged_host.sites[path].write_bias(biases[path])
         merged = merged_host.logits(x, LENGTHS)
     assert (routed - plain).abs().max() > 0.1  # the adapter is felt at all
     assert (routed - merged).abs().max() < 1e-5 * max(1, merged.abs().max())

@@ -148,7 +148,6 @@ def test_another_base_is_an_error(tmp_path):
     [
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
-        {"use_dora": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},

@@ -140,12 +140,15 @@ def merge(
         nonlocal proof
         working(f"adding the adapter to the base, and writing {out}")
         adapted = adapted_sites(host, spec)
+        biases = merged_biases(host, spec)
         if base.source is not None:
-            copy(base, place, dtype, host.sites.values(), {site.path for site in adapted}, summed)
+            copy(base, place, dtype, host.sites.values(), {site.path for site in adapted}, summed, biases)
             write_settings(base, place, dtype, chat)
         else:
             for site in adapted:
                 site.write(summed(site))
+                if site.path in biases:
+                    site.write_bias(biases[site.path])
             for name in list(host.adapters):
                 host.remove(name)
             write(host, place, dtype, chat)
@@ -196,6 +199,13 @@ def merged_weight(host: Host, site: Site, spec: StackLike) -> Tensor:
     return merged
 
 
+@torch.no_grad()
+def merged_biases(host: Host, spec: StackLike) -> dict[str, Tensor]:
+    """The biases (*lead, out) that a stack changes, with its deltas, fp32, by site."""
+    found = {site.path: host.merged_bias(site, spec) for site in adapted_sites(host, spec)}
+    return {path: bias for path, bias in found.items() if bias is not None}
+
+
 def ratio(error: Tensor, change: Tensor) -> float:
     """‖error‖ / ‖change‖; infinite for an error of no change at all."""
     off, by = float(error.norm()), float(change.norm())
@@ -209,13 +219,22 @@ def copy(
     sites: Iterable[Site],
     adapted: Container[str],
     summed: Callable[[Site], Tensor],
+    biases: Mapping[str, Tensor],
 ) -> None:
-    """The base's weights from its files into a folder, one after the other: of `adapted` sites what `summed` gives instead,
-    of codes what they stand for. The names are those that the base's folder has them by."""
+    """The base's weights from its files into a folder, one after the other: of `adapted` sites what `summed` gives instead, and
+    those `biases`, of codes what they stand for. The names are those that the base's folder has them by."""
     source = base.source
     assert source is not None
     names = source.names
     entries = [entry for name in names for entry in source.entries(name, dtype)]
+    sites = list(sites)
+    changed = {
+        source.keys[
+            f"{site.path.rpartition('.')[0] if site.kind == 'experts' else site.path}.{site.bias_parameter}"
+        ]: biases[site.path]
+        for site in sites
+        if site.path in biases
+    }
     made = {
         source.keys[site.name]: site for site in sites if site.path in adapted or isinstance(site.module, QuantLinear)
     }
@@ -223,7 +242,9 @@ def copy(
     def tensors() -> Iterator[dict[str, Tensor]]:
         for name in names:
             site = made.get(source.keys[name])
-            if site is None:
+            if (bias := changed.get(source.keys[name])) is not None:
+                tensor = bias.to(dtype)
+            elif site is None:
                 tensor = source.read(name, source.entries(name, dtype)[0].dtype)
             else:
                 tensor = site.turned(summed(site) if site.path in adapted else site.weight()).to(dtype)

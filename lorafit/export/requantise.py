@@ -19,7 +19,18 @@ from torch import Tensor
 from lorafit import files
 from lorafit.data import Chat
 from lorafit.errors import LorafitError, RunError
-from lorafit.export.merge import Proof, adapted_sites, compare, effect_of, free, logits_of, merged_weight, ratio, write
+from lorafit.export.merge import (
+    Proof,
+    adapted_sites,
+    compare,
+    effect_of,
+    free,
+    logits_of,
+    merged_biases,
+    merged_weight,
+    ratio,
+    write,
+)
 from lorafit.host import Host
 from lorafit.model.quant import Quant, QuantLinear, quantise
 from lorafit.model.quant_load import tensors_of
@@ -56,7 +67,10 @@ def requantise(
     want, effect = effect_of(host, spec, prompts)
     working(f"adding the adapter to the base and rounding to {quant}")
     error: dict[str, float] = {}
+    biases = merged_biases(host, spec)
     for site in adapted_sites(host, spec):
+        if site.path in biases:
+            site.write_bias(biases[site.path])
         merged = merged_weight(host, site, spec)
         if isinstance(site.module, QuantLinear):
             q = quantise(merged, quant, site.path)

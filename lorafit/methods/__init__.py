@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
-from lorafit.methods.base import Matrix, Method, settings
+from lorafit.methods.base import Matrix, Method, Scaled, settings
+from lorafit.methods.dora import DoRA
 from lorafit.methods.full import Full
+from lorafit.methods.ia3 import IA3
 from lorafit.methods.loftq import LoftQ
 from lorafit.methods.lora import LoRA
+from lorafit.methods.lora_plus import LoRAPlus
 from lorafit.methods.olora import OLoRA
 from lorafit.methods.pissa import PiSSA
+from lorafit.methods.qrlora import QRLoRA
+from lorafit.methods.rslora import RsLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
+    "rslora": RsLoRA,
+    "lora+": LoRAPlus,
+    "dora": DoRA,
+    "ia3": IA3,
+    "qrlora": QRLoRA,
     "full": Full,
     "pissa": PiSSA,
     "olora": OLoRA,
@@ -27,4 +37,4 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Matrix", "Method", "find", "settings"]
+__all__ = ["METHODS", "Matrix", "Method", "Scaled", "find", "settings"]

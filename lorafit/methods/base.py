@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,20 @@ class Matrix(Protocol):
     """What a method may know of its site: the (*lead, out, in) weight, and whether inputs are ids."""
 
     @property
+    def path(self) -> str:
+        """Where it is in the model, for settings that name sites."""
+
+    @property
     def shape(self) -> torch.Size:
         """(*lead, out, in)."""
 
     @property
     def lookup(self) -> bool:
         """Inputs are ids."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(*lead, out), which the site adds to its product; None where it has none."""
 
     def weight(self) -> Tensor:
         """The weight, (*lead, out, in)."""
@@ -36,8 +44,18 @@ class Matrix(Protocol):
         """(a (r, in), b (out, r)) where the weight is codes that `method` has made with b·a beside them; else None."""
 
 
+class Scaled(NamedTuple):
+    """A site that gives y + gain·(y − apart), where y is the base's output with scale·(x·aᵀ)·bᵀ in its sum: the base's product is
+    then the only one of its size. Each is None where there is none."""
+
+    low: tuple[Tensor, Tensor, float] | None = None  # a (r, in), b (out, r), scale
+    gain: Tensor | None = None  # (out,)
+    apart: Tensor | None = None  # (out,), such as a bias
+
+
 class Method(nn.Module):
-    """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic.
+    """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic, and
+    delta_bias where there is one.
 
     Keyword arguments of a subclass's `__init__` after `generator` are the method's settings, with their defaults.
     """
@@ -45,6 +63,7 @@ class Method(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "experts"})
     targets: ClassVar[tuple[str, ...]] = ("all-linear",)  # adapted when the user names none
     about: ClassVar[str] = ""
+    paper: ClassVar[str] = ""  # its number at arXiv
     lr_factor: ClassVar[float] = 1.0  # of the default learning rate
     codes: ClassVar[str] = ""  # the setting that, with r, decides the codes this method has a quantised base stored in
     needs_codes: ClassVar[bool] = False  # it is nothing without them
@@ -52,6 +71,7 @@ class Method(nn.Module):
     # Random choices of a forward (dropout) are drawn from this seed, which the training loop sets anew for each
     # micro-batch: the same in a recomputed forward, after a resume, and with other adapters in the batch or without.
     seed: int = 0
+    dropout: float = 0.0  # of a floating-point input, in training; a method that has it as a setting sets it
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """(a (*lead, r, in), b (*lead, out, r), scale) where what the method adds is scale·b·a, whatever the weight: then the
@@ -66,27 +86,40 @@ class Method(nn.Module):
         a, b, scale = factors
         return (b * scale) @ a
 
-    def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
-        """What the method adds to y (n, out), the site's output for x ((n, in), or ids (n,)).
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        """What the method adds to the site's bias (*lead, out), in fp32; None for nothing."""
+        return None
 
-        y holds the layer's bias, and what other adapters of a stack have added; only mm(x, weight()) is the bare product.
-        """
+    def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
+        """What the method adds to y (n, out), the base's own output for x ((n, in), or ids (n,)): mm(x, weight()) and bias."""
         factors = self.factors()
         if factors is None:
             return mm(x, self.delta_weight(weight()))
         a, b, scale = factors
-        return mm(mm(x, a), b) * scale
+        return mm(mm(self.dropped(x), a), b) * scale
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x as training with dropout sees it; x itself otherwise."""
+        if not self.draws or not x.is_floating_point():
+            return x
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        return x * torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator) / (1 - self.dropout)
 
     @property
     def draws(self) -> bool:
         """Whether a forward in training makes random choices, so that equal tokens needn't give equal deltas."""
-        return False
+        return bool(self.dropout) and self.training
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """(a (r, in), b (out, r), scale) where this forward adds exactly scale·(x·aᵀ)·bᵀ, so that it can be computed in
-        one sum with the base's product; None where it doesn't."""
-        factors = self.factors()
+        one sum with the base's product; None where it doesn't, or dropout gives each site an input of its own."""
+        factors = None if self.draws else self.factors()
         return factors if factors is not None and factors[0].dim() == 2 else None
+
+    def scaled(self, weight: Callable[[], Tensor]) -> Scaled | None:
+        """The site's output in one product, where this forward can be had so; of low rank it can."""
+        low = self.low_rank()
+        return None if low is None else Scaled(low)
 
     def lr_scale(self) -> dict[str, float]:
         """Learning-rate factors by parameter name; 1 for those that aren't named."""

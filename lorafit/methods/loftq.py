@@ -16,7 +16,8 @@ from lorafit.methods.moved import Moved, scale_of
 class LoftQ(Method):
     """See Moved. A weight that isn't quantised loses nothing: there B₀ is zero and A₀ random, as LoRA's."""
 
-    about = "LoRA from what quantising lost; needs quant, makes codes of its own (arXiv 2310.08659)"
+    about = "LoRA from what quantising lost; needs quant, makes codes of its own"
+    paper = "2310.08659"
     codes = "iterations"
     needs_codes = True
 

@@ -6,13 +6,11 @@ then met only by its own id. Both are fp32 whatever the base is; they are cast t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from lorafit.errors import ConfigError
-from lorafit.methods.base import MM, Matrix, Method
+from lorafit.methods.base import Matrix, Method
 
 
 def fresh(site: Matrix, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -26,10 +24,19 @@ def fresh(site: Matrix, r: int, generator: torch.Generator | None) -> tuple[Tens
     return a, b
 
 
+def check(r: int, dropout: float) -> None:
+    """ConfigError for a rank or a dropout that there can't be."""
+    if r < 1:
+        raise ConfigError(f"r={r}: must be at least 1")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout={dropout}: must be at least 0 and below 1")
+
+
 class LoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), both trained."""
 
-    about = "low-rank update B·A, the default (arXiv 2106.09685; rslora=true: 2312.03732)"
+    about = "low-rank update B·A, the default"
+    paper = "2106.09685"
 
     def __init__(
         self,
@@ -42,31 +49,11 @@ class LoRA(Method):
         rslora: bool = False,
     ) -> None:
         super().__init__()
-        if r < 1:
-            raise ConfigError(f"r={r}: must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout={dropout}: must be at least 0 and below 1")
+        check(r, dropout)
         self.scale = alpha / (r**0.5 if rslora else r)
         self.dropout = dropout
         self.a, self.b = map(nn.Parameter, fresh(site, r, generator))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Its own two matrices."""
+        """Its own two matrices. Dropout falls on the input alone, as in the paper."""
         return self.a, self.b, self.scale
-
-    def forward(self, x: Tensor, y: Tensor, mm: MM, weight: Callable[[], Tensor]) -> Tensor:
-        """Two thin products; dropout falls on x alone, as in the paper."""
-        if self.dropout and self.training and x.is_floating_point():
-            generator = torch.Generator(x.device).manual_seed(self.seed)
-            kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=generator)
-            x = x * kept / (1 - self.dropout)
-        return super().forward(x, y, mm, weight)
-
-    @property
-    def draws(self) -> bool:
-        """With dropout."""
-        return bool(self.dropout) and self.training
-
-    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
-        """Its own two matrices, but for dropout, which gives each site an input of its own."""
-        return None if self.draws else super().low_rank()

@@ -14,7 +14,8 @@ from lorafit.methods.moved import Moved, scale_of
 class OLoRA(Method):
     """See Moved. The rank is at most that of the weight."""
 
-    about = "LoRA from the first columns of the weight's QR decomposition (arXiv 2406.01775)"
+    about = "LoRA from the first columns of the weight's QR decomposition"
+    paper = "2406.01775"
     lr_factor = 0.1  # of 1, 0.3 and 0.1 the best on SmolLM2: A₀ is larger still than PiSSA's
 
     def __init__(

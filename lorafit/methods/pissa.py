@@ -18,7 +18,8 @@ from lorafit.native.svd import leading
 class PiSSA(Method):
     """See Moved. The rank is at most that of the weight."""
 
-    about = "LoRA from the weight's largest singular values; with quant, codes of the rest (arXiv 2404.02948)"
+    about = "LoRA from the weight's largest singular values; with quant, codes of the rest"
+    paper = "2404.02948"
     lr_factor = (
         0.3  # of 1, 0.3 and 0.1 the best on SmolLM2; a step moves large factors, and the product by as much more
     )

@@ -90,6 +90,17 @@ class Site:
             return self.module.numbers()
         return self.turned(self.stored.detach())
 
+    @property
+    def bias_parameter(self) -> str:
+        """The bias's name in the module."""
+        return f"{self.parameter}_bias" if self.kind == "experts" else "bias"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(*lead, out), as the base holds it."""
+        name = self.bias_parameter
+        return None if getattr(self.module, name, None) is None else present(self.module, name).detach()
+
     def start(self, method: str) -> tuple[Tensor, Tensor] | None:
         """(a (r, in), b (out, r)), where the weight is codes that this method has made with b·a beside them."""
         part = self.module.part if isinstance(self.module, QuantLinear) else None
@@ -101,6 +112,11 @@ class Site:
         assert not isinstance(self.module, QuantLinear) and not getattr(self.module, self.parameter).is_meta
         with torch.no_grad():
             self.stored.copy_(self.turned(w))
+
+    def write_bias(self, bias: Tensor) -> None:
+        """The same for its bias (*lead, out)."""
+        with torch.no_grad():
+            getattr(self.module, self.bias_parameter).copy_(bias)
 
 
 def find_sites(model: Any) -> dict[str, Site]:
