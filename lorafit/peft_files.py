@@ -104,6 +104,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = load_json(folder / CONFIG, AdapterError)
     if values is None:
         raise AdapterError(f"{folder / CONFIG} is missing; {folder} is not an adapter")
+    if "lora_parameters" in values and "peft_type" not in values:
+        raise AdapterError(f"{folder} is an adapter of mlx-lm; first: lorafit adapter convert {folder} OUT")
     return values
 
 

@@ -8,10 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from lorafit import peft_files
-from lorafit.adapters.deltas import Delta, enough, inner, total
+from lorafit.adapters.deltas import enough, inner, total
 from lorafit.adapters.opened import Opened, identity
 from lorafit.errors import AdapterError
 
@@ -20,8 +18,8 @@ MOST = 0.99  # of the energy ‖ΔW‖²
 
 @dataclass(frozen=True)
 class Part:
-    """A site of an adapter: `scale` and `rank` are those of its factors (None: it has none), `needed` is the rank that holds
-    99 % of ‖ΔW‖², `norm` is ‖ΔW‖."""
+    """A site of an adapter: `scale` and `rank` are those of its factors, `needed` is the rank that holds 99 % of ‖ΔW‖² (None:
+    it has no factors), `norm` is ‖ΔW‖."""
 
     path: str
     kind: str
@@ -29,7 +27,7 @@ class Part:
     rank: int | None
     scale: float | None
     norm: float
-    needed: int
+    needed: int | None
 
 
 def parts(opened: Opened) -> list[Part]:
@@ -37,9 +35,12 @@ def parts(opened: Opened) -> list[Part]:
     found = []
     for path in opened.paths:
         site, factors = opened.sites[path], opened.adapter[path].factors()
-        s = opened.delta(path).values()
-        rank, scale = (None, None) if factors is None else (factors[0].shape[-2], float(factors[2]))
-        found.append(Part(path, site.kind, tuple(site.shape), rank, scale, float(s.norm()), enough(s, MOST)))
+        shape = tuple(site.shape)
+        if factors is None:
+            found.append(Part(path, site.kind, shape, None, None, float(opened.matrix(path).norm()), None))
+            continue
+        s, rank = opened.delta(path).values(), factors[0].shape[-2]
+        found.append(Part(path, site.kind, shape, rank, float(factors[2]), float(s.norm()), enough(s, MOST)))
     return found
 
 
@@ -90,17 +91,16 @@ class Gap:
     cosine: float
 
 
-def gap(path: str, one: Delta, other: Delta) -> Gap:
-    """At a site where both are."""
-    norms = one.norm(), other.norm()
-    apart, larger = total([one, other * -1.0]).norm(), max(norms)
-    product = norms[0] * norms[1]
-    return Gap(
-        path,
-        norms,
-        apart / larger if larger else 0.0,
-        inner(one, other) / product if product else math.nan,
-    )
+def gap(path: str, one: Opened, other: Opened) -> Gap:
+    """At a site where both are; by their factors, or by their matrices where one has none."""
+    if one.low(path) and other.low(path):
+        a, b = one.delta(path), other.delta(path)
+        norms, apart, product = (a.norm(), b.norm()), total([a, b * -1.0]).norm(), inner(a, b)
+    else:
+        w, v = one.matrix(path).double(), other.matrix(path).double()
+        norms, apart, product = (float(w.norm()), float(v.norm())), float((w - v).norm()), float((w * v).sum())
+    larger, both = max(norms), norms[0] * norms[1]
+    return Gap(path, norms, apart / larger if larger else 0.0, product / both if both else math.nan)
 
 
 def same_base(one: Opened, other: Opened) -> bool | None:
@@ -119,14 +119,14 @@ def diff(one: Opened, other: Opened) -> dict[str, Any]:
     both = [p for p in one.paths if p in other.adapter and one.sites[p].shape == other.sites[p].shape]
     if not both:
         raise AdapterError(f"{one.given} and {other.given} have no site of the same name and shape")
-    gaps, product, apart = [], 0.0, 0.0
-    for path in both:
-        a, b = one.delta(path), other.delta(path)
-        gaps.append(gap(path, a, b))
-        product += inner(a, b)
-        apart += (gaps[-1].distance * max(gaps[-1].norms)) ** 2
+    gaps = [gap(path, one, other) for path in both]
+    product = sum(g.cosine * g.norms[0] * g.norms[1] for g in gaps if all(g.norms))
+    apart = sum((g.distance * max(g.norms)) ** 2 for g in gaps)
     only = [[p for p in x.paths if p not in both] for x, y in ((one, other), (other, one))]
-    lone = [math.hypot(*(x.delta(p).norm() for p in paths)) for x, paths in zip((one, other), only, strict=True)]
+    lone = [
+        math.hypot(*(part.norm for part in parts(x) if part.path in paths))
+        for x, paths in zip((one, other), only, strict=True)
+    ]
     norms = [math.hypot(lone[i], *(gap.norms[i] for gap in gaps)) for i in (0, 1)]
     larger = max(norms)
     return {
@@ -170,7 +170,6 @@ def _settings(opened: Opened) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def unlike(one: Opened, other: Opened) -> float:
     """The largest `distance` of a site, for adapters that ought to be the same."""
-    return max(gap(path, one.delta(path), other.delta(path)).distance for path in one.paths)
+    return max(gap(path, one, other).distance for path in one.paths)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lorafit.adapters import deltas
 from lorafit.adapters.combine import Combined, Kept
+from lorafit.adapters.compare import gap
 from lorafit.adapters.opened import Opened, carried, low_rank
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.log import size as bytes_
@@ -40,20 +38,15 @@ def compress(
         raise ConfigError(f"--rank {rank}: must be at least 1")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy {energy}: must be more than 0 and at most 1")
-    values = {path: opened.delta(path).values() for path in opened.paths}
-    if rank is not None:
-        ranks = {path: min(rank, deltas.actual(s)) for path, s in values.items()}
-    elif energy is not None:
-        ranks = {path: min(deltas.enough(s, energy), deltas.actual(s)) for path, s in values.items()}
-    else:
-        assert size is not None
-        ranks = _affordable(opened, values, size, int8)
+    ranks = _affordable(opened, size, int8) if size is not None else {}
     found, kept = {}, {}
     for done, path in enumerate(opened.paths):
         progress(done, len(opened.paths))
-        found[path], lost = opened.delta(path).truncated(ranks[path])
-        whole = float(values[path].square().sum())
-        kept[path] = Kept(ranks[path], lost / whole if whole else 0.0, whole)
+        u, s, vt = opened.svd(path)
+        most = ranks.get(path) or (deltas.enough(s, energy) if energy is not None else rank)
+        found[path], lost = deltas.cut(u, s, vt, min(most or 1, deltas.actual(s)))
+        whole = float(s.square().sum())
+        kept[path] = Kept(found[path].rank, lost / whole if whole else 0.0, whole)
     adapter = low_rank(opened.sites, found)
     adapter.notes = _lineage(opened, rank=rank, energy=energy, size=size, int8=int8 or None)
     return Combined(adapter, kept)
@@ -63,8 +56,9 @@ def _lineage(opened: Opened, **settings: Any) -> dict[str, Any]:
     return carried([opened], made="compress", **{key: value for key, value in settings.items() if value is not None})
 
 
-def _affordable(opened: Opened, values: Mapping[str, Tensor], size: int, int8: bool) -> dict[str, int]:
+def _affordable(opened: Opened, size: int, int8: bool) -> dict[str, int]:
     """The rank of each site: of all singular directions those with the most energy a byte."""
+    values = {path: opened.svd(path)[1] for path in opened.paths}
     price, left = {}, size - 64
     for path in values:
         *lead, out, width = opened.sites[path].shape
@@ -89,12 +83,8 @@ def _affordable(opened: Opened, values: Mapping[str, Tensor], size: int, int8: b
     return ranks
 
 
-@torch.no_grad()
 def rounded(opened: Opened, back: Opened) -> float:
-    """‖ΔW − what came back‖ / ‖ΔW‖ over all sites."""
-    lost = whole = 0.0
-    for path in opened.paths:
-        one = opened.delta(path)
-        lost += deltas.total([one, back.delta(path) * -1.0]).norm() ** 2
-        whole += one.norm() ** 2
-    return (lost / whole) ** 0.5 if whole else 0.0
+    """‖ΔW − what came back‖² / ‖ΔW‖² over all sites: what rounding took away too."""
+    gaps = [gap(path, opened, back) for path in opened.paths]
+    whole = sum(one.norms[0] ** 2 for one in gaps)
+    return sum((one.distance * max(one.norms)) ** 2 for one in gaps) / whole if whole else 0.0

@@ -58,11 +58,7 @@ class Delta:
 
     def truncated(self, rank: int) -> tuple[Delta, float]:
         """The best approximation of this rank, its factors balanced, and the energy ‖ΔW‖² that it lacks."""
-        u, s, vt = self.svd()
-        root = s[..., :rank].sqrt()
-        return Delta(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]), float(
-            s[..., rank:].square().sum()
-        )
+        return cut(*self.svd(), rank)
 
     def rows(self, begin: int, end: int) -> Tensor:
         """These rows of ΔW, fp32, of a site without leading dimensions."""
@@ -72,6 +68,13 @@ class Delta:
 def total(deltas: Sequence[Delta]) -> Delta:
     """Their sum, exactly: the factors side by side, of the sum of the ranks."""
     return Delta(torch.cat([d.b for d in deltas], -1), torch.cat([d.a for d in deltas], -2))
+
+
+def cut(u: Tensor, s: Tensor, vt: Tensor, rank: int) -> tuple[Delta, float]:
+    """The leading part of a decomposition, its factors balanced, and the energy that it lacks."""
+    root = s[..., :rank].sqrt()
+    found = Delta(u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :])
+    return found, float(s[..., rank:].square().sum())
 
 
 def inner(one: Delta, other: Delta) -> float:

@@ -65,8 +65,15 @@ class Opened:
         if factors is not None:
             a, b, scale = factors
             return Delta(b.detach().double() * scale, a.detach().double())
-        u, s, vt = torch.linalg.svd(self.matrix(path).double(), full_matrices=False)
+        u, s, vt = self.svd(path)
         return Delta(u * s[..., None, :], vt)
+
+    def svd(self, path: str) -> tuple[Tensor, Tensor, Tensor]:
+        """u, s and vᵀ of a site's ΔW, as Delta.svd."""
+        if self.low(path):
+            return self.delta(path).svd()
+        u, s, vt = torch.linalg.svd(self.matrix(path).double(), full_matrices=False)
+        return u, s, vt
 
     @torch.no_grad()
     def matrix(self, path: str) -> Tensor:

@@ -151,7 +151,7 @@ def _info(args: argparse.Namespace) -> None:
     print("\n".join(f"{label:<{wide}}  {value}" for label, value in facts))
     print()
     if args.sites:
-        rows = [[s["path"], _times(s["shape"]), _or(s["rank"]), _or(s["scale"], ".4g"), s["needed"], f"{s['norm']:.4g}"]
+        rows = [[s["path"], _times(s["shape"]), _or(s["rank"]), _or(s["scale"], ".4g"), _or(s["needed"]), f"{s['norm']:.4g}"]
                 for s in found["sites"]]  # fmt: skip
         print(table(["site", "shape", "rank", "scale", "for 99 %", "‖ΔW‖"], rows, "llrrrr"))
         return
@@ -340,8 +340,8 @@ def _print_lost(kept: dict[str, Any], lost: float) -> None:
 
 
 def _compress(args: argparse.Namespace) -> None:
-    from lorafit.adapters.compress import compress
-    from lorafit.adapters.opened import base_folder, write
+    from lorafit.adapters.compress import compress, rounded
+    from lorafit.adapters.opened import base_folder, open_adapter, write
     from lorafit.config import byte_count
     from lorafit.export.merge import free
 
@@ -355,13 +355,14 @@ def _compress(args: argparse.Namespace) -> None:
         made = compress(one, rank=args.rank, energy=args.energy, size=most, int8=args.int8, progress=spinner.update)
         write(made.adapter, to, one.sites, base_folder(one), one.modules, int8=args.int8)
     weights = (to / "adapter_model.safetensors").stat().st_size
+    lost = rounded(one, open_adapter(args.out, args.model)) if args.int8 else made.lost
     judged = _beside(args, one, out)
     if args.json:
-        print_json({"out": args.out, "lost": made.lost, "bytes": weights, "bytes_before": one.bytes, "answers": judged,
+        print_json({"out": args.out, "lost": lost, "bytes": weights, "bytes_before": one.bytes, "answers": judged,
                     "sites": {p: {"rank": k.rank, "lost": k.lost} for p, k in made.sites.items()}})  # fmt: skip
         return
     print(f"compressed {args.out}: {size(one.bytes)} -> {size(weights)}{' in int8' if args.int8 else ''}")
-    _print_lost(made.sites, made.lost)
+    _print_lost(made.sites, lost)
     if judged is not None:
         print(
             f"answers    same best token at {judged['agree']:.1%} of {judged['positions']} positions; logits off by"
@@ -453,7 +454,7 @@ def _convert(args: argparse.Namespace) -> None:
         from lorafit.adapters.compare import unlike
 
         back = open_adapter(args.out, args.model)
-        if other is None and all(one.low(path) for path in one.paths):
+        if other is None:
             off = unlike(one, back)
     if args.json:
         print_json({"out": args.out, "from": kind, "to": args.to, "base": made_for, "sites": sites, "off": off})
