@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
+import gguf_files
 import peft
 import pytest
 import safetensors.torch as st
 import torch
 from data_helpers import CHATML, tokenizer
 from peft.utils import merge_utils
-from tiny import VOCAB, ids, model, randomize
+from tiny import VOCAB, ids, model, randomize, randomize_peft
 from transformers import AutoModelForCausalLM
 
 from lorafit.adapters import deltas
@@ -24,6 +26,7 @@ from lorafit.adapters.opened import open_adapter, write
 from lorafit.cli import main
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.host import Host
+from lorafit.methods import METHODS, Method
 from lorafit.model.load import load
 
 ALL = {
@@ -356,6 +359,95 @@ def test_diff_tells_how_far_apart(bases, adapters, capsys):
     assert "distance 0.0000 of the larger, cosine 1.0000" in capsys.readouterr().out
     assert call("adapter", "diff", one, adapters["llama"]["narrow"], "--sites") == 0
     assert "only in" in capsys.readouterr().out
+
+
+class Magnitude(Method):
+    """A method whose ΔW depends on the weight, as DoRA's does: each row of W gets a length of its own."""
+
+    def __init__(self, site, generator=None):
+        super().__init__()
+        self.length = torch.nn.Parameter(site.weight().float().norm(dim=-1, keepdim=True))
+
+    def delta_weight(self, w):
+        return w.float() * (self.length / w.float().norm(dim=-1, keepdim=True) - 1)
+
+
+def test_a_method_that_needs_the_weights_gets_them(bases, adapters, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "magnitude", Magnitude)
+    host = opened(bases["llama"])
+    layers = host.add("m", "magnitude", ["q_proj", "down_proj"])
+    with torch.no_grad():
+        for p in layers.parameters():
+            p *= 1.3
+    host.load(adapters["llama"]["a"], "a")
+    (tmp_path / "m").mkdir()
+    host.save("m", tmp_path / "m")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = open_adapter(str(tmp_path / "m"))
+    for path in one.paths:
+        assert near(one.matrix(path), 0.3 * host.sites[path].weight())
+    assert call("adapter", "info", tmp_path / "m") == 0
+    assert call("adapter", "combine", tmp_path / "alone", tmp_path / "m") == 0
+    words = [tmp_path / "x", tmp_path / "m", adapters["llama"]["a"]]
+    assert call("adapter", "combine", *words) == 2 and "isn't of low rank" in capsys.readouterr().err
+    assert call("adapter", "combine", *words, "--how", "svd", "--rank", 16) == 0
+    for name in ("alone", "x"):
+        host.load(tmp_path / name, name)
+    assert near(logits(host, "alone"), logits(host, "m"))
+    assert near(logits(host, "x"), logits(host, ("m", "a")))
+    (tmp_path / "m" / "adapter_config.json").write_text(
+        (tmp_path / "m" / "adapter_config.json").read_text().replace(str(bases["llama"]), "org/gone")
+    )
+    (tmp_path / "m" / "lorafit.json").write_text(
+        (tmp_path / "m" / "lorafit.json").read_text().replace(str(bases["llama"]), "org/gone")
+    )
+    assert call("adapter", "info", tmp_path / "m") == 2
+    assert "isn't here" in capsys.readouterr().err
+
+
+def test_a_gguf_base_and_an_adapter_that_peft_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.made("llama"))
+    made = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        theirs = peft.get_peft_model(
+            gguf_files.made("llama"), peft.LoraConfig(r=2 + seed, target_modules=["q_proj", "up_proj"])
+        )
+        randomize_peft(theirs)
+        made.append(tmp_path / f"peft-{seed}")
+        theirs.save_pretrained(made[-1])
+    assert call("adapter", "combine", tmp_path / "both", *made, "--model", file) == 0
+    assert "only names and shapes were checked" in capsys.readouterr().err
+    host = opened(file)
+    for name, folder in {"a": made[0], "b": made[1], "both": tmp_path / "both"}.items():
+        host.load(folder, name)
+    assert near(logits(host, "both"), logits(host, ("a", "b")))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_embedded_model_whole(tmp_path, capsys):
+    """SmolLM2: two adapters combined, read by PEFT, made smaller, checked."""
+    host = opened(Path("smollm2"))
+    for i, (name, targets) in enumerate({"a": ["q_proj", "v_proj"], "b": ["v_proj", "*.3.mlp.*"]}.items()):
+        randomize(host.add(name, "lora", targets, r=4 + i, rslora=bool(i), seed=i), 0.02)
+        (tmp_path / name).mkdir()
+        host.save(name, tmp_path / name)
+    both, small = tmp_path / "both", tmp_path / "small"
+    assert call("adapter", "combine", both, tmp_path / "a", f"{tmp_path / 'b'}:0.5") == 0
+    host.load(both, "both")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(host.base.path, dtype=torch.float32), both
+    ).eval()
+    with torch.no_grad():
+        want = theirs(input_ids=ids(13)[None]).logits[0]
+    assert not near(logits(host, "both"), logits(host, None), 1e-3)
+    assert near(logits(host, "both"), want)
+    capsys.readouterr()
+    assert call("adapter", "compress", both, small, "--energy", 0.9, "--int8", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] < told["bytes_before"] / 3 and 0 < told["lost"] < 0.11 and told["answers"]["positions"] > 50
 
 
 # --- other programs --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ the shapes in the adapter's own file; only a method whose ΔW depends on the wei
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,9 @@ def open_adapter(given: str, model: str | None = None, working: Working = lambda
 def _without_weights(folder: Path, sites: Mapping[str, Site], made_for: str) -> Adapter | None:
     """None where the method must see its weights, which these sites haven't."""
     try:
-        adapter = peft_files.load(folder, sites, made_for)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch: numbers are copied to where there is no place for them
+            adapter = peft_files.load(folder, sites, made_for)
     except (NotImplementedError, RuntimeError):  # of torch: a tensor without numbers was asked for them
         return None
     return adapter if all(layer.factors() is not None for _, layer in adapter.items()) else None
@@ -191,8 +194,10 @@ def sites_of(shapes: Mapping[str, Shape]) -> dict[str, Site]:
 def _shapes(folder: Path) -> dict[str, Shape]:
     """From the header of an adapter's tensors. AdapterError where it takes the base to understand them."""
     config = peft_files.read_config(folder)
-    unclear = config.get("target_parameters") or config.get("ensure_weight_tying")
-    if unclear:
+    own = config.get("peft_type") not in ("LORA", peft_files.INT8) and str(config.get("peft_type")).startswith(
+        "LORAFIT_"
+    )
+    if own or config.get("target_parameters") or config.get("ensure_weight_tying"):
         raise AdapterError(f"{folder} can't be understood without its base, which isn't here; name it with --model")
     try:
         _, entries = read_header(folder / peft_files.WEIGHTS)
