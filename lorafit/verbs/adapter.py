@@ -251,7 +251,15 @@ def _verify(args: argparse.Namespace) -> None:
                 f"the base of {args.adapter} ({one.base_name or 'not named'}) isn't here; name it with --model"
             )
         spinner.rename("loading the base")
-        session = open_session([args.adapter], model=args.model, say=out.say, working=spinner.rename)
+        session = open_session(  # in fp32: in 16 bits a small change may be no change
+            [args.adapter],
+            model=args.model,
+            streamed=True,
+            precision="fp32",
+            device="cpu",
+            say=out.say,
+            working=spinner.rename,
+        )
         (name,) = session.host.adapters
         rows = prompts(args.adapter, session.chat(name))
         spinner.rename("comparing with the base")
@@ -385,7 +393,12 @@ def _beside(args: argparse.Namespace, one: Opened, out: Any) -> dict[str, Any] |
 
     with out.working("comparing answers") as spinner:
         session = open_session(
-            [str(one.folder), args.out], model=args.model, precision="fp32", device="cpu", working=spinner.rename
+            [str(one.folder), args.out],
+            model=args.model,
+            streamed=True,
+            precision="fp32",
+            device="cpu",
+            working=spinner.rename,
         )
         before, after = session.host.adapters
         rows = _text_rows(args.text, session.host.base) if args.text else prompts(args.adapter, session.chat(before))
