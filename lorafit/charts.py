@@ -1,4 +1,4 @@
-"""Curves and histograms as inline SVG, without scripts. Labels must be plain text of lorafit's own; nothing is escaped."""
+"""Curves, bars and histograms as inline SVG, without scripts. Labels must be plain text of lorafit's own; nothing is escaped."""
 
 from __future__ import annotations
 
@@ -79,6 +79,26 @@ def histogram(lengths: Sequence[tuple[float, float, float]]) -> str:
             f'height="{high - BOTTOM - y(number):.1f}"><title>{title}</title></rect>'
         )
     return f"<figure><figcaption>Rows by length in tokens</figcaption>{_svg(parts, high, 'rows by length')}</figure>"
+
+
+def columns(bars: Sequence[tuple[str, float]], caption: str) -> str:
+    """A bar for each (label, value ≥ 0)."""
+    high = 190
+    y_ticks = ticks(0, max(value for _, value in bars), 4)
+    slot = (WIDE - LEFT - RIGHT) / len(bars)
+
+    def y(value: float) -> float:
+        return high - BOTTOM - value / y_ticks[-1] * (high - TOP - BOTTOM)
+
+    every = math.ceil(len(bars) / 12)
+    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", label) for i, (label, _) in enumerate(bars)]
+    parts = _axes(marks[::every], [(f"{y(v):.1f}", _tick(v)) for v in y_ticks], high)
+    for i, (label, value) in enumerate(bars):
+        parts.append(
+            f'<rect class="bar" x="{LEFT + i * slot + 1:.1f}" y="{y(value):.1f}" width="{max(1.0, slot - 2):.1f}" '
+            f'height="{high - BOTTOM - y(value):.1f}"><title>{label}: {value:.4g}</title></rect>'
+        )
+    return f"<figure><figcaption>{caption}</figcaption>{_svg(parts, high, caption)}</figure>"
 
 
 def _axes(xs: Sequence[tuple[str, str]], ys: Sequence[tuple[str, str]], high: int) -> list[str]:

@@ -212,13 +212,14 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(flat(config), sort_keys=False, allow_unicode=True)
 
 
-def byte_count(key: str, text: str) -> int:
-    """`6G`, `500M`, `1.5 GB` in powers of 1000, `6GiB` in powers of 1024. Raises ConfigError naming the key."""
+def byte_count(key: str, text: str, least: float = 1e6) -> int:
+    """`6G`, `500M`, `1.5 GB` in powers of 1000, `6GiB` in powers of 1024. Raises ConfigError naming the key, for less than
+    `least` too: a letter was forgotten."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if not found or (found[3] and not found[2]):
         raise ConfigError(f"{key}={text}: must be an amount of memory, for example {key}=6G or {key}=500M")
     amount = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
-    if amount < 1e6:
+    if amount < least:
         raise ConfigError(f"{key}={text}: that is {amount} bytes; write {key}={found[1]}G or {key}={found[1]}M")
     return amount
 

@@ -17,7 +17,7 @@ import torch
 
 import lorafit
 from lorafit import config as settings
-from lorafit import files, places, plan, report
+from lorafit import files, peft_files, places, plan, report
 from lorafit.batches import Plan, default_tokens, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
@@ -152,7 +152,9 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
     if config.start:  # the run keeps what it started from, so that it can be resumed whatever becomes of the old one
         source = adapter_folder(config.start)
         made.terminal.say(f"starts from {source}")
-        files.write_folder(folder / "start", lambda place: _copy(source, place))
+        lineage = {"made": "train", "of": [peft_files.ancestor(str(source), source)]}
+        made.host.adapters[NAME].notes["lineage"] = lineage
+        files.write_folder(folder / "start", lambda place: _start(source, place, lineage))
         config.start = str((folder / "start").absolute())
     files.write_text(folder / "config.yaml", settings.to_yaml(config))
     files.write_json(folder / "data.json", made.data.report.to_json())
@@ -199,8 +201,10 @@ def _deciding(config: Config) -> dict[str, Any]:
     return {**values, "optimizer": config.optimizer.removeprefix("paged_")}
 
 
-def _copy(source: Path, place: Path) -> None:
+def _start(source: Path, place: Path, lineage: Mapping[str, Any]) -> None:
+    """A copy of the adapter that training starts from, with the notes that a resumed run carries on."""
     shutil.copytree(source, place, dirs_exist_ok=True)
+    files.write_json(place / peft_files.OWN, {**peft_files.read_notes(source), "lineage": lineage})
 
 
 def _is_complete(run: Run) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
-from lorafit.files import load_json
+from lorafit.files import load_json, sha256
 from lorafit.methods import Method, find
 from lorafit.methods.dora import DoRA
 from lorafit.methods.ia3 import IA3
@@ -29,10 +29,19 @@ from lorafit.model.sites import Site
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "lorafit.json"
+INT8, SCALE = "LORAFIT_INT8", ".scale"  # a LoRA whose tensors are int8, each with its rows' scales beside it
 
 
-def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder: str, modules: Sequence[str]) -> None:
-    """Write the adapter's files into `folder`, which must exist. `modules`: all module paths of the base.
+def save(
+    adapter: Adapter,
+    folder: Path,
+    sites: Mapping[str, Site],
+    base_folder: str,
+    modules: Sequence[str],
+    int8: bool = False,
+) -> None:
+    """Write the adapter's files into `folder`, which must exist. `modules`: all module paths of the base. `int8`: a LoRA's
+    tensors in 8 bits with a scale for each row, which PEFT doesn't read.
 
     The folder isn't swapped in whole here; a run does that (see run.py).
     """
@@ -40,6 +49,10 @@ def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder:
     for path, layer in adapter.items():
         for name, tensor in _to_peft(layer, sites[path]).items():
             tensors[f"{PREFIX}{_peft_path(sites[path], adapter)}.{name}"] = tensor
+    if int8:
+        if config["peft_type"] != "LORA":
+            raise AdapterError(f"method '{adapter.method}' can't be stored in int8; compress it to a rank as well")
+        config["peft_type"], tensors = INT8, _coded(tensors)
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
@@ -66,6 +79,8 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
     method, options = _method_of(config, own, folder)
+    if config.get("peft_type") == INT8:
+        tensors = _numbers(tensors, folder)
     if any(site.tied for site in sites.values()):
         tensors = _untied(config, tensors, sites, folder)
     grouped, bad = _by_site(tensors, sites, config.get("target_parameters") or [])
@@ -98,12 +113,52 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = load_json(folder / CONFIG, AdapterError)
     if values is None:
         raise AdapterError(f"{folder / CONFIG} is missing; {folder} is not an adapter")
+    if "lora_parameters" in values and "peft_type" not in values:
+        raise AdapterError(f"{folder} is an adapter of mlx-lm; first: lorafit adapter convert {folder} OUT")
     return values
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """What lorafit.json holds; {} for an adapter made elsewhere."""
     return load_json(folder / OWN, AdapterError) or {}
+
+
+def ancestor(given: str, folder: Path) -> dict[str, Any]:
+    """What is remembered of an adapter that another one was made of: where it was, its tensors' hash, and its own lineage."""
+    before, weights = read_notes(folder).get("lineage"), folder / WEIGHTS
+    found = {"adapter": given, "sha256": sha256(weights) if weights.is_file() else ""}
+    return found | ({"lineage": before} if before else {})
+
+
+# --- 8 bits ------------------------------------------------------------------------------------------------------------
+
+
+def _coded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """int8 codes, and the fp32 scale of each row (rows, 1): its largest number is 127. A vector stays as it is."""
+    found: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if tensor.dim() < 2}
+    for name, tensor in tensors.items():
+        if name in found:
+            continue
+        scale = tensor.abs().amax(1, keepdim=True) / 127
+        scale[scale == 0] = 1
+        found |= {name: (tensor / scale).round().to(torch.int8), name + SCALE: scale}
+    return found
+
+
+def _numbers(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """What the codes stand for. AdapterError for a tensor that isn't codes with a scale for each row."""
+    found = {}
+    for name, codes in tensors.items():
+        if name.endswith(SCALE):
+            continue
+        if codes.dim() < 2 and codes.is_floating_point():
+            found[name] = codes
+            continue
+        scale = tensors.get(name + SCALE)
+        if codes.dtype is not torch.int8 or scale is None or scale.shape != (*codes.shape[:1], 1):
+            raise AdapterError(f"{folder / WEIGHTS}: {name} isn't int8 with a scale for each row")
+        found[name] = codes.float() * scale.float()
+    return found
 
 
 # --- PEFT's names and shapes -------------------------------------------------------------------------------------------
@@ -354,11 +409,11 @@ _HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
 
 def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
     kind = config.get("peft_type")
-    if isinstance(kind, str) and kind.startswith("LORAFIT_"):
+    if isinstance(kind, str) and kind.startswith("LORAFIT_") and kind != INT8:
         return str(own.get("method", "")), dict(own.get("options", {}))
     if kind == "IA3":
         return "ia3", {"feedforward": _feedforward_of(config, folder)}
-    if kind != "LORA":
+    if kind not in ("LORA", INT8):
         raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA and IA3 can be loaded")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":

@@ -26,7 +26,7 @@ from lorafit.errors import LorafitError, ModelError
 from lorafit.evaluate import TOKENS
 from lorafit.methods import Method, find
 from lorafit.model.body import Body
-from lorafit.model.load import pick_device, pick_dtype
+from lorafit.model.load import blank, pick_device, pick_dtype
 from lorafit.model.quant import Quant, linears
 from lorafit.model.sites import Site, find_sites, select
 from lorafit.native import build
@@ -154,13 +154,9 @@ def empty(config: Config, path: Path, gpu: bool | None = None, source: Path | No
 
 
 def _empty(config: Config, path: Path, gpu: bool | None, source: Path | None) -> Model:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     place = torch.device("cuda" if gpu else "cpu") if gpu is not None else pick_device(config.device)
     dtype = torch.bfloat16 if gpu and config.precision == "auto" else pick_dtype(config.precision, place)
-    shape = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    model = blank(path, dtype)
     sites = find_sites(model)
     adapter = _fresh(config, sites) if source is None else _saved(source, sites)
     chosen = [(sites[path], layer) for path, layer in adapter.items()]
@@ -171,7 +167,7 @@ def _empty(config: Config, path: Path, gpu: bool | None, source: Path | None) ->
         if config.quant != "none":
             raise
         codable = False
-    return Model(model, Width.of(shape), list(sites.values()), chosen, dtype, fast, place.type != "cpu", codable)
+    return Model(model, Width.of(model.config), list(sites.values()), chosen, dtype, fast, place.type != "cpu", codable)
 
 
 def _fresh(config: Config, sites: Mapping[str, Site]) -> Adapter:

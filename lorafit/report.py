@@ -43,8 +43,19 @@ def write(run: Path) -> Path:
         )
         if content
     )
-    write_text(run / "report.html", _page(_escape(run.resolve().name), body), again="")
+    write_text(run / "report.html", _page(f"Training run {_escape(run.resolve().name)}", body), again="")
     return run / "report.html"
+
+
+def adapter(name: str, facts: Iterable[tuple[str, str]], norms: dict[str, dict[str, float]]) -> str:
+    """An adapter as a page of its own: facts by label, and a picture of the norms of each grouping."""
+    figures = "".join(
+        charts.columns([(_escape(label), value) for label, value in group.items()], f"‖ΔW‖ by {_escape(title)}")
+        for title, group in norms.items()
+        if group
+    )
+    body = f"<section><h2>What it is</h2>{_pairs(facts)}</section><section><h2>What it adds</h2>{figures}</section>"
+    return _page(f"Adapter {_escape(name)}", body)
 
 
 # --- the files
@@ -331,10 +342,10 @@ circle.ghost { fill: transparent; } circle.ghost:hover { fill: var(--blue); } .b
 """
 
 
-def _page(name: str, body: str) -> str:
+def _page(title: str, body: str) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{name} – lorafit</title><style>{_STYLE}</style></head>
-<body><h1>Training run {name}</h1>{body}</body></html>
+<title>{title} – lorafit</title><style>{_STYLE}</style></head>
+<body><h1>{title}</h1>{body}</body></html>
 """

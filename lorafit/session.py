@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lorafit.config import nearest
 from lorafit.data import Chat
 from lorafit.errors import AdapterError, ConfigError, RunError
 from lorafit.host import Host
@@ -15,6 +16,7 @@ from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native.quantised import KINDS
 from lorafit.peft_files import read_config, read_notes
+from lorafit.route import Stack
 
 Say = Callable[[str], object]
 
@@ -28,8 +30,19 @@ class Session:
     folders: dict[str, Path]
 
     def chat(self, name: str | None) -> Chat:
-        """The chat that an adapter was trained with."""
-        return self.chats.get(name, self.chats[None])
+        """The chat that an adapter was trained with; of a stack that of its first."""
+        first = name if name in self.chats or name is None else name.split("+")[0]
+        return self.chats.get(first, self.chats[None])
+
+    def stack(self, text: str | None) -> Stack:
+        """The adapters that a text means: a name, or several as `a+b`, whose deltas are added. AdapterError for an unknown
+        one."""
+        there = self.host.adapters
+        names = () if text is None else (text,) if text in there else tuple(text.split("+"))
+        for name in names:
+            if name not in there:
+                raise AdapterError(f"no adapter '{name}'; {nearest(name, ['base', *there])}")
+        return names
 
 
 def base_chat(base: Base) -> Chat:

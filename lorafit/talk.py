@@ -13,7 +13,7 @@ from lorafit.generate import generate, stream
 from lorafit.session import Session
 
 HELP = """\
-  /adapter NAME   answer with this adapter (base: with none); without a name: list them
+  /adapter NAME   answer with this adapter (base: with none; a+b: with both); without a name: list them
   /compare        the base's answer beside the adapter's, on or off
   /system TEXT    another system prompt; without a text: the one trained with
   /reset          forget the conversation
@@ -28,12 +28,14 @@ class Talk:
         session: Session,
         *,
         compare: bool = False,
+        stacked: bool = False,
         system: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         self.session, self.compare, self.system = session, compare, system
         self.options = options or {}
-        self.adapter = next(iter(session.host.adapters), None)
+        there = list(session.host.adapters)
+        self.adapter = ("+".join(there) if stacked else there[0]) if there else None
         self.messages: list[Message] = []
 
     @property
@@ -54,7 +56,10 @@ class Talk:
             raise DataError(
                 f"the conversation is {len(ids)} tokens long, the model takes {self.session.host.base.context}; /reset"
             )
-        return stream(self.chat, generate(self.session.host, ids, adapter, stop=self.chat.stop, **self.options))
+        return stream(
+            self.chat,
+            generate(self.session.host, ids, self.session.stack(adapter), stop=self.chat.stop, **self.options),
+        )
 
     def answers(self, prompt: str) -> dict[str, str]:
         """The answers to one more prompt, by adapter; the conversation stays as it was."""
@@ -131,8 +136,11 @@ class Talk:
     def _switch(self, name: str) -> str:
         there = list(self.session.host.adapters)
         if not name:
-            return "\n".join(f"{'*' if n == (self.adapter or 'base') else ' '} {n}" for n in ["base", *there])
-        if name != "base" and name not in there:
-            raise AdapterError(f"no adapter '{name}'; {nearest(name, ['base', *there])}")
+            return "\n".join(
+                f"{'*' if n == (self.adapter or 'base') else ' '} {n}"
+                for n in dict.fromkeys(["base", *there, self.adapter or "base"])
+            )
+        if name != "base":
+            self.session.stack(name)
         self.adapter = None if name == "base" else name
         return f"answering with {name}"

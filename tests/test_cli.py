@@ -157,6 +157,20 @@ def test_runs_lists_and_compares(capsys, run, other):
     assert code == 2 and "no runs in" in err
 
 
+def test_several_adapters_at_once(capsys, run, other, data_file, tmp_path):
+    """As a stack they score and say what their sum does."""
+    assert call(capsys, "adapter", "combine", tmp_path / "both", run, other)[0] == 0
+    words = [data_file, "--precision", "fp32", "--limit", "8", "--json"]
+    scores = json.loads(call(capsys, "eval", run, other, *words, "--stack")[1])["scores"]
+    assert list(scores) == ["base", "mine", "other", "mine+other"]
+    both = json.loads(call(capsys, "eval", tmp_path / "both", *words)[1])["scores"]["both"]
+    assert scores["mine+other"]["loss"] == pytest.approx(both["loss"], abs=1e-5)
+    assert scores["mine+other"]["loss"] != scores["mine"]["loss"]
+    words = ["--prompt", "one two", "--precision", "fp32", "--max-new", "8", "--json"]
+    answers = json.loads(call(capsys, "chat", run, other, *words, "--stack")[1])["answers"]
+    assert answers == {"mine+other": json.loads(call(capsys, "chat", tmp_path / "both", *words)[1])["answers"]["both"]}
+
+
 def test_methods(capsys):
     code, out, _ = call(capsys, "methods", "--json")
     assert code == 0 and {m["method"] for m in json.loads(out)} >= {"lora", "full"}

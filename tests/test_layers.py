@@ -21,7 +21,7 @@ LAYERS = [
     ["route", "adapter", "peft_files", "host"],
     ["train"],
     ["generate", "evaluate", "run", "charts", "report", "places", "plan", "pace", "session"],
-    ["export"],
+    ["export", "adapters"],
     ["talk", "fit"],
     ["bench"],
     ["verbs", "cli", "__main__"],

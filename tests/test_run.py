@@ -289,6 +289,8 @@ def test_a_run_that_started_from_another_does_not_need_it_any_more(whole, tiny_m
     shutil.copytree(whole, tmp_path / "old")
     values = {"model": str(tiny_model), "out": str(tmp_path / "new"), "start": str(tmp_path / "old"), "steps": "2"}
     run = fit.fit(fit.read_config(str(data_file), {**values, "precision": "fp32"}), QUIET)
+    lineage = json.loads((run.adapter / "lorafit.json").read_text())["lineage"]
+    assert lineage["made"] == "train" and lineage["of"][0]["adapter"] == str(tmp_path / "old" / "adapter")
     shutil.rmtree(tmp_path / "old")
     (run.folder / "summary.json").unlink()  # as after a kill at the very end
     fit.resume(run.folder, {}, terminal=QUIET)

@@ -158,6 +158,19 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
+def blank(path: Path, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model of a folder's config.json, without weights. ModelError where there is no such model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    except Exception as error:
+        raise ModelError(f"{path} isn't a causal language model: {_first_line(error)}") from None
+
+
 def load(
     name: str = embedded.NAME,
     *,

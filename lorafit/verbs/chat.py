@@ -10,7 +10,8 @@ ABOUT = "talk to adapters on one loaded base"
 EXAMPLE = """\
   lorafit chat runs/mine
   lorafit chat runs/mine --compare --prompt "Who are you?"
-  lorafit chat runs/mine runs/other            /adapter other switches, /help lists the rest"""
+  lorafit chat runs/mine runs/other            /adapter other switches, /help lists the rest
+  lorafit chat runs/mine runs/other --stack    both at once, their deltas added"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", metavar="TEXT", help="system prompt, instead of the one trained with")
     parser.add_argument("--compare", action="store_true", help="the base's answer beside the adapter's")
+    parser.add_argument("--stack", action="store_true", help="answer with all of them at once: their deltas are added")
     parser.add_argument("--max-new", type=int, default=256, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     talk = Talk(
         session,
         compare=args.compare,
+        stacked=args.stack,
         system=args.system,
         options={"max_new": args.max_new, "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed},
     )

@@ -13,6 +13,7 @@ ABOUT = "score adapters on a data file, beside their base"
 EXAMPLE = """\
   lorafit eval runs/mine test.jsonl
   lorafit eval runs/mine runs/other test.jsonl --answers --json
+  lorafit eval runs/mine runs/other test.jsonl --stack
   lorafit eval base test.jsonl --model DIR"""
 
 
@@ -26,6 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
     parser.add_argument("--answers", action="store_true", help="also generate answers: exact match and token F1")
+    parser.add_argument("--stack", action="store_true", help="also all of them at once: their deltas are added")
     parser.add_argument("--max-new", type=int, default=128, metavar="N", help="longest generated answer, in tokens")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="rows over this are left out and counted; default: the context"
@@ -61,10 +63,13 @@ def run(args: argparse.Namespace) -> None:
     }
     first = next(iter(host.adapters), None)
     sets: dict[str, Any] = {}  # rows by what decides their tokens: adapters of one chat share them
-    for name in [None, *host.adapters]:
+    names: list[str | None] = [None, *host.adapters]
+    if args.stack and first is not None:
+        names.append("+".join(host.adapters))
+    for name in names:
         # The base is scored on the very tokens of the first adapter.
         chat = session.chat(name or first)
-        notes = host.adapters[name or first].notes if first else {}
+        notes = host.adapters[session.stack(name or first)[0]].notes if first else {}
         learn = args.learn or notes.get("learn", "assistant")
         key = json.dumps([chat.to_json(), learn], sort_keys=True)
         if key not in sets:
@@ -83,11 +88,11 @@ def run(args: argparse.Namespace) -> None:
         rows = data.train[: args.limit]
         label = name or "base"
         with memory_limit(), out.working(f"scoring {label}") as spinner:
-            scores = evaluate.evaluate(host, rows, name, progress=spinner.update)
+            scores = evaluate.evaluate(host, rows, session.stack(name), progress=spinner.update)
             if args.answers:
                 spinner.rename(f"answering as {label}")
                 exact, f1, n = evaluate.score_answers(
-                    host, chat, rows, name, max_new=args.max_new, progress=spinner.update
+                    host, chat, rows, session.stack(name), max_new=args.max_new, progress=spinner.update
                 )
                 scores = dataclasses.replace(scores, exact_match=exact, token_f1=f1, answers=n)
         result["scores"][label] = scores.to_json()

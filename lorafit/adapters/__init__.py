@@ -1,0 +1,1 @@
+"""What can be done with adapters once they are trained: look, compare, combine, make smaller, turn into other formats."""
