@@ -395,6 +395,8 @@ class _Fit:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
                 raise
             raise OutOfMemory(self._too_little(run, next(iter(str(error).splitlines()), "out of memory"))) from None
+        finally:
+            pool.give_back()
         return self._finish(run, reason)
 
     def _too_little(self, run: Run, error: str) -> str:

@@ -182,6 +182,9 @@ def memory_limit(most: int | None = None) -> Iterator[None]:
         _limits.remove(renew)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_DATA, before)
+        if not _limits and not given:
+            for keep in _keepers:
+                keep(True)
 
 
 @contextlib.contextmanager
@@ -198,12 +201,18 @@ def gpu_memory_limit(most: int | None = None) -> Iterator[None]:
 
 
 _limits: list[Callable[[], None]] = []  # those that are in force, the innermost last
-_keepers: list[Callable[[], object]] = []
+_keepers: list[Callable[[bool], object]] = []
 
 
-def keeper(stop: Callable[[], object]) -> None:
-    """Somebody keeps freed memory for later: `stop` is called where that has to end, because a limit is set or was met."""
-    _keepers.append(stop)
+def keeper(keep: Callable[[bool], object]) -> None:
+    """Somebody keeps freed memory for later: `keep` is called with False where that has to end, because a limit is set or was
+    met, and with True when no limit is left."""
+    _keepers.append(keep)
+
+
+def limited() -> bool:
+    """A memory_limit is in force."""
+    return bool(_limits)
 
 
 def _frugal() -> None:
@@ -217,8 +226,8 @@ def _frugal() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 1 << 30)  # M_MMAP_MAX: any number of them
         mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-    for stop in _keepers:
-        stop()
+    for keep in _keepers:
+        keep(False)
 
 
 def _rooms() -> list[int]:

@@ -65,7 +65,7 @@ def save(
 def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adapter:
     """Read an adapter, strictly: every key must have a place of its shape, and the base must be the one it was made for.
 
-    AdapterError lists all that is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
+    AdapterError names the first of what is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
     config, own = read_config(folder), read_notes(folder)
     made_for = own.get("fingerprint", "")
@@ -94,8 +94,8 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     missing = [path for path in _promised(config, sites) if path not in grouped]
     bad += [f"{path}: named in {CONFIG}, but its tensors are missing" for path in missing]
     if bad or not layers:
-        listed = "\n  ".join(bad[:20]) + (f"\n  … and {len(bad) - 20} more" if len(bad) > 20 else "")
-        raise AdapterError(f"{folder} doesn't fit this base:\n  {listed or 'it holds no tensors'}")
+        listed = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise AdapterError(f"{folder} doesn't fit this base: {listed or 'it holds no tensors'}")
     adapter = Adapter(method, options, layers)
     adapter.notes = {key: value for key, value in own.items() if key not in ("method", "options")}
     return adapter

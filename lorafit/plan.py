@@ -7,6 +7,7 @@ the widest part of a layer's backward, whichever is more. docs/memory.md shows p
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,9 @@ from lorafit.train.optim import state_bytes
 RUNTIME = 455_000_000  # Python, torch, transformers, a tokenizer, buffers of kernels: beside any model (measured)
 CONTEXT = 600_000_000  # of a GPU's memory: CUDA's own
 KEPT_BY_TWINS = 1.6  # what torch's operations keep for the backward, over our kernels (measured: 135M on an H100)
-AIR = 1.33  # gaps between blocks that come and go (measured), where memory isn't from the pool: there are none in there
+# Gaps between blocks that come and go (measured): there are none in the pool.
+AIR = 1.33  # in the C library's heap
+AIR_ON_GPU = 1.05  # in torch's blocks
 COMPARED = 20_000_000  # logits of each model that merging compares: of a large vocabulary not those of every position
 
 
@@ -62,6 +65,7 @@ class Estimate:
     disk: int
     tokens: int  # of an epoch
     trained_tokens: int  # of all steps
+    micro_batches: int  # of a step
     micro_batch_tokens: int
     longest: int
     steps: int
@@ -72,9 +76,11 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The estimated peak of resident memory while training. Gradients come while activations go."""
+        """The estimated peak of resident memory while training. Gradients come while activations go; those of one micro-batch
+        are still there when the next one's activations come."""
         lasting = self.runtime + self.weights + self.adapter + self.optimizer + self.logits
-        return lasting + max(self.activations, self.gradients)
+        more = max if self.micro_batches == 1 else operator.add
+        return lasting + int(more(self.activations, self.gradients))
 
     def to_json(self) -> dict[str, Any]:
         """In JSON types."""
@@ -207,9 +213,10 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     beside = CONTEXT if model.gpu else RUNTIME
     heads_trained = any(site.head or site.lookup for site, _ in model.chosen)
     kernels = config.native and not model.gpu and build.possible()
+    air = AIR_ON_GPU if model.gpu else 1.0 if config.native and build.pooled() else AIR
     logits = min(CHUNK, held) * model.width.vocabulary * (wide if kernels and not heads_trained else 2 * wide + 12)
     scored = max(longest, min(TOKENS, int(batches.lengths.sum())))
-    passing = _with_gaps(scored * wide * (3 * model.width.h + 3 * model.width.inner), kernels)
+    passing = int(air * scored * wide * (3 * model.width.h + 3 * model.width.inner))
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
     disk = 4 * model.stored + (KEEP + 1) * (4 * model.stored + state) + (mapped if quant else 0)
@@ -219,7 +226,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
         adapter=4 * model.held,
         gradients=4 * number,
         optimizer=state_bytes(config.optimizer, number),
-        activations=activations(model, through, config.checkpointing, kernels),
+        activations=int(air * activations(model, through, config.checkpointing, kernels)),
         logits=logits,
         mapped=mapped,
         evaluating=beside + weights + 4 * number + max(passing, logits),
@@ -227,6 +234,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
         disk=disk,
         tokens=int(batches.lengths.sum()),
         trained_tokens=round(batches.lengths.sum() * steps / max(1, len(epoch))),
+        micro_batches=config.accumulate,
         micro_batch_tokens=held,
         longest=longest,
         steps=steps,
@@ -266,12 +274,7 @@ def activations(model: Model, tokens: int, checkpointing: bool, kernels: bool) -
     backward = tokens * wide * (3 * w.inner + 3 * w.h)
     streams = (2 if model.fast else 1) * tokens * wide * w.h
     kept = layer + w.layers * streams if checkpointing else w.layers * layer
-    return _with_gaps(kept + ends + backward, kernels)
-
-
-def _with_gaps(size: int, kernels: bool) -> int:
-    """What blocks of so many bytes take up that come and go; with the kernels comes the pool."""
-    return size if kernels else int(AIR * size)
+    return kept + ends + backward
 
 
 def _kept(model: Model, tokens: int, kernels: bool) -> int:

@@ -656,7 +656,7 @@ def broken(adapters, bases, tmp_path) -> dict[str, tuple[list[object], str]]:
         "energy": (["compress", good, out, "--energy", 2], "at most 1"),
         "how small": (["compress", good, out], "say how small"),
         "rank": (["compress", good, out, "--rank", 0], "at least 1"),
-        "dora": (["convert", copy("dora", config={"use_dora": True}), out], "use_dora"),
+        "dora": (["convert", copy("dora", config={"use_dora": True}), out], "lora_magnitude_vector"),
         "no file": (["convert", tmp_path / "gone.pth", out], "neither a run nor an adapter"),
     }
 

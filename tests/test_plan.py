@@ -79,6 +79,14 @@ def test_codes_are_counted_as_they_are_stored(tiny_model, data_file, kind, doubl
     assert found.mapped == sum(t.numel() * t.element_size() for t in parts)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_gradients_stay_while_more_micro_batches_come(tiny_model, data_file, accumulate):
+    found = made(tiny_model, data_file, batch_tokens="200", accumulate=str(accumulate), method="full")
+    rest = found.peak_bytes - found.runtime - found.weights - found.adapter - found.optimizer - found.logits
+    both = (found.activations, found.gradients)
+    assert rest == (max(both) if accumulate == 1 else sum(both))
+
+
 def test_memory_follows_the_micro_batch(tiny_model, data_file):
     whole, split = (made(tiny_model, data_file, batch_tokens="200", accumulate=n) for n in ("1", "5"))
     assert (whole.micro_batch_tokens, split.micro_batch_tokens) == (200, 40)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -183,6 +185,16 @@ print((machine.peak_memory() - start) // MB)
     assert int(said) < 2 * 34 + 30 * 2 + 15  # a layer's while the one before it goes, and all that stay
 
 
+def test_tensors_of_a_small_micro_batch_are_served():
+    # On the C library's heap those of some hundred tokens left holes that no other length filled.
+    said = alone("""
+x = torch.empty(200_000, dtype=torch.uint8)
+del x
+assert 200_000 <= pool.kept() < 220_000, pool.kept()
+""")
+    assert said == ""
+
+
 def test_no_memory_is_an_error_that_is_known():
     said = alone("""
 import resource
@@ -265,5 +277,49 @@ def test_switched_off_there_is_none():
 def test_without_torchs_headers_there_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_torch", lambda: tmp_path)
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(build, "_no_pool", "")
     assert build.pool() is None
+    assert "the pool" in build._no_pool
     assert "pool" in next((tmp_path / "cache").glob("*.failed")).name
+
+
+def test_what_is_kept_is_given_back_and_a_limit_that_ends_is_over():
+    code = """
+def fill():
+    held = [torch.ones(4 * MB) for _ in range(4)]
+    del held
+fill()
+print(pool.kept() > 0)
+pool.give_back()
+print(pool.kept())
+with machine.memory_limit(machine.memory() + 10_000 * MB):
+    fill()
+    print(pool.kept())
+    pool.give_back()
+    fill()
+    print(pool.kept())
+fill()
+print(pool.kept() > 0)
+"""
+    assert alone(code).split() == ["True", "0", "0", "0", "True"]
+
+
+def test_a_pool_that_cannot_be_built_is_said_and_planned_without(monkeypatch):
+    monkeypatch.setattr(build, "_no_pool", "")
+    assert build.pooled() and "pool" not in build.state()
+
+    def fails(library):
+        raise build._NotBuilt("no headers")
+
+    monkeypatch.setattr(build, "_find", fails)
+    assert build.pool() is None
+    assert not build.pooled() and build.state().endswith(", without the pool (no headers)")
+
+
+def test_a_failed_build_is_tried_again_after_a_while(tmp_path):
+    place = tmp_path / "pool-1.so"
+    place.with_suffix(".failed").write_text("no headers")
+    assert build._failed(place) == "no headers"
+    then = time.time() - build.RETRY - 5
+    os.utime(place.with_suffix(".failed"), (then, then))
+    assert build._failed(place) == ""

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import NamedTuple
 from lorafit.files import cache_folder
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-w"]
+RETRY = 86_400  # seconds after which a failed build is tried again
 WIDE = "-mprefer-vector-width=512"  # gcc halves its vectors by default, for the sake of clocks that don't fall any more
 
 _HERE = Path(__file__).parent
@@ -39,6 +41,7 @@ _tried = False
 _on = True
 _off = "switched off"
 _why = ""  # there is no library
+_no_pool = ""  # why tensors' memory isn't from the pool, where that was asked for
 
 
 def library() -> ctypes.CDLL | None:
@@ -61,11 +64,24 @@ def library() -> ctypes.CDLL | None:
 
 def pool() -> ctypes.CDLL | None:
     """pool.cpp, built if need be (some two seconds); None where it can't be, or kernels are off. torch has to be loaded."""
+    global _no_pool
     if not _on or sys.platform != "linux":
         return None
-    with contextlib.suppress(_NotBuilt, OSError, importlib.metadata.PackageNotFoundError):
+    try:
         return ctypes.CDLL(str(_find(_pool())))
+    except (_NotBuilt, OSError, importlib.metadata.PackageNotFoundError) as error:
+        _no_pool = str(error)
     return None
+
+
+def pooled() -> bool:
+    """Tensors' memory is from the pool, or will be once it is asked for."""
+    if not _on or sys.platform != "linux" or _no_pool:
+        return False
+    try:
+        return not _failed(_place(_pool())[1])
+    except (_NotBuilt, OSError, importlib.metadata.PackageNotFoundError):
+        return False
 
 
 def prepare() -> None:
@@ -83,7 +99,7 @@ def built() -> bool:
         return True
     try:
         place = _place(kernels())[1]
-        return place.is_file() or _failed(place).is_file()
+        return place.is_file() or bool(_failed(place))
     except (_NotBuilt, OSError):
         return True
 
@@ -93,7 +109,7 @@ def possible() -> bool:
     if _tried:
         return _built is not None
     try:
-        return not _failed(_place(kernels())[1]).is_file()
+        return not _failed(_place(kernels())[1])
     except (_NotBuilt, OSError):
         return False
 
@@ -132,7 +148,7 @@ def state() -> str:
         return f"plain ({_off})"
     if library() is None:
         return f"plain ({_why})"
-    return "native, AMX" if has_amx() else "native"
+    return ("native, AMX" if has_amx() else "native") + (f", without the pool ({_no_pool})" if _no_pool else "")
 
 
 class _NotBuilt(Exception):
@@ -191,15 +207,19 @@ def _find(library: Library) -> Path:
     compiler, place = _place(library)
     if place.is_file():
         return place
-    if _failed(place).is_file():
-        raise _NotBuilt(_failed(place).read_text(encoding="utf-8"))
+    if why := _failed(place):
+        raise _NotBuilt(why)
     with _alone(place.with_suffix(".lock")):  # two processes that begin together compile once
         return place if place.is_file() else _make(compiler, library, place)
 
 
-def _failed(place: Path) -> Path:
-    """Where the reason is kept that there is no library."""
-    return place.with_suffix(".failed")
+def _failed(place: Path) -> str:
+    """Why there is no library, where building it failed a short while ago; what was missing may have been installed since."""
+    with contextlib.suppress(OSError):
+        reason = place.with_suffix(".failed")
+        if time.time() - reason.stat().st_mtime < RETRY:
+            return reason.read_text(encoding="utf-8") or "it can't be built"
+    return ""
 
 
 @contextlib.contextmanager
@@ -240,9 +260,9 @@ def _make(compiler: str, library: Library, place: Path) -> Path:
             steps[0].returncode, said = done.returncode, [done.stderr]
         if any(step.returncode for step in steps):
             first = next((line for text in said for line in text.splitlines() if "error" in line), "no message")
-            why = f"{Path(compiler).name} can't build the kernels: {first.strip()}"
+            why = f"{Path(compiler).name} can't build {'the pool' if library.name == 'pool' else 'the kernels'}: {first.strip()}"
             with contextlib.suppress(OSError):  # the same compiler needn't be asked at every start
-                _failed(place).write_text(why, encoding="utf-8")
+                place.with_suffix(".failed").write_text(why, encoding="utf-8")
             raise _NotBuilt(why)
         (folder / "lib.so").replace(place)
         return place

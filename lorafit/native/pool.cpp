@@ -16,8 +16,8 @@
 
 namespace {
 
-constexpr size_t SMALLEST = size_t(1) << 20;  // the C library serves smaller ones
-constexpr size_t STEP = size_t(1) << 16;
+constexpr size_t SMALLEST = size_t(1) << 17;  // the C library serves smaller ones: those of a micro-batch are larger
+constexpr size_t STEP = size_t(1) << 14;
 
 struct Block {
     void* place;
@@ -63,6 +63,7 @@ public:
 
     void keep(bool on) {
         std::lock_guard<std::mutex> alone(mutex_);
+        if (on && !keeps_) most_ = in_use_;  // what was in use before doesn't say what will be
         keeps_ = on;
         shrink();
     }
@@ -167,13 +168,14 @@ void give_back(void* place) { pool->put(place); }
 
 extern "C" {
 
-// Tensors made from here on come from the pool.
-void lorafit_pool_start() {
-    if (pool) return;
+// Tensors made from here on come from the pool; 0 where torch takes them from elsewhere all the same.
+int lorafit_pool_start() {
+    if (pool) return c10::GetCPUAllocator() == pool;
     pool = new Pool(c10::GetDefaultCPUAllocator());
     // A process that is forked off while another thread holds the lock would wait for it for ever.
     pthread_atfork([] { pool->lock(); }, [] { pool->unlock(); }, [] { pool->unlock(); });
     c10::SetCPUAllocator(pool);
+    return c10::GetCPUAllocator() == pool;
 }
 
 // Whether freed blocks are kept for the next ones. Those that are kept already are given back with `on` 0.

@@ -7,28 +7,38 @@ The C library's heap, told to keep what is freed, grows to multiples of what is 
 from __future__ import annotations
 
 import ctypes
+import threading
 
-from lorafit.machine import keeper
+from lorafit.machine import keeper, limited
 from lorafit.native import build
 
 _pool: ctypes.CDLL | None = None
+_lock = threading.Lock()
 
 
 def start() -> bool:
-    """Have tensors of a megabyte and more come from the pool from here on; False where it can't be built or is off."""
+    """Have tensors of 128 KiB and more come from the pool from here on; False where it can't be built or is off."""
     global _pool
-    if _pool is None and (found := build.pool()) is not None:
-        found.lorafit_pool_kept.restype = ctypes.c_uint64
-        found.lorafit_pool_start()
-        keeper(lambda: keep(False))
-        _pool = found
-    return _pool is not None
+    with _lock:
+        if _pool is None and (found := build.pool()) is not None:
+            found.lorafit_pool_kept.restype = ctypes.c_uint64
+            if found.lorafit_pool_start():
+                keeper(keep)
+                _pool = found
+        return _pool is not None
 
 
 def keep(on: bool) -> None:
     """Whether what is freed is kept for the next tensor: True at first. With False what is kept goes back to the system."""
     if _pool is not None:
         _pool.lorafit_pool_keep(int(on))
+
+
+def give_back() -> None:
+    """What is kept goes back to the system, and what was once in use no longer counts. For the end of a job."""
+    if _pool is not None and not limited():
+        keep(False)
+        keep(True)
 
 
 def kept() -> int:
