@@ -9,7 +9,7 @@ import sys
 
 from lorafit import __version__
 from lorafit.errors import ConfigError, LorafitError
-from lorafit.verbs import bench, chat, check, demo, eval_, merge, methods, plan, runs, train
+from lorafit.verbs import bench, chat, check, demo, eval_, export, merge, methods, plan, runs, train
 
 VERBS = {
     "demo": demo,
@@ -19,6 +19,7 @@ VERBS = {
     "eval": eval_,
     "chat": chat,
     "merge": merge,
+    "export": export,
     "runs": runs,
     "methods": methods,
     "bench": bench,

@@ -27,6 +27,7 @@ from lorafit.model.sites import Site
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "lorafit.json"
+PICKLED = "adapter_model.bin"  # what PEFT once wrote
 
 
 def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder: str, modules: Sequence[str]) -> None:
@@ -53,6 +54,10 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     AdapterError lists all that is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
     config, own = read_config(folder), read_notes(folder)
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise AdapterError(
+            f"{folder / PICKLED} is a pickle, which lorafit doesn't read; load the adapter in PEFT and save it anew as {WEIGHTS}"
+        )
     made_for = own.get("fingerprint", "")
     if fingerprint and made_for and fingerprint != made_for:
         raise AdapterError(
