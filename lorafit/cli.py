@@ -9,7 +9,7 @@ import sys
 
 from lorafit import __version__
 from lorafit.errors import ConfigError, LorafitError
-from lorafit.verbs import adapter, bench, chat, check, demo, eval_, merge, methods, plan, runs, train
+from lorafit.verbs import adapter, bench, chat, check, demo, eval_, export, merge, methods, plan, runs, train
 
 VERBS = {
     "demo": demo,
@@ -20,6 +20,7 @@ VERBS = {
     "chat": chat,
     "merge": merge,
     "adapter": adapter,
+    "export": export,
     "runs": runs,
     "methods": methods,
     "bench": bench,

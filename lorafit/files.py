@@ -129,6 +129,24 @@ def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on w
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def write_file(path: Path, fill: Callable[[Path], None], again: str) -> None:
+    """Make a file by what `fill` writes at another path of the same name; there is none if `fill` raises. `fill` may leave
+    files beside it, which go. RunError when the disk is full or refuses, `again` as in `write_folder`."""
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        fill(scratch / path.name)
+        _sync(scratch / path.name)
+        os.replace(scratch / path.name, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise refused(path, error, again) from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -30,6 +30,7 @@ from lorafit.model.sites import Site
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG, OWN = "adapter_model.safetensors", "adapter_config.json", "lorafit.json"
 INT8, SCALE = "LORAFIT_INT8", ".scale"  # a LoRA whose tensors are int8, each with its rows' scales beside it
+PICKLED = "adapter_model.bin"  # what PEFT once wrote
 
 
 def save(
@@ -68,6 +69,10 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     AdapterError names the first of what is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
     config, own = read_config(folder), read_notes(folder)
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise AdapterError(
+            f"{folder / PICKLED} is a pickle, which lorafit doesn't read; load the adapter in PEFT and save it anew as {WEIGHTS}"
+        )
     made_for = own.get("fingerprint", "")
     if fingerprint and made_for and fingerprint != made_for:
         raise AdapterError(

@@ -138,7 +138,7 @@ def merge(
 
     def fill(place: Path) -> None:
         nonlocal proof
-        working(f"adding the adapter to the base, and writing {out}")
+        working("adding the adapter to the base, and writing")
         adapted = adapted_sites(host, spec)
         biases = merged_biases(host, spec)
         if base.source is not None:

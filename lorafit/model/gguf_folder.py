@@ -87,6 +87,21 @@ def folder(file: Path, working: Callable[[str], object] = lambda text: None) -> 
     if _made(place):
         return place
     working(f"reading the vocabulary of {file.name}, once")
+    parts = _understood(file)
+    write_folder(place, lambda scratch: _fill(scratch, file, *parts), again="try again")
+    return place
+
+
+def bare(file: Path, place: Path) -> Path:
+    """The same without tokenizer and stop tokens, in the empty folder `place`: to read weights back that were just written."""
+    header, config, tensors = _understood(file)
+    config.save_pretrained(place)
+    write_json(place / SOURCE, source(file, header, tensors))
+    return place
+
+
+def _understood(file: Path) -> tuple[Header, Any, dict[str, Entry]]:
+    """The header of a file, the config and the tensors that it means."""
     header = read_header(file)
     if _PART.search(file.name) or header.values.get("split.count", 0) > 1:
         raise ModelError(
@@ -96,9 +111,7 @@ def folder(file: Path, working: Callable[[str], object] = lambda text: None) -> 
         if not can_read(tensor.type):
             raise ModelError(f"{file}: {stored} is stored as {tensor.type}, which can't be read; {readable()}")
     config = _config(file, header)
-    tensors = _tensors(file, header, config)
-    write_folder(place, lambda scratch: _fill(scratch, file, header, config, tensors), again="try again")
-    return place
+    return header, config, _tensors(file, header, config)
 
 
 def _made(place: Path) -> bool:
@@ -229,9 +242,27 @@ def _llama3(file: Path, header: Header, theta: float, width: int) -> dict[str, A
 # --- the tensors -------------------------------------------------------------------------------------------------------
 
 
+def naming(name: str, config: Any) -> Callable[[str], tuple[str | None, int]]:
+    """By a tensor's name in the transformers model, its name in a file of this architecture (None: it has none), and among
+    how many heads its rows alternate (0: they don't, see gguf.Entry)."""
+    import gguf
+
+    (kind,) = (kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", 0)}
+
+    def named(key: str) -> tuple[str | None, int]:
+        path, _, leaf = key.rpartition(".")
+        base = names.get_name(path)
+        if base is None:
+            return None, 0
+        return f"{base}.{leaf}", heads.get(base.rpartition(".")[2], 0) if FAMILIES[name].alternate else 0
+
+    return named
+
+
 def _tensors(file: Path, header: Header, config: Any) -> dict[str, Entry]:
     """Where each tensor of the model is. ModelError unless all are there, of their shape, and none is left over."""
-    import gguf
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
@@ -239,35 +270,23 @@ def _tensors(file: Path, header: Header, config: Any) -> dict[str, Entry]:
         model = AutoModelForCausalLM.from_config(config)
     name = header.values["general.architecture"]
     family = FAMILIES[name]
-    (kind,) = (kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    named = naming(name, config)
     found, wrong = {}, []
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         path, _, leaf = key.rpartition(".")
-        base = names.get_name(path)
-        stored = header.tensors.get(f"{base}.{leaf}")
-        if stored is None:
-            wrong.append(f"{base or path}.{leaf} is missing")
+        place, heads = named(key)
+        stored = header.tensors.get(place or "")
+        if place is None or stored is None:
+            wrong.append(f"{place or key} is missing")
             continue
         turned = isinstance(model.get_submodule(path), Conv1D) and leaf == "weight"
         shape = stored.shape[::-1] if turned else stored.shape
         if shape != tuple(tensor.shape):
-            wrong.append(
-                f"{base}.{leaf} is {stored.shape}, expected {tuple(tensor.shape[::-1] if turned else tensor.shape)}"
-            )
-        heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", 0)}
-        found[key] = Entry(
-            f"{base}.{leaf}",
-            stored.type,
-            shape,
-            stored.begin,
-            stored.size,
-            heads.get(base.rpartition(".")[2], 0) if family.alternate else 0,
-            turned,
-            family.plus_one and base.endswith("norm"),
-        )
+            wrong.append(f"{place} is {stored.shape}, expected {tuple(tensor.shape[::-1] if turned else tensor.shape)}")
+        plus_one = family.plus_one and place.endswith("norm.weight")
+        found[key] = Entry(place, stored.type, shape, stored.begin, stored.size, heads, turned, plus_one)
     known = {entry.stored for entry in found.values()} | {_ROPE_FACTORS}
     wrong += [f"there is no place for {stored}" for stored in sorted(header.tensors.keys() - known)]
     if wrong:

@@ -1,0 +1,25 @@
+"""The adapter as it is: its own files, which are in PEFT's format already."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lorafit import peft_files
+from lorafit.errors import AdapterError
+from lorafit.export.base import LOGITS, Done, Job, said, same_logits
+
+
+def write(job: Job, place: Path) -> Done:
+    """Copy the files and load them as any adapter is. AdapterError where PEFT has no such method."""
+    kind = str(peft_files.read_config(job.folder).get("peft_type"))
+    if kind.startswith("LORAFIT_"):
+        raise AdapterError(
+            f"PEFT has no place for what method '{job.adapter.method}' adds, which isn't a product of low rank; merge it with"
+            " --format hf, gguf or ollama"
+        )
+    for name in (peft_files.WEIGHTS, peft_files.CONFIG, peft_files.OWN):
+        if (job.folder / name).is_file():
+            shutil.copyfile(job.folder / name, place / name)
+    read = peft_files.load(place, job.host.sites, job.host.base.fingerprint)
+    return Done(LOGITS, said(same_logits(job, read)), use="PeftModel.from_pretrained(base, 'OUT')")
