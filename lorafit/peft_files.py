@@ -34,6 +34,7 @@ def save(adapter: Adapter, folder: Path, sites: Mapping[str, Site], base_folder:
 
     The folder isn't swapped in whole here; a run does that (see run.py).
     """
+    adapter = _felt(adapter)
     tensors, config = {}, _config(adapter, sites, base_folder, modules)
     for path, layer in adapter.items():
         for name, tensor in _to_peft(layer, sites[path]).items():
@@ -63,6 +64,8 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
+    if config.get("peft_type") == "ADALORA":
+        config, tensors = _from_adalora(config, tensors, sites, folder)
     method, options = _method_of(config, own, folder)
     if any(site.tied for site in sites.values()):
         tensors = _untied(config, tensors, sites, folder)
@@ -113,10 +116,20 @@ def _wrap_order(path: str) -> int:
     return 1 if path.endswith("down_proj") else 0
 
 
+def _felt(adapter: Adapter) -> Adapter:
+    """Without the layers of rank 0."""
+    layers = {p: layer for p, layer in adapter.items() if (f := layer.stored()) is None or f[0].shape[-2]}
+    if len(layers) == len(adapter.layers):
+        return adapter
+    kept = Adapter(adapter.method, adapter.options, layers)
+    kept.notes = adapter.notes
+    return kept
+
+
 def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
     """The settings of LoRA under which an adapter is stored, where all its layers add products of low rank: its own, or r and
     alpha as most of its sites have them."""
-    found = [layer.factors() for _, layer in adapter.items()]
+    found = [layer.stored() for _, layer in adapter.items()]
     if adapter.method == "lora" or not found or None in found:
         return adapter.options if adapter.method == "lora" else None
     pairs = Counter((f[0].shape[-2], round(f[2] * f[0].shape[-2], 9)) for f in found if f is not None)
@@ -125,9 +138,9 @@ def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
 
 
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
-    factors = layer.factors()
+    factors = layer.stored()
     if factors is None:
-        return {f"lorafit_{name}": p.detach().cpu().float().contiguous() for name, p in layer.named_parameters()}
+        return {f"lorafit_{name}": t.detach().cpu().float().contiguous() for name, t in layer.state_dict().items()}
     a, b = (part.detach().cpu().float() for part in factors[:2])
     if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
@@ -161,7 +174,7 @@ def _from_peft(
             b = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
         layer = kind(site, None, **options)
         state = {"a": a, "b": b}
-    want = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    want = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     wrong = [f"{n} is missing" for n in want if n not in state] + [
         f"unknown tensor {n}" for n in state if n not in want
     ]
@@ -238,7 +251,7 @@ def _config(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modul
     }
     if options is None:
         return config
-    found = {p: factors for p, layer in adapter.items() if (factors := layer.factors()) is not None}
+    found = {p: factors for p, layer in adapter.items() if (factors := layer.stored()) is not None}
     ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
     alphas = {p: s * (ranks[p] ** 0.5 if options["rslora"] else ranks[p]) for p, (_, _, s) in found.items()}
     return config | {
@@ -302,7 +315,7 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     if isinstance(kind, str) and kind.startswith("LORAFIT_"):
         return str(own.get("method", "")), dict(own.get("options", {}))
     if kind != "LORA":
-        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA can be loaded")
+        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA and ADALORA can be loaded")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
@@ -321,6 +334,48 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
     return "lora", options
+
+
+def _from_adalora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: Mapping[str, Site], folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's AdaLoRA as a LoRA: its A, with E's numbers on the rows, its B, and the rank that each weight has left. All have the
+    scale of the first rank, to which PEFT adds 1e-5."""
+    try:
+        r, alpha = int(config["init_r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
+    scale = (alpha if alpha > 0 else r) / (r + 1e-5)
+    parts: dict[str, dict[str, Tensor]] = {}
+    made: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if match := re.fullmatch(r"(.+)\.lora_([ABE])", key):
+            parts.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            made[key] = tensor
+    ranks: dict[str, int] = {}
+    for name, own in parts.items():
+        shapes = {part: tuple(tensor.shape) for part, tensor in own.items()}
+        rank = own["E"].numel() if "E" in own else -1
+        if set(own) != set("ABE") or (shapes["A"][0], *shapes["B"][1:], *shapes["E"]) != (rank, rank, rank, 1):
+            there = ", ".join(f"lora_{part} {shape}" for part, shape in sorted(shapes.items()))
+            raise AdapterError(
+                f"{folder}: {name} has {there}; expected lora_A (r, in), lora_B (out, r) and lora_E (r, 1)"
+            )
+        ranks[name.removeprefix(PREFIX)] = rank
+        if rank:  # PEFT keeps what has lost all its ranks
+            made |= {f"{name}.lora_A.weight": own["A"] * own["E"], f"{name}.lora_B.weight": own["B"]}
+    promised = [path for path in _promised(config, sites) if ranks.get(path) != 0]
+    patterns = {re.escape(path): rank for path, rank in ranks.items()}
+    return {
+        **config,
+        "peft_type": "LORA",
+        "use_rslora": False,
+        "r": r,
+        "target_modules": promised if len(promised) else config.get("target_modules"),
+        "rank_pattern": patterns,
+        "alpha_pattern": {path: scale * rank for path, rank in patterns.items()},
+    }, made
 
 
 def _options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

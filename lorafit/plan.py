@@ -282,7 +282,8 @@ def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
     *lead, out, width = site.shape
     low = layer.eval().low_rank()
     if low is None:
-        return wide * (sum(p.numel() for p in layer.parameters()) + tokens * width)
+        numbers: int = sum(t.numel() for t in layer.state_dict().values())
+        return wide * (numbers + tokens * width)
     r = -(-low[0].shape[0] // DEEP) * DEEP
     more = 3 * tokens * wide * width if layer.train().low_rank() is None else 0  # dropout: before, what fell out, after
     return wide * tokens * r + more

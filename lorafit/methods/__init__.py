@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
-from lorafit.methods.base import Matrix, Method, settings
+from lorafit.methods.adalora import AdaLoRA
+from lorafit.methods.base import Matrix, Method, Stepper, settings
 from lorafit.methods.full import Full
 from lorafit.methods.loftq import LoftQ
 from lorafit.methods.lora import LoRA
 from lorafit.methods.olora import OLoRA
 from lorafit.methods.pissa import PiSSA
+from lorafit.methods.reflora import RefLoRA, RefLoRAS
+from lorafit.methods.scalora import ScaLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -17,6 +20,10 @@ METHODS: dict[str, type[Method]] = {
     "pissa": PiSSA,
     "olora": OLoRA,
     "loftq": LoftQ,
+    "adalora": AdaLoRA,
+    "reflora": RefLoRA,
+    "reflora-s": RefLoRAS,
+    "scalora": ScaLoRA,
 }
 
 
@@ -27,4 +34,4 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Matrix", "Method", "find", "settings"]
+__all__ = ["METHODS", "Matrix", "Method", "Stepper", "find", "settings"]
