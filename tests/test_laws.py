@@ -219,8 +219,9 @@ def test_trained_together_equals_trained_alone(method):
         assert off(together.adapters[job.name].state_dict(), wanted) < (1e-9 if exact else 1e-6)
 
 
+@pytest.mark.parametrize("at", [4, STEPS - 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_gone_on_from_a_checkpoint_gives_the_same_bits(method, at=4):
+def test_gone_on_from_a_checkpoint_gives_the_same_bits(method, at):
     host, (job,) = started(method, "a")
     for step in train(host, [job]):
         if step.number == at:
