@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafit.errors import AdapterError
-from lorafit.methods import Method, find
+from lorafit.methods import Method, Stepper, find
 from lorafit.model.sites import Site, matches, pattern_value
 
 
@@ -41,6 +41,15 @@ class Adapter(nn.Module):
     def numbers(self) -> int:
         """How many trainable numbers it has."""
         return sum(p.numel() for p in self.parameters())
+
+    def penalty(self) -> Tensor | None:
+        """See Method.penalty."""
+        return find(self.method).penalty([layer for _, layer in self.items()])
+
+    def update(self, optimizer: Stepper, step: int, steps: int) -> None:
+        """See Method.update."""
+        with torch.no_grad():
+            find(self.method).update([layer for _, layer in self.items()], optimizer, step, steps)
 
     def reseed(self, seed: int) -> None:
         """Draw the random choices of the next forwards from `seed`; see Method.seed."""

@@ -135,6 +135,7 @@ _ELSEWHERE = {
     "max_steps": "steps",
     "rank": "r",
     "lora_r": "r",
+    "target_r": "r",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "targets",

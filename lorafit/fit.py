@@ -788,6 +788,11 @@ def _check_extras(config: Config) -> None:
     if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtra("log=tensorboard needs tensorboard; pip install 'lorafit[tensorboard]'")
     if config.optimizer != "adamw" and (device := pick_device(config.device).type) != "cpu":
+        if config.optimizer.endswith("_8bit") and find(config.method).rescales:
+            raise ConfigError(
+                f"method={config.method} rescales AdamW's state, which isn't possible in 8 bits on {device}; use"
+                " optimizer=paged_adamw, or leave it out"
+            )
         if device != "cuda":
             raise ConfigError(f"optimizer={config.optimizer}: for cpu and cuda alone, this is {device}; leave it out")
         if importlib.util.find_spec("bitsandbytes") is None:

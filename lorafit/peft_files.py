@@ -46,6 +46,7 @@ def save(
 
     The folder isn't swapped in whole here; a run does that (see run.py).
     """
+    adapter = _felt(adapter)
     tensors, config = {}, _config(adapter, sites, base_folder, modules)
     for path, layer in adapter.items():
         for name, tensor in _to_peft(layer, sites[path]).items():
@@ -83,6 +84,8 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
+    if config.get("peft_type") == "ADALORA":
+        config, tensors = _from_adalora(config, tensors, sites, folder)
     method, options = _method_of(config, own, folder)
     if config.get("peft_type") == INT8:
         tensors = _numbers(tensors, folder)
@@ -188,7 +191,17 @@ _LORAS: dict[str, type[LoRA | DoRA]] = {"lora": LoRA, "dora": DoRA}  # the metho
 
 def _pair(layer: Method) -> tuple[Tensor, Tensor, float] | None:
     """(a, b, scale) of a layer that is stored as LoRA."""
-    return (layer.a, layer.b, layer.scale) if isinstance(layer, DoRA) else layer.factors()
+    return (layer.a, layer.b, layer.scale) if isinstance(layer, DoRA) else layer.stored()
+
+
+def _felt(adapter: Adapter) -> Adapter:
+    """Without the layers of rank 0."""
+    layers = {p: layer for p, layer in adapter.items() if (f := layer.stored()) is None or f[0].shape[-2]}
+    if len(layers) == len(adapter.layers):
+        return adapter
+    kept = Adapter(adapter.method, adapter.options, layers)
+    kept.notes = adapter.notes
+    return kept
 
 
 def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
@@ -196,7 +209,7 @@ def _as_lora(adapter: Adapter) -> dict[str, Any] | None:
     alpha as most of its sites have them."""
     if adapter.method in _LORAS:
         return adapter.options
-    found = [layer.factors() for _, layer in adapter.items()]
+    found = [layer.stored() for _, layer in adapter.items()]
     if not found or None in found:
         return None
     root = adapter.method == "rslora"
@@ -209,12 +222,18 @@ def _alpha(r: int, scale: float, rslora: bool) -> float:
     return round(scale * (r**0.5 if rslora else r), 9)
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """As it is stored: in fp32, or whole numbers as they are."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def _to_peft(layer: Method, site: Site) -> dict[str, Tensor]:
     if isinstance(layer, IA3):
         return {"ia3_l": layer.scale.detach().cpu().unsqueeze(0 if layer.inputs else 1)}
     factors = _pair(layer)
     if factors is None:
-        return {f"lorafit_{name}": t.detach().cpu().contiguous() for name, t in layer.state_dict().items()}
+        return {f"lorafit_{name}": _plain(t) for name, t in layer.state_dict().items()}
     a, b = (part.detach().cpu().float() for part in factors[:2])
     if site.kind == "experts":  # A (experts·r, in), expert first; B (out, r·experts), expert last
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
@@ -419,7 +438,7 @@ def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) 
     if kind == "IA3":
         return "ia3", {"feedforward": _feedforward_of(config, folder)}
     if kind not in ("LORA", INT8):
-        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA and IA3 can be loaded")
+        raise AdapterError(f"{folder} is a '{kind}' adapter; only LORA, IA3 and ADALORA can be loaded")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
@@ -446,6 +465,48 @@ def _feedforward_of(config: Mapping[str, Any], folder: Path) -> list[str]:
         wrong = "modules_to_save" if config.get("modules_to_save") else f"feedforward_modules={named}"
         raise AdapterError(f"{folder} uses {wrong}, which can't be loaded yet")
     return [str(name) for name in named]
+
+
+def _from_adalora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: Mapping[str, Site], folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's AdaLoRA as a LoRA: its A, with E's numbers on the rows, its B, and the rank that each weight has left. All have the
+    scale of the first rank, to which PEFT adds 1e-5."""
+    try:
+        r, alpha = int(config["init_r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
+    scale = (alpha if alpha > 0 else r) / (r + 1e-5)
+    parts: dict[str, dict[str, Tensor]] = {}
+    made: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if match := re.fullmatch(r"(.+)\.lora_([ABE])", key):
+            parts.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            made[key] = tensor
+    ranks: dict[str, int] = {}
+    for name, own in parts.items():
+        shapes = {part: tuple(tensor.shape) for part, tensor in own.items()}
+        rank = own["E"].numel() if "E" in own else -1
+        if set(own) != set("ABE") or (shapes["A"][0], *shapes["B"][1:], *shapes["E"]) != (rank, rank, rank, 1):
+            there = ", ".join(f"lora_{part} {shape}" for part, shape in sorted(shapes.items()))
+            raise AdapterError(
+                f"{folder}: {name} has {there}; expected lora_A (r, in), lora_B (out, r) and lora_E (r, 1)"
+            )
+        ranks[name.removeprefix(PREFIX)] = rank
+        if rank:  # PEFT keeps what has lost all its ranks
+            made |= {f"{name}.lora_A.weight": own["A"] * own["E"], f"{name}.lora_B.weight": own["B"]}
+    promised = [path for path in _promised(config, sites) if ranks.get(path) != 0]
+    patterns = {re.escape(path): rank for path, rank in ranks.items()}
+    return {
+        **config,
+        "peft_type": "LORA",
+        "use_rslora": False,
+        "r": r,
+        "target_modules": promised if len(promised) else config.get("target_modules"),
+        "rank_pattern": patterns,
+        "alpha_pattern": {path: scale * rank for path, rank in patterns.items()},
+    }, made
 
 
 def _options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

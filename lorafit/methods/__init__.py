@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
-from lorafit.methods.base import Matrix, Method, Scaled, settings
+from lorafit.methods.adalora import AdaLoRA
+from lorafit.methods.base import Matrix, Method, Scaled, Stepper, settings
 from lorafit.methods.dora import DoRA
 from lorafit.methods.full import Full
 from lorafit.methods.ia3 import IA3
@@ -14,7 +15,9 @@ from lorafit.methods.lora_plus import LoRAPlus
 from lorafit.methods.olora import OLoRA
 from lorafit.methods.pissa import PiSSA
 from lorafit.methods.qrlora import QRLoRA
+from lorafit.methods.reflora import RefLoRA, RefLoRAS
 from lorafit.methods.rslora import RsLoRA
+from lorafit.methods.scalora import ScaLoRA
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoRA,
@@ -27,6 +30,10 @@ METHODS: dict[str, type[Method]] = {
     "pissa": PiSSA,
     "olora": OLoRA,
     "loftq": LoftQ,
+    "adalora": AdaLoRA,
+    "reflora": RefLoRA,
+    "reflora-s": RefLoRAS,
+    "scalora": ScaLoRA,
 }
 
 
@@ -37,4 +44,4 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Matrix", "Method", "Scaled", "find", "settings"]
+__all__ = ["METHODS", "Matrix", "Method", "Scaled", "Stepper", "find", "settings"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -53,6 +53,17 @@ class Scaled(NamedTuple):
     apart: Tensor | None = None  # (out,), such as a bias
 
 
+class Stepper(Protocol):
+    """The optimiser of an adapter, as a method may see it: AdamW, in whatever way it keeps its state."""
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+
+    def rescale(self, parameter: Tensor, factor: Tensor) -> None:
+        """Make the state what it would be had every gradient of this parameter so far been `factor` times itself; the factor's
+        shape spreads over the parameter's."""
+
+
 class Method(nn.Module):
     """The interface. Law: `forward(x, y, mm, weight) == mm(x, delta_weight(weight()))` in exact arithmetic, and
     delta_bias where there is one.
@@ -67,6 +78,7 @@ class Method(nn.Module):
     lr_factor: ClassVar[float] = 1.0  # of the default learning rate
     codes: ClassVar[str] = ""  # the setting that, with r, decides the codes this method has a quantised base stored in
     needs_codes: ClassVar[bool] = False  # it is nothing without them
+    rescales: ClassVar[bool] = False  # its `update` rescales the optimiser's state
 
     # Random choices of a forward (dropout) are drawn from this seed, which the training loop sets anew for each
     # micro-batch: the same in a recomputed forward, after a resume, and with other adapters in the batch or without.
@@ -77,6 +89,10 @@ class Method(nn.Module):
         """(a (*lead, r, in), b (*lead, out, r), scale) where what the method adds is scale·b·a, whatever the weight: then the
         rest follows, and it is stored as a LoRA. None where it isn't."""
         return None
+
+    def stored(self) -> tuple[Tensor, Tensor, float] | None:
+        """`factors` as a file holds them, without what adds nothing; one of rank 0 isn't stored."""
+        return self.factors()
 
     def delta_weight(self, w: Tensor) -> Tensor:
         """What the method adds to w (*lead, out, in), in fp32, same shape."""
@@ -124,6 +140,22 @@ class Method(nn.Module):
     def lr_scale(self) -> dict[str, float]:
         """Learning-rate factors by parameter name; 1 for those that aren't named."""
         return {}
+
+    # What training asks of the method, not of each of its layers. What it has to remember from step to step are buffers of
+    # the layers: so a checkpoint holds it, and it is the adapter's own, whatever is trained beside.
+
+    @staticmethod
+    def penalty(layers: Sequence[Method]) -> Tensor | None:
+        """What is added to the step's mean loss, once a step, from the adapter's layers alone; None for nothing."""
+        return None
+
+    @staticmethod
+    def update(layers: Sequence[Method], optimizer: Stepper, step: int, steps: int) -> None:
+        """Take step number `step` (from 1) of `steps`. Parameters have their gradients, clipped, until this is over.
+
+        ArithmeticError, before anything is changed, where the step can't be taken.
+        """
+        optimizer.step()
 
 
 def settings(method: Callable[..., Method]) -> dict[str, tuple[Any, Any]]:

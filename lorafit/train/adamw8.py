@@ -118,6 +118,22 @@ class AdamW8bit:
             for parameter in group["params"]:
                 parameter.grad = None
 
+    @torch.no_grad()
+    def rescale(self, parameter: Tensor, factor: Tensor) -> None:
+        """Make the state what it would be had the parameter's gradients been `factor` times themselves, but for rounding."""
+        powers = (factor, factor.square())
+        state = self.state[parameter]
+        if parameter.numel() < SMALL:
+            for key, power in zip(("exp_avg", "exp_avg_sq"), powers, strict=True):
+                if key in state:
+                    state[key].mul_(power)
+            return
+        for span in (span for spans in self._spans for span in spans if span.parameter is parameter):
+            for average, power in zip((self._mean, self._square), powers, strict=True):
+                numbers = average.read(span.at, span.end)
+                numbers[: span.stop - span.start].mul_(span.of(power.expand_as(parameter).contiguous()))
+                average.write(span.at, numbers)
+
     def _pieces(self, spans: Iterable[Span]) -> list[list[Span]]:
         """The spans with a gradient, those together that lie side by side and are at the same step."""
         pieces: list[list[Span]] = []

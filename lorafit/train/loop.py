@@ -119,7 +119,8 @@ Piece = list[tuple[int, Tokens]]  # a micro-batch: documents and whose they are,
 
 
 def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: int = 0) -> list[float]:
-    """Add up every job's gradient of its mean loss over the step; returns each job's mean loss. An error leaves none."""
+    """Add up every job's gradient of its mean loss over the step, and of its method's penalty; returns each job's mean loss. An
+    error leaves none."""
     counts = torch.tensor([max(1, targets(documents[job.name])) for job in live], dtype=torch.float64)
     totals = torch.zeros(len(live), dtype=torch.float64)
     adapters = [host.adapters[job.name] for job in live]
@@ -142,6 +143,9 @@ def _gradients(host: Host, live: Sequence[Job], documents: dict[str, list[Tokens
                 if mean.requires_grad:  # not where nothing is learned here that meets an adapter
                     mean.backward()
             totals.index_add_(0, micro.owners, each.detach().cpu().double())
+        for adapter in adapters:
+            if (penalty := adapter.penalty()) is not None:
+                penalty.backward()
     except BaseException:
         for adapter in adapters:
             adapter.zero_grad(set_to_none=True)
@@ -224,11 +228,15 @@ def _update(adapter: Adapter, job: Job, loss: float, documents: Sequence[Tokens]
     assert job.optimizer is not None
     lr = job.lr * optim.rate(job.done, job.steps, job.schedule, job.warmup)
     norm = optim.clip(adapter, job.clip)
+    number = job.done + 1
     if math.isfinite(loss) and math.isfinite(norm):
         optim.set_rate(job.optimizer, lr)
-        job.optimizer.step()
-        job.done += 1
+        try:
+            adapter.update(optim.Stepper(job.optimizer), number, job.steps)
+            job.done = number
+        except ArithmeticError as error:
+            job.failed = f"{error} at step {number}"
     else:
-        job.failed = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {job.done + 1}"
+        job.failed = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {number}"
     job.optimizer.zero_grad(set_to_none=True)
     return Figures(loss, lr, targets(documents), norm, job.failed)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lorafit.adapter import Adapter
+from lorafit.errors import ConfigError
 from lorafit.train.adamw8 import BLOCK, AdamW8bit, Room
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -77,7 +79,7 @@ def optimizer(
     if parameters[0].device.type == "cpu":
         # All in one piece, and before the first step: small blocks that are made where activations have just been stay
         # there, and the next step's don't fit between them (7B: 1 GB more, measured).
-        places = (pages if paged else in_memory)(sum(2 * p.numel() for p in parameters), torch.float32)
+        places = (pages if paged else in_memory)(sum(2 * p.numel() for p in parameters), parameters[0].dtype)
         for parameter in parameters:
             mean, square, places = places.split([parameter.numel()] * 2 + [len(places) - 2 * parameter.numel()])
             made.state[parameter] = _fresh(parameter, mean, square)
@@ -120,6 +122,29 @@ def clip(adapter: Adapter, norm: float) -> float:
     parameters = [p for p in adapter.parameters() if p.grad is not None]
     found = torch.nn.utils.clip_grad_norm_(parameters, norm if norm > 0 else math.inf)
     return float(found)
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """An optimiser as methods see it (methods/base.py)."""
+
+    optimizer: Optimizer
+
+    def step(self) -> None:
+        """Update the parameters from their gradients."""
+        self.optimizer.step()
+
+    def rescale(self, parameter: Tensor, factor: Tensor) -> None:
+        """As if its gradients had been `factor` times themselves. ConfigError for the 8 bits of bitsandbytes."""
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.rescale(parameter, factor)
+            return
+        state = self.optimizer.state.get(parameter, {})
+        averages = [state[key] for key in ("exp_avg", "exp_avg_sq", "state1", "state2") if key in state]
+        if any(not average.is_floating_point() for average in averages):
+            raise ConfigError("this method rescales AdamW's state, which isn't possible in 8 bits on a GPU")
+        for average, power in zip(averages, (factor, factor.square()), strict=False):
+            average.mul_(power)
 
 
 _TABLES = {"qmap1", "qmap2"}  # of bitsandbytes, made anew and shared by all parameters
