@@ -28,7 +28,6 @@ BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 WAYS: dict[str, list[str]] = {  # settings by name
     "LoRA": [],
     "QLoRA": ["quant=nf4"],
-    "rsLoRA": ["method=rslora"],
     "DoRA": ["method=dora"],
     "LoRA+": ["method=lora+"],
     "AdaLoRA": ["method=adalora"],
@@ -37,7 +36,7 @@ WAYS: dict[str, list[str]] = {  # settings by name
     "full": ["method=full"],
 }
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a method's default rate
-BEYOND = 3  # more rates at most
+BEYOND = 2  # more rates at most
 SETTINGS = ["samples=0", "long=truncate", "patience=0"]
 
 
@@ -93,10 +92,11 @@ def searched(args: argparse.Namespace, files: tuple[Path, Path, Path], scratch: 
         for _ in range(1 + BEYOND):
             list(pool.map(one, tasks))
             tasks = [(name, factor) for name in ways if (factor := beyond(found[name]["runs"])) is not None]
+            args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")  # in case what follows fails
 
         def scored(name: str) -> None:
             best = min((run for run in found[name]["runs"] if run["loss"] is not None), key=lambda run: run["loss"])
-            words = ["eval", best["out"], files[2], "--answers", "--max-new", 64, "--device", args.device]
+            words = ["eval", best["out"], files[2], "--answers", "--max-new", args.max_new, "--device", args.device]
             scores = lorafit(*words)["scores"]
             ours = next(score for key, score in scores.items() if key != "base")
             found[name] |= {"best": best, "base": scores["base"], "test": ours}
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10**9, help="to train on, at most")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--test", type=int, default=64)
+    parser.add_argument("--max-new", type=int, default=64, help="tokens of an answer, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1)

@@ -25,7 +25,8 @@ class AdaLoRA(Method):
     and at most the weight's own rank; r the share of this weight in the final budget. tinit and tfinal are shares of all steps:
     before the ranks begin to fall, and after."""
 
-    about = "as LoRA, ranks go where they matter until they are r on average (arXiv 2303.10512)"
+    about = "as LoRA, ranks go where they matter until they are r on average"
+    paper = "2303.10512"
     lr_factor = 10.0  # of 1, 3 and 10 the best on SmolLM2 in a few steps: Λ starts at zero between two small factors
 
     def __init__(

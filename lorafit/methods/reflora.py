@@ -24,7 +24,8 @@ from lorafit.methods.moved import scale_of
 class RefLoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), trained. `plain`: the share of the steps that are plain LoRA's, at first."""
 
-    about = "LoRA with steps that don't depend on how B·A is split (arXiv 2505.18877)"
+    about = "LoRA with steps that don't depend on how B·A is split"
+    paper = "2505.18877"
 
     def __init__(
         self,
@@ -56,7 +57,8 @@ class RefLoRA(Method):
 class RefLoRAS(Method):
     """a (*lead, r, in) and b (*lead, out, r), trained. `plain`: the share of the steps that are plain LoRA's, at first."""
 
-    about = "RefLoRA with one number a weight instead of a matrix (arXiv 2505.18877)"
+    about = "RefLoRA with one number a weight instead of a matrix"
+    paper = "2505.18877"
     rescales = True
 
     def __init__(

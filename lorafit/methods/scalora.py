@@ -29,7 +29,8 @@ class ScaLoRA(Method):
     matters a lot. `interval`: steps from one scaling to the next.
     """
 
-    about = "experimental: LoRA that becomes more than low rank; large, to be merged, not for PEFT (arXiv 2510.23818)"
+    about = "experimental: LoRA that becomes more than low rank; large, to be merged, not for PEFT"
+    paper = "2510.23818"
     rescales = True
 
     def __init__(
