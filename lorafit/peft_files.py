@@ -102,7 +102,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     missing = [path for path in _promised(config, sites) if path not in grouped]
     bad += [f"{path}: named in {CONFIG}, but its tensors are missing" for path in missing]
     if bad or not layers:
-        listed = "; ".join(bad[:3]) + (f"; and {len(bad) - 3} more" if len(bad) > 3 else "")
+        listed = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise AdapterError(f"{folder} doesn't fit this base: {listed or 'it holds no tensors'}")
     adapter = Adapter(method, options, layers)
     adapter.notes = {key: value for key, value in own.items() if key not in ("method", "options")}

@@ -67,7 +67,7 @@ class DoRA(Method):
         of = (self.a._version, self.b._version)
         if self._norm is None or self._norm[0] != of:
             a, b, s = self.a, self.b, self.scale
-            across = torch.cat([rows @ a.t() for rows in _rows(weight())])
+            across = torch.cat([rows.to(a.dtype) @ a.t() for rows in _rows(weight())])
             square = self.square + 2 * s * (across * b).sum(1) + s * s * ((b @ (a @ a.t())) * b).sum(1)
             self._norm = of, square.clamp(min=LEAST).sqrt()
         return self._norm[1]
