@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cost", action="store_true", help="add seconds and memory to --out")
-    parser.add_argument("--cost-steps", type=int, default=6)
+    parser.add_argument("--cost-steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("methods.json"))
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
     parser.add_argument(
