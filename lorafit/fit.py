@@ -88,6 +88,8 @@ def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
             values = settings.read_yaml(Path(source))
         else:
             values["data"] = source
+    if given.get("steps") is not None and given.get("epochs") is not None:
+        raise ConfigError(f"steps={given['steps']} and epochs={given['epochs']} both say how long; leave one out")
     if start := {**values, **given}.get("start"):
         _check_start(given)
         before = quant_of(adapter_folder(start))

@@ -85,6 +85,8 @@ def find(text: str, memory: int | None = None) -> Place:
     if re.match(r"[0-9.]+\s*[KMGT](i?B)?$", text, re.IGNORECASE):
         most = int(byte_count("--for", text) * (1 - SPARE))
         return Place(f"a machine with {text}", min(most, memory or most))
+    if family := [name for name in GPUS if _plain(text) and _plain(name).startswith(_plain(text))]:
+        raise ConfigError(f"--for {text}: several are known; say which: {', '.join(family)}")
     short = {_plain(name): name for name in GPUS}
     hint = nearest(_plain(text), list(short))
     for plain, name in short.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -150,6 +151,8 @@ def test_merge_prints_its_proof(capsys, run, tmp_path):
 def test_runs_lists_and_compares(capsys, run, other):
     code, out, _ = call(capsys, "runs", run.parent, other.parent)
     assert code == 0 and "mine" in out and "other" in out
+    code, out, _ = call(capsys, "runs", run, other)
+    assert re.search(r"held_out_loss_after +\d\.\d{1,3} ", out) and re.search(r"peak_rss_bytes +[\d.]+ [MG]B", out)
     code, out, _ = call(capsys, "runs", run, other, "--json")
     different = json.loads(out)["different"]
     assert different["r"] == [16, 4] and "model" not in different
@@ -195,6 +198,8 @@ def test_methods_of_a_model(capsys, tiny_model):
         (["train"], "no data"),
         (["train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["train", "DATA", "lr"], "'lr' is not a setting; write key=value"),
+        (["train", "DATA", "steps=3", "epochs=2"], "steps=3 and epochs=2 both say how long"),
+        (["plan", "DATA", "--for", "A100"], "say which: A100 40GB, A100 80GB"),
         (["train", "DATA", "lr=fast"], "lr=fast: must be a number"),
         (["train", "DATA", "dropuot=0.1"], "did you mean 'dropout'?"),
         (["train", "DATA", "method=lroa"], "did you mean 'lora'?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lorafit.files import read_json
 from lorafit.verbs.common import add_json, print_json
@@ -82,8 +83,21 @@ def _compare(folders: list[Path], as_json: bool) -> None:
     if as_json:
         print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
         return
-    rows = [[k, *("" if b.get(k) is None else str(b.get(k)) for b in both)] for k in keys]
+    rows = [[k, *(_shown(k, b.get(k)) for b in both)] for k in keys]
     print(table(["", *map(str, folders)], rows, "lll"))
+
+
+def _shown(key: str, value: Any) -> str:
+    """A setting or a result as the list of runs would show it."""
+    from lorafit.log import count, duration, size
+
+    if value is None or isinstance(value, bool | str) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if key.endswith("_bytes"):
+        return size(value)
+    if key == "seconds":
+        return duration(value)
+    return count(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _loss(value: float | None) -> str:
