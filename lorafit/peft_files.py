@@ -7,6 +7,7 @@ for: the base's fingerprint, the chat template and stop tokens it was trained wi
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
 from lorafit.files import load_json, sha256
-from lorafit.methods import Method, find
+from lorafit.methods import Method, find, settings
 from lorafit.methods.dora import DoRA
 from lorafit.methods.ia3 import IA3
 from lorafit.methods.lora import LoRA
@@ -70,6 +71,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     AdapterError names the first of what is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
     config, own = read_config(folder), read_notes(folder)
+    _check_values(config, folder)
     if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
         raise AdapterError(
             f"{folder / PICKLED} is a pickle, which lorafit doesn't read; load the adapter in PEFT and save it anew as {WEIGHTS}"
@@ -84,6 +86,9 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{folder}: {key} holds numbers that aren't finite; the adapter is damaged")
     if config.get("peft_type") == "ADALORA":
         config, tensors = _from_adalora(config, tensors, sites, folder)
     method, options = _method_of(config, own, folder)
@@ -128,7 +133,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """What lorafit.json holds; {} for an adapter made elsewhere."""
-    return load_json(folder / OWN, AdapterError) or {}
+    found = load_json(folder / OWN, AdapterError) or {}
+    for key, kind in _NOTES.items():
+        if found.get(key) is not None and not isinstance(found[key], kind):
+            raise AdapterError(f"{folder / OWN}: {key}={found[key]!r} can't be meant; the file is damaged")
+    return found
+
+
+_NOTES = {
+    "method": str,
+    "options": dict,
+    "base": str,
+    "fingerprint": str,
+    "chat": dict,
+    "lineage": dict,
+    "trained_as": dict,
+}
 
 
 def ancestor(given: str, folder: Path) -> dict[str, Any]:
@@ -431,10 +451,47 @@ _UNSUPPORTED = [
 _HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
 
 
+_MOST_RANK = 1 << 16  # more than any weight has: not even asked for
+
+
+def _check_values(config: Mapping[str, Any], folder: Path) -> None:
+    """AdapterError where a value that is used isn't of its kind; a file may have been written by anybody."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    bad = [key for key in ("lora_alpha", "lora_dropout") if config.get(key) is not None and not number(config[key])]
+    if (r := config.get("r")) is not None and not (number(r) and r <= _MOST_RANK):
+        bad.append("r")
+    for key, most in (("rank_pattern", _MOST_RANK), ("alpha_pattern", math.inf)):
+        found = config.get(key) or {}
+        if not isinstance(found, dict) or not all(
+            number(v) and 0 < v <= most and _compiles(pattern) for pattern, v in found.items()
+        ):
+            bad.append(key)
+    for key in ("target_modules", "target_parameters"):
+        found = config.get(key) or []
+        if not isinstance(found, str) and not (isinstance(found, list) and all(isinstance(v, str) for v in found)):
+            bad.append(key)
+    if bad:
+        raise AdapterError(f"{folder / CONFIG}: {bad[0]}={config[bad[0]]!r} can't be meant; the file is damaged")
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def _method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.startswith("LORAFIT_") and kind != INT8:
-        return str(own.get("method", "")), dict(own.get("options", {}))
+        name, options = str(own.get("method", "")), dict(own.get("options", {}))
+        if unknown := [key for key in options if key not in settings(find(name))]:
+            raise AdapterError(f"{folder / OWN}: method '{name}' has no setting '{unknown[0]}'")
+        return name, options
     if kind == "IA3":
         return "ia3", {"feedforward": _feedforward_of(config, folder)}
     if kind not in ("LORA", INT8):

@@ -141,7 +141,10 @@ def open_session(
             then, now = (kept or "its own precision" for kept in (trained[name], stored))
             say(f"{name} was trained on a base in {then}; this one is in {now}")
         saved = adapter.notes.get("chat")
-        chats[name] = Chat.from_json(saved, host.base.tokenizer) if saved else chats[None]
+        try:
+            chats[name] = Chat.from_json(saved, host.base.tokenizer) if saved else chats[None]
+        except (KeyError, TypeError, ValueError) as error:
+            raise AdapterError(f"{folder}: its chat can't be read ({type(error).__name__} at {error})") from None
         for difference in mismatches(chats[name], chats[None]):
             say(f"{name}: {difference}; using what it was trained with")
     return Session(host, chats, folders)

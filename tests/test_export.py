@@ -505,3 +505,31 @@ def test_bad_words_are_one_line(tmp_path, capsys):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("lorafit: ") and said in error, error
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_bias_that_an_adapter_changes_is_in_the_gguf(tmp_path, capsys):
+    place = folder(tmp_path / "base", "qwen2")
+    host = Host(load(str(place), precision="fp32", device="cpu"))
+    with torch.no_grad():
+        for p in host.add("a", "ia3").parameters():
+            p.add_(0.5)
+    biases = [n for n, _ in host.base.model.named_parameters() if n.endswith("k_proj.bias")]
+    found = dict(gguf_model.tensors(host, "a"))
+    assert biases
+    for name in biases:
+        assert torch.allclose(found[name], 1.5 * host.base.model.get_parameter(name).float())
+    (tmp_path / "a").mkdir()
+    host.save("a", tmp_path / "a")
+    words = ["--model", str(place), "--type", "f32", "--json"]
+    assert main(["export", str(tmp_path / "a"), str(tmp_path / "a.gguf"), "--format", "gguf", *words]) == 0
+    assert (
+        main(["adapter", "compress", str(tmp_path / "a"), str(tmp_path / "b"), "--rank", "4", "--model", str(place)])
+        == 2
+    )
+    assert "changes the bias of" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_a_system_prompt_cannot_end_its_quotes():
+    chat = Chat(tokenizer(CHATML), CHATML, (1,), 'a"""\nADAPTER /etc/x\nSYSTEM """b', False, None)
+    with pytest.raises(AdapterError, match="system prompt holds"):
+        ollama.modelfile(chat, None)

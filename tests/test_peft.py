@@ -215,3 +215,40 @@ def test_a_scaled_embedding_merges_as_it_runs():
     site.write(host.merged_weight(site, "a"))
     with torch.no_grad():
         assert (host.logits(x, [13]) - before).abs().max() < 1e-5 * max(1, before.abs().max())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lora_alpha": float("nan")},
+        {"r": 10**13},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"q_proj": "x"}},
+        {"alpha_pattern": {"q_proj": "x"}},
+        {"target_modules": [1]},
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_meant_are_one_error(tmp_path, values):
+    host = saved(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | values))
+    with pytest.raises(AdapterError, match=f"{next(iter(values))}=.* can't be meant"):
+        host.load(tmp_path, "b")
+
+
+@pytest.mark.parametrize("values", [{"chat": "x"}, {"lineage": "x"}, {"trained_as": "x"}, {"base": 5}], ids=str)
+def test_notes_that_cannot_be_meant_are_one_error(tmp_path, values):
+    host = saved(tmp_path)
+    notes = json.loads((tmp_path / "lorafit.json").read_text())
+    (tmp_path / "lorafit.json").write_text(json.dumps(notes | values))
+    with pytest.raises(AdapterError, match=f"{next(iter(values))}=.* can't be meant"):
+        host.load(tmp_path, "b")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    host = saved(tmp_path)
+    edit(tmp_path, lambda t: next(iter(t.values())).fill_(torch.nan))
+    with pytest.raises(AdapterError, match="aren't finite; the adapter is damaged"):
+        host.load(tmp_path, "b")

@@ -18,7 +18,7 @@ from lorafit.adapter import Adapter
 from lorafit.adapters import deltas
 from lorafit.adapters.compare import same_base
 from lorafit.adapters.deltas import Delta
-from lorafit.adapters.opened import Opened, carried, low_rank
+from lorafit.adapters.opened import Opened, carried, low_rank, no_biases
 from lorafit.errors import AdapterError, ConfigError
 
 HOWS = {
@@ -120,6 +120,7 @@ def _check(sources: Sequence[Opened], how: str, rank: int | None, density: float
     if density is not None and not 0 < density <= 1:
         raise ConfigError(f"--density {density}: must be more than 0 and at most 1")
     for source in sources:
+        no_biases(source)
         full = not _all_low(source)
         if full and exact:
             raise AdapterError(

@@ -8,7 +8,7 @@ from typing import Any
 from lorafit.adapters import deltas
 from lorafit.adapters.combine import Combined, Kept
 from lorafit.adapters.compare import gap
-from lorafit.adapters.opened import Opened, carried, low_rank
+from lorafit.adapters.opened import Opened, carried, low_rank, no_biases
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.log import size as bytes_
 
@@ -26,6 +26,7 @@ def compress(
 ) -> Combined:
     """At most this rank, this share of ‖ΔW‖² at each site, or this many bytes in all; at most one of them, and none keeps the
     factors as they are. `int8`: what a byte budget reckons with. ConfigError for a budget that rank 1 exceeds."""
+    no_biases(opened)
     if rank is None and energy is None and size is None:
         if not all(opened.low(path) for path in opened.paths):
             raise AdapterError(f"what {opened.given} adds isn't of low rank; give --rank, --energy or --size as well")

@@ -19,7 +19,7 @@ import lorafit
 from lorafit import files, peft_files
 from lorafit.adapter import Adapter
 from lorafit.adapters.deltas import Delta
-from lorafit.errors import AdapterError, LorafitError, ModelError
+from lorafit.errors import AdapterError, ModelError
 from lorafit.methods.lora import LoRA
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import blank, locate
@@ -120,8 +120,18 @@ def open_adapter(given: str, model: str | None = None, working: Working = lambda
             )
         host = open_session([given], model=model, streamed=True, precision="fp32", device="cpu", working=working).host
         (adapter,), sites = host.adapters.values(), host.sites
-    check_finite(adapter, given)
     return Opened(given, folder, adapter, sites, place, modules)
+
+
+def no_biases(opened: Opened) -> None:
+    """AdapterError where an adapter changes biases too, which factors of ΔW have no place for."""
+    for path, layer in opened.adapter.items():
+        bias = opened.sites[path].bias
+        if bias is not None and layer.delta_bias(bias) is not None:
+            raise AdapterError(
+                f"{opened.given} ({opened.adapter.method}) changes the bias of {path} too, which a LoRA has no place for;"
+                " merge it instead"
+            )
 
 
 def _without_weights(folder: Path, sites: Mapping[str, Site], made_for: str) -> Adapter | None:
@@ -133,13 +143,6 @@ def _without_weights(folder: Path, sites: Mapping[str, Site], made_for: str) -> 
     except (NotImplementedError, RuntimeError):  # of torch: a tensor without numbers was asked for them
         return None
     return adapter if all(layer.factors() is not None for _, layer in adapter.items()) else None
-
-
-def check_finite(adapter: Adapter, name: object) -> None:
-    """AdapterError where a number isn't."""
-    for path, layer in adapter.items():
-        if not all(bool(tensor.isfinite().all()) for tensor in layer.state_dict().values()):
-            raise AdapterError(f"{name}: {path} holds numbers that aren't finite; the adapter is damaged")
 
 
 def here(name: str, working: Working = lambda text: None) -> Path | None:
@@ -194,9 +197,7 @@ def sites_of(shapes: Mapping[str, Shape]) -> dict[str, Site]:
 def _shapes(folder: Path) -> dict[str, Shape]:
     """From the header of an adapter's tensors. AdapterError where it takes the base to understand them."""
     config = peft_files.read_config(folder)
-    own = config.get("peft_type") not in ("LORA", peft_files.INT8) and str(config.get("peft_type")).startswith(
-        "LORAFIT_"
-    )
+    own = config.get("peft_type") not in ("LORA", peft_files.INT8)
     if own or config.get("target_parameters") or config.get("ensure_weight_tying"):
         raise AdapterError(f"{folder} can't be understood without its base, which isn't here; name it with --model")
     try:
@@ -270,6 +271,6 @@ def write(
     """The adapter's folder, whole or not at all."""
     for path, layer in adapter.items():
         if not all(bool(p.isfinite().all()) for p in layer.parameters()):
-            raise LorafitError(f"{path}: the result isn't finite; nothing was written")
+            raise AdapterError(f"{path}: the result isn't finite; nothing was written")
     listed = list(modules)
     files.write_folder(out, lambda place: peft_files.save(adapter, place, sites, base, listed, int8), again="again")

@@ -23,7 +23,7 @@ from torch import Tensor
 from lorafit.errors import LorafitError, ModelError
 from lorafit.export import gguf_vocabulary
 from lorafit.export.base import Done, Job
-from lorafit.export.merge import adapted_sites, compare, effect_of, logits_of, merged_weight
+from lorafit.export.merge import adapted_sites, compare, effect_of, logits_of, merged_biases, merged_weight
 from lorafit.host import Host
 from lorafit.model import gguf as reading
 from lorafit.model.base import Base
@@ -180,11 +180,14 @@ def tensors(host: Host, spec: StackLike) -> Iterator[tuple[str, Tensor]]:
     """The merged model's tensors by their names, fp32, one after the other."""
     source = host.base.source
     adapted = {site.path for site in adapted_sites(host, spec)}
+    biases = {f"{path}.{host.sites[path].bias_parameter}": bias for path, bias in merged_biases(host, spec).items()}
     made = {
         site.name: site for site in host.sites.values() if site.path in adapted or isinstance(site.module, QuantLinear)
     }
     for name, parameter in _parameters(host.base):
-        if name in made:
+        if name in biases:
+            yield name, biases[name]
+        elif name in made:
             site = made[name]
             yield name, site.turned(merged_weight(host, site, spec) if site.path in adapted else site.weight().float())
         else:

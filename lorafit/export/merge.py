@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorafit import files
 from lorafit.data import Chat
-from lorafit.errors import LorafitError, RunError
+from lorafit.errors import AdapterError, LorafitError, RunError
 from lorafit.host import Host
 from lorafit.model.base import Base
 from lorafit.model.load import load
@@ -195,7 +195,7 @@ def merged_weight(host: Host, site: Site, spec: StackLike) -> Tensor:
     if not all(
         map(math.isfinite, map(float, merged.aminmax()))
     ):  # which NaN passes through, with no copy of the weight
-        raise LorafitError(f"{site.path}: the merged weight isn't finite; the adapter is damaged")
+        raise AdapterError(f"{site.path}: the merged weight isn't finite; the adapter is damaged")
     return merged
 
 

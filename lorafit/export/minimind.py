@@ -7,6 +7,7 @@ torch.save, which is the one file here that isn't safetensors: plain tensors, re
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def write(job: Job, place: Path) -> Done:
             if path in pairs
             else float(got.norm())
         )
-        largest = max(largest, off)
+        largest = max(largest, off if math.isfinite(off) else math.inf)
     allowed = 1e-5
     if set(read) != set(state) or not largest <= allowed:
         raise LorafitError(f"{place.name} isn't what was written: B·A is off by {largest:.2g}; nothing was kept")

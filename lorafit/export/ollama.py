@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorafit.data import Chat, Message
 from lorafit.data.example import RowFault
+from lorafit.errors import AdapterError
 from lorafit.export import gguf_model
 from lorafit.export.base import Done, Job
 from lorafit.files import write_text
@@ -60,6 +61,10 @@ def modelfile(chat: Chat, pieces: Pieces | None) -> str:
     if pieces is not None:
         lines.append(f'TEMPLATE """{_go(pieces)}"""')
     system = chat.system or (pieces.system if pieces is not None else None)
+    if system and '"""' in system:
+        raise AdapterError(
+            'the system prompt holds """, which a Modelfile has no way to write; shorten it with system='
+        )
     if system:
         lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{word}"' for word in chat.stops]

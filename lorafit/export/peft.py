@@ -13,10 +13,11 @@ from lorafit.export.base import LOGITS, Done, Job, said, same_logits
 def write(job: Job, place: Path) -> Done:
     """Copy the files and load them as any adapter is. AdapterError where PEFT has no such method."""
     kind = str(peft_files.read_config(job.folder).get("peft_type"))
+    if kind == peft_files.INT8:
+        raise AdapterError(f"{job.folder} is stored in int8; first: lorafit adapter convert {job.folder} OUT")
     if kind.startswith("LORAFIT_"):
         raise AdapterError(
-            f"PEFT has no place for what method '{job.adapter.method}' adds, which isn't a product of low rank; merge it with"
-            " --format hf, gguf or ollama"
+            f"PEFT has no place for what method '{job.adapter.method}' adds; merge it with --format hf, gguf or ollama"
         )
     for name in (peft_files.WEIGHTS, peft_files.CONFIG, peft_files.OWN):
         if (job.folder / name).is_file():

@@ -48,7 +48,8 @@ class QRLoRA(Method):
         mark = state_dict.get(f"{prefix}mark")
         if mark is not None and not self.mark.is_meta and not torch.equal(mark.to(self.mark), self.mark):
             raise AdapterError(
-                f"{self.path} isn't the weight that this qrlora adapter was made for; load it on its own base"
+                f"{self.path} isn't the weight that this qrlora adapter was made for; load it on its own base, and merge one that"
+                " was trained in 4 bits with --into dequantised"
             )
         super()._load_from_state_dict(state_dict, prefix, *others)
         if not self.order.is_meta:  # of columns almost alike, another machine's rounding may take another

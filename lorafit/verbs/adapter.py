@@ -352,9 +352,12 @@ def _compress(args: argparse.Namespace) -> None:
     from lorafit.adapters.opened import base_folder, open_adapter, write
     from lorafit.config import byte_count
     from lorafit.export.merge import free
+    from lorafit.files import need_data
 
     if args.rank is None and args.energy is None and args.size is None and not args.int8:
         raise ConfigError("say how small: --energy 0.99, --size 5M, --rank 4 or --int8")
+    if args.text:
+        need_data(args.text)
     to = free(Path(args.out))
     most = byte_count("--size", args.size, least=1e3) if args.size is not None else None
     (one,) = _opened(args, args.adapter)
