@@ -465,6 +465,8 @@ def _check_values(config: Mapping[str, Any], folder: Path) -> None:
         bad.append("r")
     for key, most in (("rank_pattern", _MOST_RANK), ("alpha_pattern", math.inf)):
         found = config.get(key) or {}
+        if key == "rank_pattern" and config.get("peft_type") == "ADALORA":
+            found = {}  # there it says which triplets are left, see _from_adalora
         if not isinstance(found, dict) or not all(
             number(v) and 0 < v <= most and _compiles(pattern) for pattern, v in found.items()
         ):

@@ -152,7 +152,7 @@ def test_runs_lists_and_compares(capsys, run, other):
     code, out, _ = call(capsys, "runs", run.parent, other.parent)
     assert code == 0 and "mine" in out and "other" in out
     code, out, _ = call(capsys, "runs", run, other)
-    assert re.search(r"held_out_loss_after +\d\.\d{1,3} ", out) and re.search(r"peak_rss_bytes +[\d.]+ [MG]B", out)
+    assert re.search(r"held_out_loss_after +\d\.\d{1,3} ", out) and re.search(r"adapter_bytes +[\d.]+ kB", out)
     code, out, _ = call(capsys, "runs", run, other, "--json")
     different = json.loads(out)["different"]
     assert different["r"] == [16, 4] and "model" not in different
