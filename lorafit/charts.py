@@ -60,45 +60,39 @@ def chart(series: Sequence[Series], label: str, high: int, span: Point) -> str:
 
 def histogram(lengths: Sequence[tuple[float, float, float]]) -> str:
     """Bars for (low, high, rows)."""
-    high = 190
-    most = max(1, *(number for _, _, number in lengths))
-    y_ticks = ticks(0, most, 4, whole=True)
-    slot = (WIDE - LEFT - RIGHT) / len(lengths)
-
-    def y(value: float) -> float:
-        return high - BOTTOM - value / max(most, y_ticks[-1]) * (high - TOP - BOTTOM)
-
-    every = math.ceil(len(lengths) / 12)
-    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", f"{low:.0f}–{up:.0f}") for i, (low, up, _) in enumerate(lengths)]
-    parts = _axes(marks[::every], [(f"{y(v):.1f}", _tick(v)) for v in y_ticks], high)
-    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">tokens</text>')
-    for i, (low, up, number) in enumerate(lengths):
-        title = f"{low:.0f} to {up:.0f} tokens: {number:.0f} rows"
-        parts.append(
-            f'<rect class="bar" x="{LEFT + i * slot + 1:.1f}" y="{y(number):.1f}" width="{max(1.0, slot - 2):.1f}" '
-            f'height="{high - BOTTOM - y(number):.1f}"><title>{title}</title></rect>'
-        )
-    return f"<figure><figcaption>Rows by length in tokens</figcaption>{_svg(parts, high, 'rows by length')}</figure>"
+    bars = [
+        (f"{low:.0f}–{up:.0f}", f"{low:.0f} to {up:.0f} tokens: {number:.0f} rows", number)
+        for low, up, number in lengths
+    ]
+    return _bars(bars, "Rows by length in tokens", "rows by length", whole=True, unit="tokens")
 
 
 def columns(bars: Sequence[tuple[str, float]], caption: str) -> str:
     """A bar for each (label, value ≥ 0)."""
+    return _bars([(label, f"{label}: {value:.4g}", value) for label, value in bars], caption, caption)
+
+
+def _bars(bars: Sequence[tuple[str, str, float]], caption: str, label: str, whole: bool = False, unit: str = "") -> str:
+    """A bar for each (label, hover title, value); `whole`: values are counts."""
     high = 190
-    y_ticks = ticks(0, max(value for _, value in bars), 4)
+    most = max(1 if whole else 0, *(value for _, _, value in bars))
+    y_ticks = ticks(0, most, 4, whole=whole)
     slot = (WIDE - LEFT - RIGHT) / len(bars)
 
     def y(value: float) -> float:
-        return high - BOTTOM - value / y_ticks[-1] * (high - TOP - BOTTOM)
+        return high - BOTTOM - value / max(most, y_ticks[-1]) * (high - TOP - BOTTOM)
 
     every = math.ceil(len(bars) / 12)
-    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", label) for i, (label, _) in enumerate(bars)]
+    marks = [(f"{LEFT + (i + 0.5) * slot:.1f}", name) for i, (name, _, _) in enumerate(bars)]
     parts = _axes(marks[::every], [(f"{y(v):.1f}", _tick(v)) for v in y_ticks], high)
-    for i, (label, value) in enumerate(bars):
+    if unit:
+        parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">{unit}</text>')
+    for i, (_, title, value) in enumerate(bars):
         parts.append(
             f'<rect class="bar" x="{LEFT + i * slot + 1:.1f}" y="{y(value):.1f}" width="{max(1.0, slot - 2):.1f}" '
-            f'height="{high - BOTTOM - y(value):.1f}"><title>{label}: {value:.4g}</title></rect>'
+            f'height="{high - BOTTOM - y(value):.1f}"><title>{title}</title></rect>'
         )
-    return f"<figure><figcaption>{caption}</figcaption>{_svg(parts, high, caption)}</figure>"
+    return f"<figure><figcaption>{caption}</figcaption>{_svg(parts, high, label)}</figure>"
 
 
 def _axes(xs: Sequence[tuple[str, str]], ys: Sequence[tuple[str, str]], high: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -103,10 +104,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on w
 
     RunError when the disk is full or refuses; `again` says what to do after making space.
     """
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with _aside(path, again) as scratch:
         scratch.chmod(0o755)
         fill(scratch)
         for file in scratch.iterdir():
@@ -118,30 +116,32 @@ def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on w
         scratch.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: Path, fill: Callable[[Path], None], again: str) -> None:
+    """Make a file by what `fill` writes at another path of the same name; there is none if `fill` raises. `fill` may leave
+    files beside it, which go. RunError when the disk is full or refuses, `again` as in `write_folder`."""
+    with _aside(path, again) as scratch:
+        fill(scratch / path.name)
+        _sync(scratch / path.name)
+        os.replace(scratch / path.name, path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _aside(path: Path, again: str) -> Iterator[Path]:
+    """An empty folder beside `path` to write in, which is gone afterwards; what the disk refuses inside is a RunError."""
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield scratch
     except OSError as error:
         raise refused(path, error, again) from None
     except Exception as error:  # safetensors wraps the operating system's errors in its own
         if "No space left" in str(error) or "os error" in str(error):
             raise RunError(f"can't write {path}: {error}; free some space, then {again}") from None
         raise
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_file(path: Path, fill: Callable[[Path], None], again: str) -> None:
-    """Make a file by what `fill` writes at another path of the same name; there is none if `fill` raises. `fill` may leave
-    files beside it, which go. RunError when the disk is full or refuses, `again` as in `write_folder`."""
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        fill(scratch / path.name)
-        _sync(scratch / path.name)
-        os.replace(scratch / path.name, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise refused(path, error, again) from None
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

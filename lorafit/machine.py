@@ -43,15 +43,21 @@ def memory() -> int:
 
 def gpu_memory() -> int:
     """Bytes that torch holds on the current CUDA device, 0 where there is none in use."""
-    torch = sys.modules.get("torch")
-    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+    cuda = _cuda()
+    return int(cuda.memory_reserved()) if cuda is not None else 0
 
 
 def gpu_peak() -> int:
     """The most that torch has held of the current CUDA device, in bytes; 0 where there is none in use. What CUDA takes for
     itself comes on top."""
+    cuda = _cuda()
+    return int(cuda.max_memory_reserved()) if cuda is not None else 0
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process uses it, None elsewhere; torch isn't imported for that."""
     torch = sys.modules.get("torch")
-    return int(torch.cuda.max_memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def peak_memory() -> int:
@@ -83,9 +89,8 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
     with contextlib.suppress(OSError, AttributeError):  # a C library without malloc_trim: nothing to do
         ctypes.CDLL(None).malloc_trim(0)
     _frugal()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if (cuda := _cuda()) is not None:
+        cuda.empty_cache()
     return None, error
 
 

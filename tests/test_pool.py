@@ -71,7 +71,7 @@ def test_blocks_in_use_never_overlap_in_any_thread(tmp_path):
     # From C++, where no interpreter's lock stands between the threads; in a process of its own, since it might crash.
     compiler, _ = build._place(build._pool())
     (tmp_path / "churn.cpp").write_text(CHURN)
-    library = build.Library("churn", (tmp_path / "churn.cpp",), build._pool().flags, build._pool().links)
+    library = build.Library("churn", "the test", (tmp_path / "churn.cpp",), build._pool().flags, build._pool().links)
     made = build._make(compiler, library, tmp_path / "churn.so")
     assert alone(f"import ctypes\nprint(ctypes.CDLL({str(made)!r}).churn(4, 40_000))\n") == "0"
 

@@ -20,7 +20,7 @@ from lorafit import files, peft_files
 from lorafit.adapter import Adapter
 from lorafit.adapters.deltas import Delta
 from lorafit.errors import AdapterError, ModelError
-from lorafit.methods.lora import LoRA
+from lorafit.methods.lora import given
 from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import blank, locate
 from lorafit.model.shards import DAMAGED, read_header
@@ -223,11 +223,7 @@ def _shapes(folder: Path) -> dict[str, Shape]:
 
 def low_rank(sites: Mapping[str, Site], deltas: Mapping[str, Delta]) -> Adapter:
     """A LoRA of scale 1 that adds these, by site path."""
-    layers = {}
-    for path, delta in deltas.items():
-        layer = LoRA(sites[path], None, r=delta.rank, alpha=float(delta.rank))
-        layer.load_state_dict({"a": delta.a.float(), "b": delta.b.float()})
-        layers[path] = layer
+    layers = {path: given(sites[path], delta.a.float(), delta.b.float()) for path, delta in deltas.items()}
     usual = max((d.rank for d in deltas.values()), key=[d.rank for d in deltas.values()].count)
     return Adapter("lora", {"r": usual, "alpha": float(usual), "dropout": 0.0, "rslora": False}, layers)
 

@@ -15,7 +15,7 @@ from lorafit.data import Chat
 from lorafit.errors import AdapterError, LorafitError
 from lorafit.export.merge import Proof, compare, effect_of, logits_of
 from lorafit.host import Host
-from lorafit.methods.lora import LoRA
+from lorafit.methods.lora import given
 from lorafit.model.sites import Site
 
 Pair = tuple[Tensor, Tensor]  # a (*lead, r, in) and b (*lead, out, r), fp32, the scale in b
@@ -91,11 +91,8 @@ def only(pairs: Mapping[str, Pair], sites: Mapping[str, Site], kinds: Container[
 
 def as_lora(pairs: Mapping[str, Pair], sites: Mapping[str, Site], notes: Mapping[str, Any]) -> Adapter:
     """These factors as a LoRA of scale 1."""
-    layers, largest = {}, max(a.shape[-2] for a, _ in pairs.values())
-    for path, (a, b) in pairs.items():
-        r = a.shape[-2]
-        layers[path] = LoRA(sites[path], None, r=r, alpha=float(r))
-        layers[path].load_state_dict({"a": a, "b": b})
+    layers = {path: given(sites[path], a, b) for path, (a, b) in pairs.items()}
+    largest = max(a.shape[-2] for a, _ in pairs.values())
     options = {"r": largest, "alpha": float(largest), "dropout": 0.0, "rslora": False}
     made = Adapter("lora", options, layers)
     made.notes = dict(notes)

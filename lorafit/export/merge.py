@@ -190,7 +190,7 @@ def adapted_sites(host: Host, spec: StackLike) -> list[Site]:
 
 @torch.no_grad()
 def merged_weight(host: Host, site: Site, spec: StackLike) -> Tensor:
-    """W + ΔW (*lead, out, in), fp32. LorafitError if it isn't finite."""
+    """W + ΔW (*lead, out, in), fp32. AdapterError if it isn't finite."""
     merged = host.merged_weight(site, spec)
     if not all(
         map(math.isfinite, map(float, merged.aminmax()))

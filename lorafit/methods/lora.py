@@ -32,6 +32,14 @@ def check(r: int, dropout: float) -> None:
         raise ConfigError(f"dropout={dropout}: must be at least 0 and below 1")
 
 
+def given(site: Matrix, a: Tensor, b: Tensor) -> LoRA:
+    """A LoRA of scale 1 with these factors, a (*lead, r, in) and b (*lead, out, r)."""
+    r = a.shape[-2]
+    made = LoRA(site, None, r=r, alpha=float(r))
+    made.load_state_dict({"a": a, "b": b})
+    return made
+
+
 class LoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), both trained."""
 

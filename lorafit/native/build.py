@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -76,12 +76,7 @@ def pool() -> ctypes.CDLL | None:
 
 def pooled() -> bool:
     """Tensors' memory is from the pool, or will be once it is asked for."""
-    if not _on or sys.platform != "linux" or _no_pool:
-        return False
-    try:
-        return not _failed(_place(_pool())[1])
-    except (_NotBuilt, OSError, importlib.metadata.PackageNotFoundError):
-        return False
+    return _on and sys.platform == "linux" and not _no_pool and _hopeful(_pool)
 
 
 def prepare() -> None:
@@ -106,11 +101,14 @@ def built() -> bool:
 
 def possible() -> bool:
     """There is a library, or there will be once it is asked for."""
-    if _tried:
-        return _built is not None
+    return _built is not None if _tried else _hopeful(kernels)
+
+
+def _hopeful(library: Callable[[], Library]) -> bool:
+    """There is a compiler, and no word of a library that it can't be built."""
     try:
-        return not _failed(_place(kernels())[1])
-    except (_NotBuilt, OSError):
+        return not _failed(_place(library())[1])
+    except (_NotBuilt, OSError, importlib.metadata.PackageNotFoundError):
         return False
 
 
@@ -156,9 +154,11 @@ class _NotBuilt(Exception):
 
 
 class Library(NamedTuple):
-    """What is compiled into a file, and how. `flags` beside FLAGS; `made_for` is what else it is no good without."""
+    """What is compiled into a file, and how: its name there and in words, `flags` beside FLAGS; `made_for` is what else it is no
+    good without."""
 
     name: str
+    words: str
     sources: tuple[Path, ...]
     flags: tuple[str, ...]
     links: tuple[str, ...]
@@ -169,13 +169,15 @@ class Library(NamedTuple):
 def kernels() -> Library:
     """The kernels, linked with the very OpenMP library that torch has loaded."""
     bundled = sorted((_torch() / "lib").glob("libgomp*"))
-    return Library("native", KERNELS, (), (str(bundled[0]) if bundled else "-fopenmp",))
+    return Library("native", "the kernels", KERNELS, (), (str(bundled[0]) if bundled else "-fopenmp",))
 
 
 def _pool() -> Library:
     """The pool, written to torch's headers, which ask for C++20, and to the part of torch that hands out memory."""
     headers, memory = f"-I{_torch() / 'include'}", str(_torch() / "lib" / "libc10.so")
-    return Library("pool", (_POOL,), ("-std=c++20", headers), (memory,), importlib.metadata.version("torch"))
+    return Library(
+        "pool", "the pool", (_POOL,), ("-std=c++20", headers), (memory,), importlib.metadata.version("torch")
+    )
 
 
 def _torch() -> Path:
@@ -260,7 +262,7 @@ def _make(compiler: str, library: Library, place: Path) -> Path:
             steps[0].returncode, said = done.returncode, [done.stderr]
         if any(step.returncode for step in steps):
             first = next((line for text in said for line in text.splitlines() if "error" in line), "no message")
-            why = f"{Path(compiler).name} can't build {'the pool' if library.name == 'pool' else 'the kernels'}: {first.strip()}"
+            why = f"{Path(compiler).name} can't build {library.words}: {first.strip()}"
             with contextlib.suppress(OSError):  # the same compiler needn't be asked at every start
                 place.with_suffix(".failed").write_text(why, encoding="utf-8")
             raise _NotBuilt(why)
