@@ -522,6 +522,7 @@ def test_a_bias_that_an_adapter_changes_is_in_the_gguf(tmp_path, capsys):
     host.save("a", tmp_path / "a")
     words = ["--model", str(place), "--type", "f32", "--json"]
     assert main(["export", str(tmp_path / "a"), str(tmp_path / "a.gguf"), "--format", "gguf", *words]) == 0
+    assert gguf.GGUFReader(tmp_path / "a.gguf").get_field("general.architecture").contents() == "qwen2"
     assert (
         main(["adapter", "compress", str(tmp_path / "a"), str(tmp_path / "b"), "--rank", "4", "--model", str(place)])
         == 2
