@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tiny import base, ids, model, randomize, rows
 from lorafit.batches import Plan, default_tokens, fill, join, pack, targets
 from lorafit.host import Host
 from lorafit.model.base import Base
-from lorafit.train import optim
+from lorafit.train import loop, optim
 from lorafit.train.loop import Job, _gradients, train
 from lorafit.train.loss import CHUNK, FrozenHeadLoss, losses
 
@@ -342,3 +343,44 @@ def test_the_fingerprint_sees_every_tensor(tmp_path):
     tensors["w123"] = torch.zeros(64, 64)
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
     assert fingerprint(tmp_path) != before
+
+
+def test_a_job_that_joins_or_leaves_between_steps_changes_no_other():
+    """The list is the driver's: a place that becomes free is given to the next job."""
+
+    lengths = [9, 13, 11, 17, 8, 12, 10, 14]
+
+    def run(names, change=None):
+        host = host_with("llama", dtype=torch.float64)
+        for name in "bc":
+            randomize(host.add(name, "lora", r=2).double())
+        jobs = {name: Job(name, Plan(rows(lengths, seed=i), 40, seed=i), 6, 1e-2) for i, name in enumerate("abc")}
+        there = [jobs[name] for name in names]
+        for number, _ in enumerate(train(host, there), 1):
+            if change and number == 2:
+                there[1:] = [jobs["c"]]
+        return {name: {k: v.clone() for k, v in host.adapters[name].state_dict().items()} for name in "abc"}, jobs
+
+    together, jobs = run("ab", change=True)
+    assert [jobs[name].done for name in "abc"] == [6, 2, 6]
+    for name in "ac":
+        alone, _ = run(name)
+        for key, value in alone[name].items():
+            torch.testing.assert_close(together[name][key], value, atol=1e-9, rtol=1e-9)
+
+
+def test_jobs_share_a_micro_batch_as_long_as_it_stays_small():
+    jobs = [Job(name, Plan([], 100, accumulate=2), 1, 1e-2) for name in "abc"]
+    documents = {name: rows([9, 13, 11, 17, 8, 12, 10, 14], seed=i) for i, name in enumerate("abc")}
+    alone = {name: Plan([], 100, accumulate=2).micros(documents[name]) for name in "abc"}
+    pieces = loop._micros(jobs, documents, 0)
+    assert [[owner for owner, _ in groupby(piece, key=lambda item: item[0])] for piece in pieces] == [[0, 1, 2]] * len(
+        alone["a"]
+    )
+    small = max(sum(len(row.ids) for row in part) for parts in alone.values() for part in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TOGETHER", small)
+        for piece in loop._micros(jobs, documents, 0):
+            (owner,) = {owner for owner, _ in piece}
+            lines = [[row.line for row in part] for part in alone[jobs[owner].name]]
+            assert [row.line for _, row in piece] in lines

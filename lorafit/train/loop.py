@@ -32,6 +32,9 @@ from lorafit.route import Route
 from lorafit.train import optim
 from lorafit.train.loss import losses
 
+# Tokens of a micro-batch up to which jobs share it: beyond, the products gain nothing from more rows, and memory grows.
+TOGETHER = 2048
+
 
 @dataclass
 class Job:
@@ -83,18 +86,21 @@ def train(host: Host, jobs: Sequence[Job], halvings: int = 0) -> Iterator[Step]:
     A job whose loss or gradient isn't finite is left as it was before that step, marked `failed`, and takes no further
     part. The generator may be dropped after any step: adapters and optimisers hold everything.
 
+    Whoever drives it may change a list of jobs between two steps: a job that is put there joins in, one that is taken out
+    leaves, and the others don't notice either.
+
     Each micro-batch is cut into 2^`halvings` pieces. Where memory isn't enough for a step, that number grows and stays;
     OutOfMemory if single documents are too large: adapters and optimisers are then as the last step left them.
     """
-    for job in jobs:
-        adapter = host.adapters[job.name]
-        job.optimizer = job.optimizer or optim.optimizer(adapter, job.lr, job.weight_decay)
-    feeds = {job.name: job.plan.since(job.done) for job in jobs}
+    feeds: dict[int, Iterator[list[Tokens]]] = {}
     while True:
         live = [job for job in jobs if not job.failed and job.done < job.steps]
         if not live:
             return
-        documents = {job.name: next(feeds[job.name]) for job in live}
+        feeds = {id(job): feeds.get(id(job)) or job.plan.since(job.done) for job in live}
+        for job in live:
+            job.optimizer = job.optimizer or optim.optimizer(host.adapters[job.name], job.lr, job.weight_decay)
+        documents = {job.name: next(feeds[id(job)]) for job in live}
         too_large: list[int] = []
         while True:
             sums, error = attempt(partial(_gradients, host, live, documents, halvings))
@@ -192,13 +198,20 @@ def watched(host: Host) -> Iterator[None]:
 
 
 def _micros(live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: int) -> list[Piece]:
-    """The step's micro-batches: those of the jobs' plans side by side, each cut into 2^halvings pieces."""
+    """The step's micro-batches: one of each job's side by side, as many jobs as keep within `TOGETHER` tokens or the largest
+    of them, each lot cut into 2^halvings pieces.
+
+    A job's micro-batch stays whole as long as nothing is halved, so that it draws what it draws alone.
+    """
     cut = [job.plan.micros(documents[job.name]) for job in live]
     found = []
     for number in range(max(len(parts) for parts in cut)):
-        whole = [(i, row) for i, parts in enumerate(cut) if number < len(parts) for row in parts[number]]
-        lengths = [len(row.ids) for _, row in whole]
-        found += [[whole[k] for k in run] for run in fill(lengths, max(1, -(-sum(lengths) // 2**halvings)))]
+        beside = [[(i, row) for row in parts[number]] for i, parts in enumerate(cut) if number < len(parts)]
+        sizes = [sum(len(row.ids) for _, row in part) for part in beside]
+        for lot in fill(sizes, max(TOGETHER, *sizes)):
+            whole = [item for part in lot for item in beside[part]]
+            lengths = [len(row.ids) for _, row in whole]
+            found += [[whole[k] for k in run] for run in fill(lengths, max(1, -(-sum(lengths) // 2**halvings)))]
     return found
 
 
