@@ -111,13 +111,13 @@ def default_rate(args: argparse.Namespace, settings: list[str]) -> float:
     """Of a method for this model."""
     from transformers import AutoConfig
 
-    from lorafit.fit import default_lr
+    from lorafit.advice import default_lr
     from lorafit.methods import find
     from lorafit.model.load import locate
 
     method = next((word.partition("=")[2] for word in settings if word.startswith("method=")), "lora")
     shape = AutoConfig.from_pretrained(locate(args.model), local_files_only=True)
-    return default_lr(shape) * find(method).lr_factor
+    return default_lr(shape, args.tokens) * find(method).lr_factor
 
 
 def beyond(runs: list[dict[str, Any]]) -> float | None:

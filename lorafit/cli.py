@@ -9,13 +9,30 @@ import sys
 
 from lorafit import __version__
 from lorafit.errors import ConfigError, LorafitError
-from lorafit.verbs import adapter, bench, chat, check, demo, eval_, export, merge, methods, plan, runs, train
+from lorafit.verbs import (
+    adapter,
+    advise,
+    bench,
+    chat,
+    check,
+    demo,
+    doctor,
+    eval_,
+    export,
+    merge,
+    methods,
+    plan,
+    runs,
+    train,
+)
 
 VERBS = {
     "demo": demo,
     "check": check,
     "plan": plan,
+    "advise": advise,
     "train": train,
+    "doctor": doctor,
     "eval": eval_,
     "chat": chat,
     "merge": merge,

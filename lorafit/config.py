@@ -65,9 +65,11 @@ class Config:
     )
     double_quant: bool = setting(True, "with nf4 and fp4: quantise their scales too, 4.13 bits a weight instead of 4.5")
 
-    epochs: float = setting(3.0, "passes over the training rows", low=0)
+    epochs: float = setting(3.0, "passes over the training rows; unset, more where that would be few steps", low=0)
     steps: int | None = setting(None, "optimiser steps, instead of epochs", low=1)
-    lr: float | None = setting(None, "peak learning rate; default: by the model's width", low=0)
+    lr: float | None = setting(
+        None, "peak learning rate; default: by the model's width and the tokens of a step", low=0
+    )
     schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "how the learning rate falls after warm-up")
     warmup: float = setting(0.03, "share of the steps in which the learning rate rises", low=0, high=1)
     clip: float = setting(1.0, "largest gradient norm; 0 for none", low=0)
@@ -110,6 +112,7 @@ class Config:
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": ""}
     )  # of the method; top-level keys in YAML
+    given: frozenset[str] = frozenset()  # the settings that `build` was given a value for: advice leaves them alone
 
 
 Extra = Mapping[str, tuple[Any, Any]]  # option name -> (type, default); a method's own settings
@@ -117,7 +120,7 @@ Extra = Mapping[str, tuple[Any, Any]]  # option name -> (type, default); a metho
 
 def defaults(cls: type = Config) -> dict[str, dataclasses.Field[Any]]:
     """The settings a user can write, by name."""
-    return {f.name: f for f in dataclasses.fields(cls) if f.name != "options"}
+    return {f.name: f for f in dataclasses.fields(cls) if f.name not in ("options", "given")}
 
 
 def choices(name: str) -> list[str]:
@@ -169,6 +172,9 @@ def build(values: Mapping[str, Any], extra: Extra | None = None) -> Config:
             config.options[key] = coerce(key, extra[key][0], value)
         else:
             raise ConfigError(f"unknown setting '{key}'; {nearest(key, [*known, *extra])}")
+    config.given = frozenset(
+        key for key in values if (config.options if key in extra else vars(config))[key] is not None
+    )
     for key, (_, default) in extra.items():
         config.options.setdefault(key, default)
     if config.memory is not None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import lorafit
+from lorafit import advice, files, peft_files, places, plan, report
 from lorafit import config as settings
-from lorafit import files, peft_files, places, plan, report
-from lorafit.batches import Plan, default_tokens, spared
+from lorafit.batches import Plan, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
 from lorafit.errors import ConfigError, MissingExtra, ModelError, OutOfMemory, RunError, UserError
@@ -40,7 +40,7 @@ from lorafit.methods import METHODS, find
 from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
 from lorafit.model.body import Body
-from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, stop_ids, stored_bytes
+from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, shape_of, stop_ids, stored_bytes
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native import build as kernels
@@ -248,6 +248,7 @@ class _Fit:
         self.data = load_data(config, self.chat, terminal)
         self.chat.system = config.system or self.data.report.system
         self.memory = settings.byte_count("memory", config.memory) if config.memory else None
+        self.advised = advised(config, path, self.data)
         self.expected = _expected(config, path, self.data.train, self.memory, source)
         ready = config.native and (kernels.built() or not on_cpu)
         with terminal.working("loading the base") as spinner, kernels.switched(ready):
@@ -304,9 +305,9 @@ class _Fit:
 
     def _job(self) -> Job:
         config = self.config
-        config.batch_tokens = config.batch_tokens or default_tokens(self.data.train, config.share)
-        if config.lr is None:
-            config.lr = default_lr(self.host.base.model.config) * find(config.method).lr_factor
+        if config.lr is None:  # a model that only loading could tell the shape of
+            self.advised = advice.settle(config, self.data, self.host.base.model.config)
+        assert config.batch_tokens is not None and config.lr is not None
         plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
         steps = config.steps or plan.steps(config.epochs)
         config.eval_every = config.eval_every or max(1, math.ceil(steps / 8))
@@ -371,10 +372,20 @@ class _Fit:
         self.seconds = self.busy = 0.0
         self.tokens = 0
         self.peak = self.halvings = 0
+        run.begin()
         self.say_what(run)
         if parts := self.host.base.parts():
             errors = [{"path": path, "plain": part.plain, "after": part.after} for path, part in parts.items()]
             files.write_json(run.folder / "start.json", errors)
+        try:
+            reason = self._to_its_end(run, newest, changed)
+        except Exception as error:
+            run.broke_off(error)
+            raise
+        return self._finish(run, reason)
+
+    def _to_its_end(self, run: Run, newest: Checkpoint | None, changed: bool) -> str:
+        """Train; returns why it ended early, or ''."""
         self.began = time.monotonic()
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
@@ -392,14 +403,13 @@ class _Fit:
                 ended = newest.state.get("finished", "") if newest is not None else ""
                 # A run that had ended early, and was killed before its adapter was written, ends there again.
                 over = bool(ended) and not changed and newest is not None and newest.step < self.job.steps
-                reason = ended if over else self._steps(run, progress, stop, writer)
+                return ended if over else self._steps(run, progress, stop, writer)
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
                 raise
             raise OutOfMemory(self._too_little(run, next(iter(str(error).splitlines()), "out of memory"))) from None
         finally:
             pool.give_back()
-        return self._finish(run, reason)
 
     def _too_little(self, run: Run, error: str) -> str:
         """What to say, and to try, when there isn't enough memory for anything less."""
@@ -594,7 +604,7 @@ class _Fit:
             assert self.config.lr is not None
             raise Failed(
                 f"training stopped: {reason}{kept}; try lr={self.config.lr / 5:.1e}, a longer warm-up (warmup=0.1),"
-                " precision=fp32, or look at the rows with `lorafit check`"
+                f" precision=fp32, or look at the rows with `lorafit check`; `lorafit doctor {run.folder}` has the figures"
             )
         return run
 
@@ -649,6 +659,9 @@ class _Fit:
         say = self.terminal.say
         place = f"{base.device}{_kernels(base)}"
         stored = f"{base.quant}, computed in " if base.quant else ""
+        if self.advised:
+            chosen = " ".join(choice.words for choice in self.advised)
+            say(f"settings  by advice: {chosen} (`lorafit advise {cut(config.data, 200)}` gives the reasons)")
         say(f"base      {config.model}: {count(base.parameters())} parameters, {stored}{config.precision} on {place}")
         say(
             f"data      {count(len(self.data.train))} rows to train on, {len(self.data.held_out)} held out,"
@@ -722,7 +735,19 @@ def start_of(config: Config) -> Path | None:
     source = adapter_folder(config.start) if config.start else None
     if source is not None and config.model == Config().model:
         config.model = base_of(source)
+    if source is not None:
+        config.method = peft_files.method_of(source)
     return source
+
+
+def advised(config: Config, path: Path, data: Dataset) -> list[advice.Choice]:
+    """What advice has put into a config where the user set nothing. None of it yet where only loading the model will tell its
+    shape, or what is wrong with it."""
+    try:
+        shape = shape_of(path)
+    except ModelError:
+        return []
+    return advice.settle(config, data, shape)
 
 
 def load_data(config: Config, chat: Chat, terminal: Terminal, strict: bool = True) -> Dataset:
@@ -768,13 +793,6 @@ def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
     """The held-out rows of a finished run, read again from its data. A LorafitError where they aren't there any more."""
     config = build(settings.read_yaml(Run.open(run).folder / "config.yaml"))
     return load_data(config, chat, Terminal(quiet=True)).held_out
-
-
-def default_lr(shape: Any) -> float:
-    """For a model with this transformers config: 2e-4 at a width of 4096, more for narrower models, because the best rate
-    falls with the root of the width (2602.06204)."""
-    width = shape.get_text_config().hidden_size
-    return float(f"{2e-4 * (4096 / width) ** 0.5:.2g}")
 
 
 def _check_files(config: Config) -> None:

@@ -114,6 +114,12 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
     return adapter
 
 
+def method_of(folder: Path) -> str:
+    """The method of a saved adapter, told without its tensors."""
+    config = read_config(folder)
+    return "lora" if config.get("peft_type") == "ADALORA" else _method_of(config, read_notes(folder), folder)[0]
+
+
 def peft_type(kind: type[Method]) -> str | None:
     """PEFT's type that a method's adapters are stored as; None where PEFT has none, and the files are lorafit's alone."""
     if kind is IA3:

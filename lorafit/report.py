@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit import charts
+from lorafit import charts, doctor
 from lorafit.charts import Point
 from lorafit.config import read_yaml
+from lorafit.doctor import Finding, number
 from lorafit.errors import RunError
 from lorafit.files import read_json, read_json_lines, write_text
 from lorafit.log import count, duration, size
@@ -27,15 +28,17 @@ def write(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run} is not a run folder: it has no config.yaml")
     settings = read_yaml(run / "config.yaml")
-    steps = _by_step(read_json_lines(run / "metrics.jsonl"))
-    evaluations = _by_step(read_json_lines(run / "evaluations.jsonl"))
+    steps = doctor.by_step(read_json_lines(run / "metrics.jsonl"))
+    evaluations = doctor.by_step(read_json_lines(run / "evaluations.jsonl"))
     data, summary = read_json(run / "data.json"), read_json(run / "summary.json")
+    findings = doctor.examine(run)
     best = _best(evaluations, summary)
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>"
         for title, content in (
             ("Verdict", _verdict(steps, evaluations, summary, best)),
-            ("Curves", _curves(steps, evaluations, best)),
+            ("Diagnosis", _diagnosis(findings)),
+            ("Curves", _curves(steps, evaluations, best, findings)),
             ("Samples", _samples(evaluations, best)),
             ("Data", _data(data)),
             ("Summary", _summary(summary)),
@@ -61,20 +64,6 @@ def adapter(name: str, facts: Iterable[tuple[str, str]], norms: dict[str, dict[s
 # --- the files
 
 
-def _by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    # A resumed run repeats the steps after its checkpoint: the later row counts.
-    found = {step: row for row in rows if (step := _number(row, "step")) is not None}
-    return [found[step] for step in sorted(found)]
-
-
-def _number(row: dict[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    # Neither NaN nor infinite, nor a whole number too large for a float.
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        return value
-    return None
-
-
 def _list(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> list[Any]:
     # The well-formed items of a list; pairs and triples come with their length.
     items = row.get(key)
@@ -86,11 +75,11 @@ def _list(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> li
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> list[Point]:
-    return [(row["step"], value) for row in rows if (value := _number(row, key)) is not None]
+    return [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
 
 
 def _best(evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any] | None:
-    measured = [row for row in evaluations if _number(row, "held_out_loss") is not None]
+    measured = [row for row in evaluations if number(row, "held_out_loss") is not None]
     chosen = [row for row in measured if row["step"] == summary.get("best_step")]
     chosen = chosen or [row for row in measured if row.get("best") is True][-1:]
     return chosen[0] if chosen else min(measured, key=lambda row: float(row["held_out_loss"]), default=None)
@@ -103,7 +92,7 @@ def _verdict(
     steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any], best: dict[str, Any] | None
 ) -> str:
     held_out = _points(evaluations, "held_out_loss")
-    before, after = _number(summary, "held_out_loss_before"), _number(summary, "held_out_loss_after")
+    before, after = number(summary, "held_out_loss_before"), number(summary, "held_out_loss_after")
     if before is None and held_out:
         before = held_out[0][1]
     if after is None and best is not None and len(held_out) > 1:
@@ -139,7 +128,9 @@ def _verdict(
     return f'<p class="verdict {tone}">{word}</p><p>{figures}</p>' + "".join(f"<p>{note}</p>" for note in notes)
 
 
-def _curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
+def _curves(
+    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], best: dict[str, Any] | None, findings: list[Finding]
+) -> str:
     loss, rate, held_out = _points(steps, "loss"), _points(steps, "lr"), _points(evaluations, "held_out_loss")
     if not loss and not held_out:
         return ""
@@ -149,6 +140,7 @@ def _curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], best
         charts.Series("training loss, smoothed", "smooth", charts.thin(charts.smooth(loss)), hover=True),
         charts.Series("held-out loss", "held", held_out, line=len(held_out) > 1, dots=True),
         charts.Series("best", "best", mark, line=False, dots=True),
+        charts.Series("trouble", "trouble", _troubles(findings, loss), line=False, dots=True),
     ]
     xs = [step for step, _ in loss + rate + held_out]
     span = min(xs), max(xs)  # one for both charts, so that steps are above each other
@@ -158,6 +150,20 @@ def _curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], best
             [charts.Series("learning rate", "rate", charts.thin(rate), hover=True)], "learning rate", 150, span
         )
     return drawn
+
+
+def _troubles(findings: list[Finding], loss: list[Point]) -> list[Point]:
+    """Where in the training loss faults and warnings show."""
+    at = dict(loss)
+    steps = {one.step for one in findings if one.step is not None and one.level != "note"}
+    return [(step, at[step]) for step in sorted(steps) if step in at]
+
+
+def _diagnosis(findings: list[Finding]) -> str:
+    rows = [
+        [one.level, f"{one.what}: {one.evidence}", "\n".join(filter(None, (one.do, one.command)))] for one in findings
+    ]
+    return _table(["", "What", "What to change"], rows, "levels") if rows else ""
 
 
 def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
@@ -194,7 +200,7 @@ def _data(data: dict[str, Any]) -> str:
     formats = data.get("by_format")
     facts = [("File", _plain(data["path"]))] if "path" in data else []
     for key, label in _DATA_FACTS.items():
-        if (value := _number(data, key)) is not None:
+        if (value := number(data, key)) is not None:
             facts.append((label, f"{value:.1%}" if key == "share" else count(int(value))))
     if isinstance(formats, dict):
         facts.append(("Formats", ", ".join(f"{name} {_plain(number)}" for name, number in formats.items())))
@@ -231,11 +237,11 @@ _DATA_FACTS = {
 def _summary(summary: dict[str, Any]) -> str:
     facts = []
     for key, (label, show) in _SUMMARY_FACTS.items():
-        if (value := _number(summary, key)) is not None:
+        if (value := number(summary, key)) is not None:
             facts.append((label, show(value)))
         elif isinstance(summary.get(key), str):
             facts.append((label, summary[key]))
-    learned, total = _number(summary, "trainable_parameters"), _number(summary, "total_parameters")
+    learned, total = number(summary, "trainable_parameters"), number(summary, "total_parameters")
     if learned is not None and total:
         facts.append(("Share trained", f"{learned / total:.2%}"))
     return _pairs(facts) if facts else ""
@@ -321,7 +327,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr))
 dl div { border-bottom: 1px solid var(--rule); padding: .2rem 0; display: flex; gap: 1rem;
   justify-content: space-between; }
 dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; } .lines th:first-child { width: 7rem; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+.lines th:first-child, .levels th:first-child { width: 7rem; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -338,6 +345,7 @@ path { fill: none; stroke-width: 2; stroke-linejoin: round; } path.grid { stroke
 path.raw { stroke: var(--blue); stroke-width: 1; opacity: .45; } path.smooth, path.rate { stroke: var(--blue); }
 path.held { stroke: var(--orange); stroke-width: 1.2; stroke-dasharray: 4 3; } circle.held { fill: var(--orange); }
 circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
+circle.trouble { fill: var(--red); stroke: var(--card); stroke-width: 1.5; } span.trouble::before { color: var(--red); }
 circle.ghost { fill: transparent; } circle.ghost:hover { fill: var(--blue); } .bar { fill: var(--blue); opacity: .8; }
 """
 

@@ -5,6 +5,7 @@
     metrics.jsonl      one object a step                  evaluations.jsonl  held-out loss and sample answers
     checkpoints/       step-000120/ {adapter, optimizer, state}; the newest two and the best
     adapter/           the best adapter, PEFT format       summary.json, report.html   at the end
+    stopped.json       why it ended before its end; gone when it goes on
 
 Checkpoints appear whole or not at all (written aside, then renamed) and carry the SHA-256 of their files. safetensors and
 JSON only.
@@ -12,6 +13,7 @@ JSON only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -31,6 +33,7 @@ from lorafit import files
 from lorafit.errors import RunError
 
 KEEP = 2
+STOPPED = "stopped.json"
 _STEP = re.compile(r"step-(\d{6,})$")
 
 
@@ -99,6 +102,15 @@ class Run:
                 return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)[:n]
         except OSError as error:
             raise files.refused(self.folder, error) from None
+
+    def begin(self) -> None:
+        """It is going on: what is known of an earlier end doesn't hold any more."""
+        (self.folder / STOPPED).unlink(missing_ok=True)
+
+    def broke_off(self, error: Exception) -> None:
+        """Note why it ended before its end, if there is a place to write to."""
+        with contextlib.suppress(RunError, OSError):
+            files.write_json(self.folder / STOPPED, {"kind": type(error).__name__, "reason": str(error)})
 
     # --- records ---------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ LAYERS = [
     ["methods"],
     ["route", "adapter", "peft_files", "host"],
     ["train"],
-    ["generate", "evaluate", "run", "charts", "report", "places", "plan", "pace", "session"],
+    ["generate", "evaluate", "run", "charts", "advice", "doctor", "report", "places", "plan", "pace", "session"],
     ["export", "adapters"],
     ["talk", "fit"],
     ["bench"],

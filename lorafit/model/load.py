@@ -158,13 +158,23 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def blank(path: Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model of a folder's config.json, without weights. ModelError where there is no such model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def shape_of(path: Path) -> Any:
+    """The transformers config of a folder. ModelError where transformers knows no such model."""
+    from transformers import AutoConfig
 
     quiet()
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{path} isn't a causal language model: {_first_line(error)}") from None
+
+
+def blank(path: Path, dtype: torch.dtype | None = None) -> Any:
+    """The transformers model of a folder's config.json, without weights. ModelError where there is no such model."""
+    from transformers import AutoModelForCausalLM
+
+    config = shape_of(path)
+    try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
     except Exception as error:

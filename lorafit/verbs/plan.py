@@ -60,11 +60,12 @@ def run(args: argparse.Namespace) -> None:
         config.precision = "fp32"
     source = fit.start_of(config)
     path, _, data = fit.read_data(config, out, weights=False)
+    fit.advised(config, path, data)
     with out.working("adding up"):
         model = empty(config, path, place.gpu, source)
         asked = estimate(config, model, data.train)
         verdict = judge(config, model, data.train, place.memory, streams=memory is None)
-    seconds = _seconds(config, path, data, verdict, place, out, args.no_time)
+    seconds = seconds_of(config, path, data, verdict, place, out, args.no_time)
     if args.json:
         print_json(
             {
@@ -79,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
     print(described(asked, verdict, place, seconds, way_out(config, verdict)))
 
 
-def _seconds(config: Any, path: Path, data: Any, verdict: Verdict, place: Place, out: Any, skip: bool) -> float | None:
+def seconds_of(
+    config: Any, path: Path, data: Any, verdict: Verdict, place: Place, out: Any, skip: bool
+) -> float | None:
     """Of the whole training, with the settings of the verdict; None where it isn't known."""
     from dataclasses import replace
 

@@ -90,6 +90,7 @@ def described(run: str, summary: dict[str, Any]) -> str:
     """A finished run in lines for people, with what to do next."""
     before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
     lines = []
+    change = 0.0
     if before is not None and after is not None:
         change = (after - before) / before
         falling = summary["best_step"] == summary["steps"]
@@ -113,6 +114,7 @@ def described(run: str, summary: dict[str, Any]) -> str:
         f"run            {run} (report.html shows the curves)",
         "",
         "next:",
+        *([f"  lorafit doctor {run}"] if before is not None and change > -0.02 else []),
         f"  lorafit chat {run} --compare",
         f"  lorafit eval {run} DATA",
         f"  lorafit merge {run} OUT",

@@ -1,0 +1,542 @@
+"""What is wrong with a run, told from the files of its folder alone: each finding with its figures and what to change.
+
+Nothing is loaded and nothing guessed from weights. A finding is a `fault` where the run can't be used as it is or taught little,
+a `warning` where it could have gone clearly better, a `note` where there is only something to know. docs/advice.md has the list.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal
+
+from lorafit.advice import rate_for
+from lorafit.config import read_yaml
+from lorafit.files import read_json, read_json_lines
+from lorafit.methods import METHODS
+from lorafit.run import STOPPED, Run
+
+Level = Literal["fault", "warning", "note"]
+
+HARDLY = 0.02  # of the held-out loss: a smaller change is none
+FEW_STEPS = 20
+FEW_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong, the figures that say so, and what to do about it: in words, and as a command where there is one. `step`:
+    where in the run it shows."""
+
+    name: str
+    level: Level
+    what: str
+    evidence: str
+    do: str = ""
+    command: str = ""
+    step: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run folder holds, as far as it is there and can be read."""
+
+    folder: Path
+    config: dict[str, Any]
+    data: dict[str, Any]
+    chat: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any]
+    stopped: dict[str, Any]
+
+    @staticmethod
+    def of(folder: Path) -> Files:
+        """RunError where it isn't a run."""
+        run = Run.open(folder)
+        return Files(
+            folder,
+            read_yaml(run.folder / "config.yaml"),
+            read_json(folder / "data.json"),
+            read_json(folder / "chat.json"),
+            by_step(read_json_lines(folder / "metrics.jsonl")),
+            by_step(read_json_lines(folder / "evaluations.jsonl")),
+            read_json(folder / "summary.json"),
+            read_json(folder / STOPPED),
+        )
+
+    @cached_property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss), where it is finite."""
+        return [(row["step"], value) for row in self.steps if (value := number(row, "loss")) is not None]
+
+    @cached_property
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, held-out loss), where it is finite; step 0 is before training."""
+        return [(row["step"], v) for row in self.evaluations if (v := number(row, "held_out_loss")) is not None]
+
+    @property
+    def before(self) -> float | None:
+        """Held-out loss before training."""
+        return self.held_out[0][1] if self.held_out and self.held_out[0][0] == 0 else None
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The evaluation with the lowest held-out loss."""
+        return min(self.held_out, key=lambda point: point[1], default=None)
+
+    @property
+    def last(self) -> int:
+        """The last step that was taken."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def learned(self) -> float | None:
+        """By how much of itself the held-out loss fell at best; negative where it rose."""
+        after = [value for step, value in self.held_out if step > 0]
+        return 1 - min(after) / self.before if after and self.before else None
+
+    def ends(self, share: float = 0.1) -> tuple[float, float] | None:
+        """Means of the training loss over the first and the last part of the steps; None for fewer than 4."""
+        values = [value for _, value in self.losses]
+        if len(values) < 4:
+            return None
+        some = max(2, round(len(values) * share))
+        return fmean(values[:some]), fmean(values[-some:])
+
+    def setting(self, key: str) -> float | None:
+        """A setting that is a number."""
+        return number(self.config, key)
+
+    @property
+    def epochs(self) -> float | None:
+        """How many times the training rows were gone through."""
+        rows, all_rows = number(self.data, "train_rows"), number(self.data, "held_out_rows")
+        tokens = number(self.data, "tokens")
+        if not rows or all_rows is None or not tokens:
+            return None
+        return sum(number(row, "tokens") or 0 for row in self.steps) / (tokens * rows / (rows + all_rows))
+
+    def again(self, *changes: str) -> str:
+        """The command that trains anew with these settings changed."""
+        known = {change.partition("=")[0] for change in changes}
+        drop = ["eval_every=none"] if known & {"steps", "epochs"} and self.config.get("eval_every") else []
+        return shlex.join(
+            ["lorafit", "train", str(self.folder / "config.yaml"), "--out", f"{self.folder}-again", *changes, *drop]
+        )
+
+    def longer(self, factor: float) -> str:
+        """The setting that makes it so many times as long."""
+        if self.config.get("steps"):
+            return f"steps={max(1, round(self.config['steps'] * factor))}"
+        return f"epochs={max(0.1, float(self.setting('epochs') or 3) * factor):.3g}"
+
+
+def by_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the order of their steps; of a step that was taken again after a resume the later one."""
+    found = {step: row for row in rows if (step := number(row, "step")) is not None}
+    return [found[step] for step in sorted(found)]
+
+
+def number(row: dict[str, Any], key: str) -> float | None:
+    """A finite number of a row; None for anything else, too large a whole number among it."""
+    value = row.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+
+
+def examine(folder: Path) -> list[Finding]:
+    """What is to be said of a run, the worst first. Empty: nothing. RunError where it isn't a run."""
+    files = Files.of(folder)
+    found = [finding for check in _CHECKS if (finding := check(files)) is not None]
+    named = {finding.name for finding in found}
+    found = [finding for finding in found if not _HIDES.get(finding.name, set()) & named]
+    order = ["fault", "warning", "note"]
+    return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def verdict(folder: Path, found: Sequence[Finding]) -> str:
+    """One line on a run's health."""
+    files = Files.of(folder)
+    worst = found[0].level if found else "healthy"
+    word = {"fault": "ill", "warning": "could be better"}.get(worst, "healthy")
+    if files.before is not None and files.best is not None and files.best[0] > 0:
+        step, loss = files.best
+        change = loss / files.before - 1 if files.before else 0.0
+        return f"{word}: held-out loss {files.before:.4f} -> {loss:.4f} ({change:+.1%}), best at step {step} of {files.last}"
+    ends = files.ends()
+    return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}" if ends else f"{word}: {files.last} steps were taken"
+
+
+# --- how it ended ------------------------------------------------------------------------------------------------------
+
+
+def _ended(files: Files) -> Finding | None:
+    """Before its time, other than by a failure of training."""
+    if files.summary:
+        return None
+    go_on = shlex.join(["lorafit", "train", "--resume", "--out", str(files.folder)])
+    done = files.epochs
+    far = f"{files.last} steps are recorded" + (
+        f", {done:.2g} of {files.setting('epochs'):g} epochs" if _by_epochs(files) and done else ""
+    )
+    kind, reason = files.stopped.get("kind"), str(files.stopped.get("reason", ""))
+    if kind == "OutOfMemory":
+        row = files.steps[-1] if files.steps else {}
+        micro = number(row, "micro_tokens")
+        at = f"; the last micro-batches had {micro:.0f} tokens" if micro else ""
+        do = "keep less (checkpointing=true costs time and nothing else), or more memory; or shorter rows, anew"
+        more = "" if files.config.get("checkpointing") else " checkpointing=true"
+        return Finding(
+            "out-of-memory", "fault", "memory ran out, with one row at a time", f"{reason.split(';')[0]}; {far}{at}", do,
+            go_on + more, files.last,
+        )  # fmt: skip
+    if kind == "Interrupted":
+        return Finding("interrupted", "fault", "it was stopped before its end", far, "go on; nothing is lost", go_on)
+    if kind:
+        return Finding(
+            "broken-off", "fault", "an error ended it", f"{reason[:300]}; {far}", "mend that, then go on", go_on
+        )
+    what = (
+        "it has no end: it is still going on, or it was killed (by hand, by the system for its memory, by a power cut)"
+    )
+    return Finding("unfinished", "fault", what, far, "if it isn't going on any more, go on with it", go_on)
+
+
+def _by_epochs(files: Files) -> bool:
+    return not files.config.get("steps") and files.setting("epochs") is not None
+
+
+def _diverged(files: Files) -> Finding | None:
+    """The loss isn't a number, ran away, or ended higher than it began."""
+    reason = str(files.summary.get("stopped", ""))
+    nan = [row["step"] for row in files.steps if "loss" in row and row["loss"] is None]
+    nan += [row["step"] for row in files.evaluations if "held_out_loss" in row and row["held_out_loss"] is None]
+    ran = "ran away" in reason
+    said = ("the loss is" in reason and "gradient" in reason) or "held-out loss is" in reason
+    ends = files.ends()
+    rose = bool(ends and ends[1] > 1.15 * ends[0] + 0.1)
+    if not (nan or ran or said or rose):
+        return None
+    lr = files.setting("lr")
+    norms = [value for row in files.steps if (value := number(row, "grad_norm")) is not None]
+    evidence = [reason] if ran or said else []
+    evidence += [f"the loss at step {nan[0]:.0f} isn't a number"] if nan and not said else []
+    evidence += [f"training loss {ends[0]:.3g} at first, {ends[1]:.3g} at the end"] if ends else []
+    evidence += [f"gradient norm {median(norms):.2g} (median), {max(norms):.2g} (highest)"] if norms else []
+    evidence += [f"lr={lr:.2g}{_beside_default(files)}"] if lr else []
+    at = int(nan[0]) if nan else max(files.losses, key=lambda point: point[1])[0] if files.losses else None
+    changes = [f"lr={(_fair_rate(files) or (lr or 1e-4) / 5):.2g}"]
+    if (files.setting("warmup") or 0) < 0.1:
+        changes.append("warmup=0.1")
+    do = "a lower learning rate and a longer warm-up"
+    if nan and files.config.get("precision") == "bf16":
+        do += "; precision=fp32 if that isn't enough; or rows that `lorafit check` finds odd"
+    return Finding("diverged", "fault", "training ran away", "; ".join(evidence), do, files.again(*changes), at)
+
+
+def _spikes(files: Files) -> Finding | None:
+    """Single steps with a far higher loss and gradient than those around them."""
+    found = []
+    rows = [row for row in files.steps if number(row, "loss") is not None and number(row, "grad_norm") is not None]
+    for i in range(20, len(rows)):
+        around = rows[i - 20 : i]
+        loss, norm = rows[i]["loss"], rows[i]["grad_norm"]
+        if loss > 1.5 * max(r["loss"] for r in around) and norm > 5 * median(r["grad_norm"] for r in around):
+            found.append((rows[i]["step"], loss))
+    if not found:
+        return None
+    step, loss = found[0]
+    evidence = (
+        f"{len(found)} of {len(rows)} steps; at step {step} loss {loss:.3g}, half as high again as any of the 20 before"
+    )
+    rate = (files.setting("lr") or 2e-4) / 2
+    do = "a lower learning rate; or look at what is odd in the rows, with `lorafit check`"
+    return Finding("spikes", "warning", "the loss has spikes", evidence, do, files.again(f"lr={rate:.2g}"), int(step))
+
+
+# --- did it learn? -----------------------------------------------------------------------------------------------------
+
+
+def _learned_nothing(files: Files) -> Finding | None:
+    """Held-out loss before and after are the same, or it rose; where nothing was held out, training loss at both ends."""
+    gain, ends = files.learned, files.ends()
+    if not files.summary or (gain is None and ends is None):
+        return None
+    fell = 1 - ends[1] / ends[0] if ends and ends[0] else 0.0
+    if (gain if gain is not None else fell) >= HARDLY:
+        return None
+    evidence = []
+    if gain is not None and files.before is not None:
+        evidence.append(f"held-out loss {files.before:.4f} before, {files.before * (1 - gain):.4f} at best after")
+    if ends:
+        evidence.append(f"training loss {ends[0]:.3f} at first, {ends[1]:.3f} at the end")
+    evidence.append(f"{files.last} steps")
+    if gain is not None and fell > 0.1:
+        what = "nothing was learned that holds for other rows: the training loss fell and the held-out loss didn't"
+        do = "more rows, and held-out rows of the same kind; fewer passes and a lower learning rate help little here"
+        return Finding("not-general", "fault", what, "; ".join(evidence), do)
+    why, do, changes = _why_nothing(files, evidence)
+    what = f"nothing was learned: {why}"
+    return Finding("nothing-learned", "fault", what, "; ".join(evidence), do, files.again(*changes) if changes else "")
+
+
+def _why_nothing(files: Files, evidence: list[str]) -> tuple[str, str, list[str]]:
+    """The likeliest reason, what to do, and the settings."""
+    lr, fair = files.setting("lr"), _fair_rate(files)
+    trained, total = number(files.summary, "trainable_parameters"), number(files.summary, "total_parameters")
+    if files.before is not None and files.before < 0.3:
+        return "the base says these rows by itself", "nothing; or rows that hold something new to it", []
+    if lr is not None and fair is not None and lr < fair / 4:
+        evidence.append(f"lr={lr:.2g}{_beside_default(files)}")
+        return "the learning rate is too small", "the learning rate that advice gives", [f"lr={fair:.2g}"]
+    if trained and total and trained < total * 2e-4 and files.config.get("targets"):
+        evidence.append(
+            f"{trained:,.0f} of {total:,.0f} numbers are trained (targets={','.join(files.config['targets'])})"
+        )
+        return "too little is trained", "all linear layers", ["targets=all-linear"]
+    if files.last < 3 * FEW_STEPS:
+        return "too few steps", "more steps", [files.longer(max(2.0, 3 * FEW_STEPS / max(1, files.last)))]
+    rate = 3 * (lr or 2e-4)
+    return "no setting stands out", "a higher learning rate first, then a larger r", [f"lr={rate:.2g}"]
+
+
+def _still_falling(files: Files) -> Finding | None:
+    """The held-out loss was still falling when it ended."""
+    points = files.held_out
+    if not files.summary or len(points) < 2 or files.before is None or (files.learned or 0) < HARDLY:
+        return None
+    best, last = files.best, points[-1]
+    if best is None or best[0] != last[0]:
+        return None
+    # What the last quarter of the steps brought, beside all of them.
+    since, then = next(point for point in reversed(points[:-1]) if point[0] <= 0.75 * last[0])
+    if since < 0.4 * last[0]:  # it wasn't looked at often enough to tell
+        return None
+    recent, whole = then - last[1], files.before - last[1]
+    few = files.last < FEW_STEPS
+    if recent < 0.015 * last[1] or (recent < 0.1 * whole and not few):
+        return None
+    done = files.epochs
+    passes = f", {done:.2g} epochs" if done else ""
+    evidence = f"held-out loss {then:.4f} at step {since}, {last[1]:.4f} at the last, step {last[0]}, the best{passes}"
+    change = files.longer(2.0)
+    what = "trained too little: it was still learning at the end"
+    return Finding("too-little", "warning", what, evidence, "longer", files.again(change), last[0])
+
+
+def _few_steps(files: Files) -> Finding | None:
+    """Hardly any steps, or a small part of the rows."""
+    done = files.epochs
+    if not files.summary or files.last == 0 or "all steps done" not in str(files.summary.get("stopped")):
+        return None
+    if files.last < FEW_STEPS:
+        factor = 3 * FEW_STEPS / files.last
+        evidence = f"{files.last} steps of about {files.setting('batch_tokens') or 0:.0f} tokens"
+        return Finding(
+            "few-steps", "warning", "hardly any steps were taken", evidence, "more passes, or smaller steps",
+            files.again(files.longer(factor)), files.last,
+        )  # fmt: skip
+    if done is not None and done < 0.5:
+        evidence = f"{done:.2g} of an epoch in {files.last} steps"
+        what = f"only {done:.0%} of the rows were seen"
+        return Finding(
+            "part-of-epoch", "note", what, evidence, "more steps", files.again(files.longer(1 / max(done, 0.01)))
+        )
+    return None
+
+
+def _overfitting(files: Files) -> Finding | None:
+    """The held-out loss rises while the training loss falls."""
+    best, ends = files.best, files.ends()
+    if best is None or ends is None or len(files.held_out) < 3 or (files.learned or 0) <= 0:
+        return None
+    last = files.held_out[-1]
+    rise = last[1] / best[1] - 1 if best[1] else 0.0
+    before = [value for step, value in files.losses if step <= best[0]]
+    after = [value for step, value in files.losses if step > best[0]]
+    falling = bool(after) and fmean(after[-max(2, len(after) // 4) :]) < fmean(before[-max(2, len(before) // 4) :])
+    if rise < HARDLY or not falling or best[0] >= last[0]:
+        return None
+    share = best[0] / max(1, last[0])
+    bad = rise > 0.1 or ends[1] < 0.1 * last[1]
+    evidence = (
+        f"held-out loss {best[1]:.4f} at step {best[0]}, {last[1]:.4f} at step {last[0]} ({rise:+.0%}), while the training"
+        f" loss went on to {ends[1]:.3f}"
+    )
+    rows = number(files.data, "train_rows")
+    evidence += f"; {rows:.0f} rows, {files.epochs:.2g} epochs" if rows and files.epochs else ""
+    what = "overfitting: from there on it learned its rows by heart"
+    kept = f"the adapter of step {best[0]} is the one that was kept; " if files.summary else ""
+    do = f"{kept}a shorter run whose learning rate falls in time is often a little better, so are more rows"
+    planned = files.config.get("steps") or 0
+    change = (
+        f"steps={max(FEW_STEPS, best[0])}"
+        if planned or not files.epochs
+        else files.longer(max(0.05, files.epochs * share / (files.setting("epochs") or 3)))
+    )
+    return Finding("overfitting", "warning" if bad else "note", what, evidence, do, files.again(change), best[0])
+
+
+# --- the rows ----------------------------------------------------------------------------------------------------------
+
+
+def _no_end(files: Files) -> Finding | None:
+    """Whether what ends an answer is among what is learned."""
+    pieces = [p for p in files.data.get("text_example") or [] if isinstance(p, list) and len(p) == 2]
+    stops = [str(s["text"]) for s in files.chat.get("stop") or [] if isinstance(s, dict) and s.get("text")]
+    learned = [str(text) for text, on in pieces if on]
+    cut = number(files.data, "truncated_end") or 0
+    rows = (number(files.data, "train_rows") or 0) + (number(files.data, "held_out_rows") or 0)
+    if rows and cut > 0.2 * rows:
+        longest = files.setting("max_tokens") or 0
+        evidence = f"{cut:.0f} of {rows:.0f} rows are cut inside an answer (long=truncate, max_tokens={longest:.0f})"
+        what = "many answers are learned without their end, so the model may not stop"
+        return Finding(
+            "no-end", "fault" if cut > 0.5 * rows else "warning", what, evidence, "leave such rows out, or allow longer ones",
+            files.again("long=skip"),
+        )  # fmt: skip
+    if not learned or not stops or (cut and learned[-1] == str(pieces[-1][0])):
+        return None
+    if any(stop in text for text in learned for stop in stops):
+        return None
+    if not any(stop in str(text) for text, _ in pieces for stop in stops):
+        why = "the chat template puts none after an answer"
+        do = (
+            "a template that ends an answer with a stop token; or name that token as eos_token in the model's tokenizer"
+        )
+    else:
+        why, do = f"learn={files.config.get('learn')} leaves it out", "learn=assistant learns the end of each answer"
+    evidence = (
+        f"stop tokens {', '.join(map(repr, stops))}; the first row's learned part ends with {learned[-1][-30:]!r}"
+    )
+    return Finding("no-end", "fault", f"the end of an answer is never learned: {why}", evidence, do)
+
+
+def _cut_rows(files: Files) -> Finding | None:
+    """Rows that were cut or left out."""
+    cut, skipped = number(files.data, "truncated") or 0, number(files.data, "skipped") or 0
+    faults = len(files.data.get("faults") or [])
+    rows = number(files.data, "rows") or 0
+    if not rows or cut + skipped + faults == 0:
+        return None
+    longest = files.setting("max_tokens") or 0
+    parts = [f"{cut:.0f} cut to {longest:.0f} tokens"] if cut else []
+    parts += [f"{skipped:.0f} over {longest:.0f} tokens left out"] if skipped else []
+    parts += [f"{faults} bad ones left out"] if faults else []
+    lengths = [row for row in files.data.get("lengths") or [] if isinstance(row, list) and len(row) == 3]
+    high = max((int(row[1]) for row in lengths if row[2]), default=0)
+    command = files.again(f"max_tokens={high}") if cut + skipped and high > longest else ""
+    do = (
+        "a larger max_tokens, where the model's context and memory allow it"
+        if cut + skipped
+        else "mend them: `lorafit check` lists them"
+    )
+    level: Level = "warning" if cut + skipped + faults > 0.1 * rows else "note"
+    return Finding(
+        "cut-rows", level, "not every row was used whole", f"of {rows:.0f} rows: {', '.join(parts)}", do, command
+    )
+
+
+def _few_rows(files: Files) -> Finding | None:
+    """Too few rows to learn from, or to tell by."""
+    rows, held = number(files.data, "train_rows"), number(files.data, "held_out_rows")
+    if rows is None or held is None:
+        return None
+    if rows < FEW_ROWS or held == 0:
+        evidence = f"{rows:.0f} rows to train on, {held:.0f} held out"
+        what = "few rows: it can learn a manner from them, hardly facts"
+        if held == 0:
+            what = "nothing was held out, so nobody knows how well it learned, and nothing stops it in time"
+        do = "more rows (hundreds for a manner, thousands for more)" + (
+            "; or rows of your own with --held-out" if held == 0 else ""
+        )
+        return Finding("few-rows", "warning" if held == 0 else "note", what, evidence, do)
+    return None
+
+
+def _repeated_rows(files: Files) -> Finding | None:
+    """Duplicates, and held-out rows that share their prompt with a training row."""
+    rows, twins = number(files.data, "rows") or 0, len(files.data.get("duplicates") or [])
+    same, held = len(files.data.get("same_prompt") or []), number(files.data, "held_out_rows") or 0
+    if held and same > 0.2 * held:
+        what = "held-out rows share their prompt with training rows, so the held-out loss flatters"
+        return Finding(
+            "same-prompts",
+            "warning",
+            what,
+            f"{same} of {held:.0f}",
+            "held-out rows with prompts of their own, with --held-out",
+        )
+    if rows and twins > 0.1 * rows:
+        what = "many rows are there more than once, and weigh as often"
+        return Finding("duplicates", "note", what, f"{twins} of {rows:.0f} rows", "leave the repetitions out")
+    return None
+
+
+# --- the machine -------------------------------------------------------------------------------------------------------
+
+
+def _memory(files: Files) -> Finding | None:
+    """Steps that had to be repeated in smaller pieces."""
+    tried = [size for row in files.steps for size in row.get("too_large") or []]
+    if not tried or files.stopped.get("kind") == "OutOfMemory":
+        return None
+    sizes = [value for row in files.steps if (value := number(row, "micro_tokens")) is not None]
+    evidence = (
+        f"micro-batches of {max(tried):.0f} tokens didn't fit; after {len(tried)} attempts {sizes[-1]:.0f} tokens did"
+    )
+    do = "nothing: the result is the same but for rounding; checkpointing=true, quant=nf4 or more memory make room"
+    step = next((int(row["step"]) for row in files.steps if row.get("too_large")), None)
+    return Finding("memory", "note", "memory was short", evidence, do, "", step)
+
+
+def _fair_rate(files: Files) -> float | None:
+    """The rate that advice gives this run's base and steps; None where the base's config isn't there any more."""
+    shape = read_json(Path(str(files.summary.get("base_path", ""))) / "config.json") if files.summary else {}
+    shape = shape.get("text_config") or shape
+    width, tokens = shape.get("hidden_size") or shape.get("n_embd"), files.setting("batch_tokens")
+    if not isinstance(width, int) or width < 1 or not tokens:
+        return None
+    kind = METHODS.get(str(files.config.get("method")))
+    return rate_for(width, str(shape.get("model_type")), int(tokens)) * kind.lr_factor if kind else None
+
+
+def _beside_default(files: Files) -> str:
+    fair = _fair_rate(files)
+    return f" (advice: {fair:.2g})" if fair and not math.isclose(fair, files.setting("lr") or 0, rel_tol=0.05) else ""
+
+
+_CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
+    _ended,
+    _diverged,
+    _learned_nothing,
+    _no_end,
+    _still_falling,
+    _few_steps,
+    _overfitting,
+    _spikes,
+    _cut_rows,
+    _few_rows,
+    _repeated_rows,
+    _memory,
+)
+
+# A finding isn't shown beside one of these, which is the reason of it.
+_HIDES: dict[str, set[str]] = {
+    "nothing-learned": {"diverged"},
+    "not-general": {"diverged"},
+    "too-little": {"nothing-learned", "few-steps"},
+    "few-steps": {"nothing-learned"},
+    "part-of-epoch": {"too-little", "nothing-learned"},
+    "overfitting": {"diverged"},
+    "spikes": {"diverged"},
+}

@@ -1,0 +1,243 @@
+"""`lorafit advise`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.verbs.common import add_json, given, importing, print_json, terminal
+
+if TYPE_CHECKING:
+    from lorafit.advice import Choice, Facts
+    from lorafit.config import Config
+    from lorafit.data import Dataset
+    from lorafit.places import Place
+    from lorafit.plan import Verdict
+
+ABOUT = "which settings to train with, and why: from the data, the model's shape and the machine, without training"
+EXAMPLE = """\
+  lorafit advise data.jsonl
+  lorafit advise data.jsonl --model DIR --task classify
+  lorafit advise data.jsonl --out settings.yaml && lorafit train settings.yaml"""
+
+MEASURED_ROWS, MEASURED_TOKENS = 32, 4096  # of the rows that the base's loss is measured on
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments: as of train, where they bear on settings."""
+    parser.add_argument("source", metavar="DATA|CONFIG.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that you have chosen already")
+    parser.add_argument(
+        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
+    )
+    parser.add_argument("--task", metavar="TASK", help="chat, classify, extract, style, tools, code or knowledge")
+    parser.add_argument(
+        "--for", dest="place", metavar="cpu|GPU|SIZE", help="another machine, as in `lorafit plan`; default: this one"
+    )
+    parser.add_argument(
+        "--out", dest="yaml", metavar="FILE.yaml", help="write the settings, for `lorafit train FILE.yaml`"
+    )
+    parser.add_argument(
+        "--no-measure", action="store_true", help="don't load the base for its loss on some rows, nor time some steps"
+    )
+    parser.add_argument(
+        "--from", dest="start", metavar="RUN", help="advice for training that starts from an old adapter"
+    )
+    parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
+    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what was seen, the settings with their reasons, and the command."""
+    with importing():
+        from lorafit import advice, fit, places, plan
+        from lorafit.config import byte_count
+        from lorafit.model.load import shape_of
+        from lorafit.verbs.plan import seconds_of
+
+    out = terminal()
+    _check(args, list(advice.TASKS))
+    config = fit.read_config(args.source, given(args))
+    memory = byte_count("memory", config.memory) if config.memory else None
+    place = places.here(config.device, memory) if args.place is None else places.find(args.place, memory)
+    if not place.bf16 and config.precision == "auto":
+        config.precision = "fp32"
+    source = fit.start_of(config)
+    path, _, data = fit.read_data(config, out, weights=not args.no_measure)
+    facts = advice.Facts.of(data)
+    choices = advice.advise(config, facts, shape_of(path), data.train, args.task)
+    for choice in choices:
+        advice.put(config, choice)
+    with out.working("adding up"):
+        model = plan.empty(config, path, place.gpu, source)
+        verdict = plan.judge(config, model, data.train, place.memory, streams=memory is None)
+        asked = plan.estimate(config, model, data.train)
+    choices += _for_memory(config, verdict, asked.peak_bytes, place)
+    seconds = seconds_of(config, path, data, verdict, place, out, args.no_measure)
+    loss = None if args.no_measure else _base_loss(config, data, source, out)
+    notes = _notes(facts, data, loss)
+    command = _command(args, choices)
+    if args.yaml:
+        _write(Path(args.yaml), config, choices)
+    if args.json:
+        print_json(
+            {
+                "data": facts.to_json(),
+                "base_loss": loss,
+                "settings": {choice.setting: choice.to_json() for choice in choices},
+                **verdict.to_json(),
+                "for": place.name,
+                "seconds": seconds,
+                "notes": notes,
+                "command": command,
+            }
+        )
+        return
+    print(_described(config, facts, choices, loss, notes))
+    print(_machine(verdict, place, seconds, plan.way_out(config, verdict)))
+    print(f"\nto train with these settings:\n  {command}")
+    same = not verdict.change and (args.task is None or args.task == facts.task)
+    if same:
+        print("the settings that aren't yours are those that train takes by itself")
+    if args.yaml:
+        print(f"or: lorafit train {shlex.quote(args.yaml)}")
+
+
+def _check(args: argparse.Namespace, tasks: list[str]) -> None:
+    from lorafit.config import nearest
+    from lorafit.errors import ConfigError
+
+    if args.task is not None and args.task not in tasks:
+        raise ConfigError(f"--task {args.task}: {nearest(args.task, tasks)}")
+    if args.yaml and Path(args.yaml).suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--out {args.yaml}: name a .yaml file, which `lorafit train` then takes")
+    if args.yaml and Path(args.yaml).exists():
+        raise ConfigError(f"{args.yaml} exists already; name another file with --out")
+
+
+def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place) -> list[Choice]:
+    """What has to be set so that it fits, and `quant` in any case."""
+    from lorafit.advice import Choice
+    from lorafit.log import size
+
+    why = f"as it is it needs {size(peak)}, and {size(place.memory)} are there"
+    found = [Choice(key, value, why, "lorafit plan") for key, value in verdict.change.items()]
+    if "quant" not in verdict.change:
+        yours = "quant" in config.given
+        reason = "as you set it" if yours else "the base fits as it is; 4 bits cost a little exactness"
+        found.append(Choice("quant", config.quant, reason, "you" if yours else "lorafit plan", yours))
+    return found
+
+
+def _base_loss(config: Config, data: Dataset, source: Path | None, out: Any) -> float | None:
+    """The base's loss on some of the rows, held-out ones if there are any: how new they are to it."""
+    from lorafit.batches import fill
+    from lorafit.evaluate import evaluate
+    from lorafit.fit import quant_for
+    from lorafit.host import Host
+    from lorafit.model.load import load
+
+    rows = list((data.held_out or data.train)[:MEASURED_ROWS])
+    rows = rows[: fill([len(row.ids) for row in rows], MEASURED_TOKENS)[0].stop] if rows else rows
+    if not rows:
+        return None
+    with out.working("loading the base"):
+        host = Host(
+            load(config.model, precision=config.precision, device=config.device, quant=quant_for(config, source))
+        )
+    with out.working(f"measuring the base's loss on {len(rows)} rows") as spinner:
+        return evaluate(host, rows, tokens=1024, progress=spinner.update).loss
+
+
+def _notes(facts: Facts, data: Dataset, loss: float | None) -> list[str]:
+    """What no setting mends, or what is to be known beside them."""
+    report, found = data.report, []
+    if loss is not None:
+        found.append(f"the base's loss on some of these rows is {loss:.2f}: {_novelty(loss)}")
+    if facts.tokens_a_character > 0.8:
+        found.append(
+            f"the base's tokenizer needs {facts.tokens_a_character:.1f} tokens for a character of these rows, so it has seen"
+            f" little of this writing ({facts.script}); a base that knows it will learn more from them"
+        )
+    if not facts.held_out:
+        found.append(
+            f"only {facts.rows} rows: nothing is held out, so nobody will know how well it learns; 16 rows are needed"
+        )
+    elif facts.rows < 50:
+        found.append(f"only {facts.rows} rows to train on: it will learn a manner, hardly facts, and memorise soon")
+    if len(report.duplicates) > report.rows / 20:
+        found.append(
+            f"{len(report.duplicates)} of {report.rows} rows are duplicates, which weigh double; leave them out"
+        )
+    if report.share < 0.1:
+        found.append(f"only {report.share:.0%} of the tokens are learned; the rest is prompt and only costs time")
+    return found
+
+
+def _novelty(loss: float) -> str:
+    if loss < 0.5:
+        return "it says nearly this by itself, so there is little to learn"
+    if loss < 2.5:
+        return "new rows in a manner that it knows"
+    return "far from what it knows; expect to need more rows, or another base"
+
+
+def _described(config: Config, facts: Facts, choices: list[Choice], loss: float | None, notes: list[str]) -> str:
+    from lorafit.advice import TASKS
+    from lorafit.log import count, table
+
+    lines = [
+        f"data      {config.data}",
+        f"          {count(facts.rows)} rows to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
+        f" {count(facts.learned)} of them learned; a row has {facts.median} tokens (median), at most {facts.longest}",
+        f"          looks like {facts.task}: {TASKS[facts.task]} (--task says otherwise); writing: {facts.script}",
+    ]
+    lines += [f"note      {note}" for note in notes]
+    shown = [[c.setting, c.words.partition("=")[2], c.reason, c.source] for c in choices]
+    return "\n".join([*lines, "", table(["setting", "value", "why", "from"], shown, "llll"), ""])
+
+
+def _machine(verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> str:
+    from lorafit.log import duration, size
+
+    peak = size(verdict.best.peak_bytes)
+    fits = "fits" if verdict.fits else "fits with these settings" if verdict.change else f"doesn't fit: {way_out}"
+    took = f"; about {duration(seconds)}" if seconds is not None and (verdict.fits or verdict.change) else ""
+    return f"machine   {place.name}: {fits} (peak {peak} of {size(place.memory)}){took}"
+
+
+def _command(args: argparse.Namespace, choices: list[Choice]) -> str:
+    """The same words for train, and the settings that advice chose."""
+    from lorafit.config import defaults
+
+    words = ["lorafit", "train", args.source]
+    for option, value in (("model", args.model), ("held-out", args.held_out), ("map", args.map), ("from", args.start)):
+        words += [f"--{option}", value] if value is not None else []
+    words += ["--skip-bad-rows"] if args.skip_bad_rows else []
+    plain = defaults()
+    for choice in choices:
+        known = plain.get(choice.setting)
+        if not choice.yours and choice.setting != "targets" and (known is None or known.default != choice.value):
+            words.append(choice.words)
+    return shlex.join([*words, *args.settings])
+
+
+def _write(path: Path, config: Config, choices: list[Choice]) -> None:
+    """The settings as YAML that train takes, each with its reason."""
+    import yaml
+
+    from lorafit import files
+    from lorafit.config import flat
+
+    def line(key: str, value: Any) -> str:
+        return str(yaml.safe_dump({key: value}, allow_unicode=True, width=1 << 20))
+
+    values = flat(config)
+    advised = {choice.setting: choice for choice in choices if not choice.yours and choice.setting != "targets"}
+    parts = [line(key, values[key]) for key in values if key in config.given | {"model"} and key not in advised]
+    parts += [f"# {choice.reason} ({choice.source})\n{line(key, choice.value)}" for key, choice in advised.items()]
+    files.write_text(path, "".join(parts), again="try again")
