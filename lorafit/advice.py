@@ -28,6 +28,7 @@ from lorafit.methods import find
 BITS_A_TOKEN, BITS_A_NUMBER = 3.0, 2.0
 RANK, SIMPLE_RANK, MOST_RANK = 16, 8, 256
 SAMPLE = 64  # rows that are looked at
+FULL_STEP = 2048  # tokens; of smaller steps the best rate is lower
 FEW_STEPS, MOST_EPOCHS = 60, 10.0
 
 # What a task is like, by the names that `--task` takes. `simple`: an answer holds so little that a small rank takes it up.
@@ -273,9 +274,9 @@ def default_lr(shape: Any, tokens: int) -> float:
 
 def rate_for(width: int, family: str, tokens: int) -> float:
     """5e-4 at a width of 2000, and less for wider models: by the fit of LoRA Without Regret for Llama, by the root of the
-    width (arXiv 2602.06204) for others. With the root of the tokens of a step (2205.10287), within a half and √2 times."""
+    width (arXiv 2602.06204) for others. In steps of fewer than 2048 tokens less, with their root (2205.10287), down to half."""
     power = 0.781 if family == "llama" else 0.5
-    small = min(math.sqrt(2), max(0.5, math.sqrt(tokens / 1024)))
+    small = min(1.0, max(0.5, math.sqrt(tokens / FULL_STEP)))
     return 5e-4 * math.pow(2000 / width, power) * small
 
 

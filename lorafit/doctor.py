@@ -173,7 +173,11 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
         change = loss / files.before - 1 if files.before else 0.0
         return f"{word}: held-out loss {files.before:.4f} -> {loss:.4f} ({change:+.1%}), best at step {step} of {files.last}"
     ends = files.ends()
-    return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}" if ends else f"{word}: {files.last} steps were taken"
+    return (
+        f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}"
+        if ends
+        else f"{word}: {files.last} {'step was' if files.last == 1 else 'steps were'} taken"
+    )
 
 
 # --- how it ended ------------------------------------------------------------------------------------------------------
@@ -241,6 +245,18 @@ def _diverged(files: Files) -> Finding | None:
     if nan and files.config.get("precision") == "bf16":
         do += "; precision=fp32 if that isn't enough; or rows that `lorafit check` finds odd"
     return Finding("diverged", "fault", "training ran away", "; ".join(evidence), do, files.again(*changes), at)
+
+
+def _high_rate(files: Files) -> Finding | None:
+    """A rate far over the one that advice gives, though nothing broke."""
+    lr, fair = files.setting("lr"), _fair_rate(files)
+    if lr is None or fair is None or lr < 8 * fair:
+        return None
+    evidence = f"lr={lr:.2g}, {lr / fair:.0f} times the {fair:.2g} that advice gives for this base and these steps"
+    do = "train with that rate too, and keep the better"
+    return Finding(
+        "high-rate", "warning", "the learning rate is very high", evidence, do, files.again(f"lr={fair:.2g}")
+    )
 
 
 def _spikes(files: Files) -> Finding | None:
@@ -367,7 +383,7 @@ def _overfitting(files: Files) -> Finding | None:
     if rise < HARDLY or not falling or best[0] >= last[0]:
         return None
     share = best[0] / max(1, last[0])
-    bad = rise > 0.1 or ends[1] < 0.1 * last[1]
+    bad = rise > 0.05 or ends[1] < 0.1 * last[1]
     evidence = (
         f"held-out loss {best[1]:.4f} at step {best[0]}, {last[1]:.4f} at step {last[0]} ({rise:+.0%}), while the training"
         f" loss went on to {ends[1]:.3f}"
@@ -518,6 +534,7 @@ def _beside_default(files: Files) -> str:
 _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
     _ended,
     _diverged,
+    _high_rate,
     _learned_nothing,
     _no_end,
     _still_falling,
@@ -532,7 +549,8 @@ _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
 
 # A finding isn't shown beside one of these, which is the reason of it.
 _HIDES: dict[str, set[str]] = {
-    "nothing-learned": {"diverged"},
+    "high-rate": {"diverged"},
+    "nothing-learned": {"diverged", "high-rate"},
     "not-general": {"diverged"},
     "too-little": {"nothing-learned", "few-steps"},
     "few-steps": {"nothing-learned"},

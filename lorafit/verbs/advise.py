@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> None:
             }
         )
         return
-    print(_described(config, facts, choices, loss, notes))
-    print(_machine(verdict, place, seconds, plan.way_out(config, verdict)))
+    machine = _machine(verdict, place, seconds, plan.way_out(config, verdict))
+    print(_described(config, facts, choices, [*notes, *machine]))
     print(f"\nto train with these settings:\n  {command}")
     same = not verdict.change and (args.task is None or args.task == facts.task)
     if same:
@@ -186,7 +186,7 @@ def _novelty(loss: float) -> str:
     return "far from what it knows; expect to need more rows, or another base"
 
 
-def _described(config: Config, facts: Facts, choices: list[Choice], loss: float | None, notes: list[str]) -> str:
+def _described(config: Config, facts: Facts, choices: list[Choice], notes: list[str]) -> str:
     from lorafit.advice import TASKS
     from lorafit.log import count, table
 
@@ -196,18 +196,24 @@ def _described(config: Config, facts: Facts, choices: list[Choice], loss: float 
         f" {count(facts.learned)} of them learned; a row has {facts.median} tokens (median), at most {facts.longest}",
         f"          looks like {facts.task}: {TASKS[facts.task]} (--task says otherwise); writing: {facts.script}",
     ]
-    lines += [f"note      {note}" for note in notes]
-    shown = [[c.setting, c.words.partition("=")[2], c.reason, c.source] for c in choices]
-    return "\n".join([*lines, "", table(["setting", "value", "why", "from"], shown, "llll"), ""])
+    lines += [f"          {note}" for note in notes]
+    rows = [[choice.words, f"{choice.reason} ({choice.source})"] for choice in choices]
+    return "\n".join([*lines, "", table(["setting", "why (from)"], rows, "ll")])
 
 
-def _machine(verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> str:
+def _machine(verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> list[str]:
     from lorafit.log import duration, size
 
     peak = size(verdict.best.peak_bytes)
-    fits = "fits" if verdict.fits else "fits with these settings" if verdict.change else f"doesn't fit: {way_out}"
-    took = f"; about {duration(seconds)}" if seconds is not None and (verdict.fits or verdict.change) else ""
-    return f"machine   {place.name}: {fits} (peak {peak} of {size(place.memory)}){took}"
+    fits = (
+        "it fits" if verdict.fits else "it fits with these settings" if verdict.change else f"it doesn't fit: {way_out}"
+    )
+    took = (
+        f"; training takes about {duration(seconds)}"
+        if seconds is not None and (verdict.fits or verdict.change)
+        else ""
+    )
+    return [f"{place.name}: {fits} (peak {peak} of {size(place.memory)}){took}"]
 
 
 def _command(args: argparse.Namespace, choices: list[Choice]) -> str:

@@ -1,0 +1,200 @@
+"""What `train` chooses, what `plan` counts and what `lorafit advise` shows are one thing; what the user set stays."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import WORDS, conversation
+
+from lorafit import advice, fit, plan
+from lorafit.advice import Facts, advise, default_lr, numbers_a_rank, rate_for
+from lorafit.cli import main
+from lorafit.log import Terminal
+from lorafit.model.load import shape_of
+from lorafit.run import Run
+
+QUIET = Terminal(quiet=True)
+ADVISED = ("method", "r", "alpha", "batch_tokens", "lr", "epochs")
+
+
+def file(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def asked(question: str, answer: str) -> dict:
+    return {"question": question, "answer": answer}
+
+
+def facts_of(model, data, **settings):
+    config = fit.read_config(str(data), {"model": str(model), **settings})
+    _, _, rows = fit.read_data(config, QUIET)
+    return config, rows, Facts.of(rows)
+
+
+def shown(capsys, *words) -> dict:
+    capsys.readouterr()
+    assert main(["advise", *map(str, words), "--no-measure", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("rows", [20, 60, 300])
+def test_train_takes_what_advise_shows(tiny_model, tmp_path, capsys, rows):
+    data = file(tmp_path, [conversation(i) for i in range(rows)])
+    found = shown(capsys, data, "--model", tiny_model)["settings"]
+    config = fit.read_config(str(data), {"model": str(tiny_model), "out": str(tmp_path / "run")})
+    made = fit._Fit(config, Terminal(quiet=True))
+    now = fit.settings.flat(config)
+    assert {key: now[key] for key in ADVISED} == {key: found[key]["value"] for key in ADVISED}
+    assert (made.job.lr, made.job.plan.tokens) == (found["lr"]["value"], found["batch_tokens"]["value"])
+    assert main(["plan", str(data), "--model", str(tiny_model), "--no-time", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == made.job.steps
+    assert {choice.setting for choice in made.advised} == {"r", "batch_tokens", "lr", "epochs"}
+
+
+def test_what_is_yours_stays_and_the_rest_follows_it(tiny_model, data_file, capsys):
+    free = shown(capsys, data_file, "--model", tiny_model)["settings"]
+    found = shown(capsys, data_file, "--model", tiny_model, "batch_tokens=64", "r=4", "steps=7")["settings"]
+    assert found["batch_tokens"]["value"] == 64 and found["batch_tokens"]["yours"]
+    assert found["r"]["value"] == 4 and found["steps"]["value"] == 7 and "epochs" not in found
+    assert found["lr"]["value"] == pytest.approx(
+        free["lr"]["value"], rel=0.01
+    )  # 256 is at the floor of the law already
+    larger = shown(capsys, data_file, "--model", tiny_model, "batch_tokens=4096")["settings"]
+    assert larger["lr"]["value"] == pytest.approx(free["lr"]["value"] * 2, rel=0.05)
+    full = shown(capsys, data_file, "--model", tiny_model, "method=full")["settings"]
+    assert full["lr"]["value"] == pytest.approx(free["lr"]["value"] / 10, rel=0.02) and "r" not in full
+
+
+def test_a_value_equal_to_the_default_is_still_the_users(tiny_model, tmp_path):
+    data = file(tmp_path, [conversation(i) for i in range(20)])
+    config, rows, _ = facts_of(tiny_model, data, epochs=3)
+    advice.settle(config, rows, shape_of(tiny_model))
+    assert config.epochs == 3.0
+    config, rows, _ = facts_of(tiny_model, data)
+    advice.settle(config, rows, shape_of(tiny_model))
+    assert config.epochs > 3.0
+
+
+def test_a_run_says_what_it_took_and_a_resumed_one_keeps_it(tiny_model, data_file, tmp_path, capsys, monkeypatch):
+    words = [data_file, "--model", tiny_model, "--out", tmp_path / "run", "samples=0", "epochs=1"]
+    assert main(["train", *map(str, words)]) == 0
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("settings"))
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert f"lr={saved['lr']:.3g}" in said and "r=16" in said and "epochs" not in said and "lorafit advise" in said
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr(advice, "rate_for", lambda *_: 99.0)
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert "by advice" not in capsys.readouterr().err
+    assert yaml.safe_load((Run.open(tmp_path / "run").folder / "config.yaml").read_text()) == saved
+
+
+def test_the_file_it_writes_trains_with_the_same_settings(tiny_model, data_file, tmp_path, capsys):
+    to = tmp_path / "settings.yaml"
+    words = (data_file, "--model", tiny_model, "--task", "style", "learn=last")
+    found = shown(capsys, *words, "--out", to)["settings"]
+    values = fit.settings.flat(fit.read_config(str(to), {}))
+    assert {key: values[key] for key in ADVISED} == {key: found[key]["value"] for key in ADVISED}
+    assert values["learn"] == "last" and values["r"] == 8
+    assert "# style: little to take up" in to.read_text()
+    assert main(["advise", str(data_file), "--no-measure", "--out", str(to)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_command_it_prints_says_the_same(tiny_model, data_file, capsys):
+    made = shown(capsys, data_file, "--model", tiny_model, "--task", "classify", "seed=3")
+    words = made["command"].split()
+    assert words[:3] == ["lorafit", "train", str(data_file)] and "r=8" in words and "seed=3" in words
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    config = fit.read_config(str(data_file), {"model": str(tiny_model), **settings})
+    assert config.lr == pytest.approx(made["settings"]["lr"]["value"], rel=0.01)
+
+
+def test_the_rate_falls_with_the_width_and_rises_with_the_step():
+    assert rate_for(2000, "llama", 2048) == pytest.approx(5e-4)
+    assert rate_for(4096, "llama", 2048) == pytest.approx(2.86e-4, rel=0.01)  # the published figure
+    assert rate_for(4096, "qwen3", 2048) == pytest.approx(5e-4 * math.sqrt(2000 / 4096))
+    assert rate_for(576, "llama", 2048) == pytest.approx(math.sqrt(2) * rate_for(576, "llama", 1024))
+    assert rate_for(576, "llama", 1 << 20) == rate_for(576, "llama", 2048)
+    assert rate_for(576, "llama", 1) == rate_for(576, "llama", 256) == rate_for(576, "llama", 2048) / 2
+
+
+def test_few_rows_get_more_passes_if_something_stops_them(tiny_model, tmp_path):
+    few = file(tmp_path, [conversation(i) for i in range(20)])
+    config, rows, facts = facts_of(tiny_model, few)
+    found = {c.setting: c for c in advise(config, facts, shape_of(tiny_model), rows.train)}
+    steps = found["epochs"].value * facts.tokens / found["batch_tokens"].value
+    assert found["epochs"].value == 10 or advice.FEW_STEPS <= steps < 2 * advice.FEW_STEPS
+    config, rows, facts = facts_of(tiny_model, few, held_out_share=0)
+    found = {c.setting: c for c in advise(config, facts, shape_of(tiny_model), rows.train)}
+    assert found["epochs"].value == 3 and "nothing is held out" in found["epochs"].reason
+
+
+def test_the_rank_grows_with_what_there_is_to_learn(tiny_model, data_file):
+    config, rows, facts = facts_of(tiny_model, data_file)
+    shape = shape_of(tiny_model)
+    model = plan.empty(config, tiny_model)
+    assert numbers_a_rank(shape) == model.numbers // 16
+    much = Facts(**{**vars(facts), "learned": int(40 * numbers_a_rank(shape) * 2 / 3)})
+    found = {c.setting: c.value for c in advise(config, much, shape, rows.train)}
+    assert found["r"] == 64 and found["alpha"] == 32
+    assert {c.setting: c.value for c in advise(config, facts, shape, rows.train, "style")}["r"] == 8
+
+
+def test_gpt2s_config_has_its_numbers_under_other_names():
+    from transformers import GPT2Config
+
+    shape = GPT2Config(n_embd=64, n_layer=3, n_head=4)
+    assert numbers_a_rank(shape) == 3 * (4 * 128 + 3 * (64 + 256))
+    assert default_lr(shape, 2048) == pytest.approx(5e-4 * math.sqrt(2000 / 64))
+
+
+def row(text=None, messages=(), tools=()):
+    made = [SimpleNamespace(role=r, content=c, tool_calls=()) for r, c in messages]
+    return SimpleNamespace(ids=range(9), example=SimpleNamespace(text=text, messages=made, tools=tools))
+
+
+@pytest.mark.parametrize(
+    "made, task",
+    [
+        ([row("Once upon a time.")] * 9, "knowledge"),
+        ([row(messages=[("user", "q"), ("assistant", "yes" if i % 2 else "no")]) for i in range(9)], "classify"),
+        ([row(messages=[("user", "q"), ("assistant", json.dumps({"n": i}))]) for i in range(9)], "extract"),
+        ([row(messages=[("user", "q"), ("assistant", f"```\n{i}\n```")]) for i in range(9)], "code"),
+        ([row(messages=[("user", "q"), ("assistant", f"answer {i}")], tools=({},)) for i in range(9)], "tools"),
+        ([row(messages=[("user", "q"), ("assistant", f"answer {i}")]) for i in range(9)], "chat"),
+        ([], "knowledge"),
+    ],
+)
+def test_a_task_is_told_from_its_rows(made, task):
+    assert Facts(9, 0, 99, 50, 9, 9, made).task == task
+
+
+def test_a_script_is_told_from_its_letters(tiny_model, tmp_path):
+    data = file(tmp_path, [asked(WORDS[i % 10], f"四月的风很大 {i}") for i in range(20)])
+    assert facts_of(tiny_model, data)[2].script == "Chinese"
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--task", "clasify"], "did you mean 'classify'?"),
+        (["--out", "settings"], "name a .yaml file"),
+        (["lr=fast"], "lr=fast: must be a number"),
+    ],
+)
+def test_mistakes_are_said(tiny_model, data_file, capsys, words, says):
+    assert main(["advise", str(data_file), "--model", str(tiny_model), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_it_measures_how_new_the_rows_are(tiny_model, data_file, capsys):
+    assert main(["advise", str(data_file), "--model", str(tiny_model), "precision=fp32"]) == 0
+    out = capsys.readouterr().out
+    assert "the base's loss on some of these rows is" in out and "far from what it knows" in out
+    assert "training takes about" in out and "lorafit train" in out

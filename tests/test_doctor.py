@@ -1,0 +1,268 @@
+"""`lorafit doctor` finds what is wrong with runs that really went wrong, and says nothing of those that didn't."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import conversation
+
+from lorafit import doctor, fit, report
+from lorafit.cli import main
+from lorafit.config import read_yaml
+from lorafit.doctor import examine, verdict
+from lorafit.errors import LorafitError, RunError
+from lorafit.log import Terminal
+
+QUIET = Terminal(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def quick_model(tmp_path_factory) -> Path:
+    """A tiny model with weights large enough to learn, to overfit and to break in some steps."""
+    import torch
+    from data_helpers import CHATML, tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tok = tokenizer(CHATML)
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    ids = dict(vocab_size=len(tok), bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **ids, max_position_embeddings=256, tie_word_embeddings=False))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.12, generator=generator)
+    folder = tmp_path_factory.mktemp("quick")
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(quick_model, tmp_path_factory):
+    """Makes a run with these settings, whatever becomes of it, once."""
+    place = tmp_path_factory.mktemp("runs")
+    data = place / "rows.jsonl"
+    data.write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(80)))
+    made: dict[str, Path] = {}
+
+    def run(name: str, rows: Path = data, **settings) -> Path:
+        if name not in made:
+            made[name] = place / name
+            given = {"model": str(quick_model), "out": str(place / name), "precision": "fp32", "samples": 0, **settings}
+            try:
+                fit.fit(fit.read_config(str(rows), given), QUIET)
+            except LorafitError as error:
+                assert error.exit_code == 2
+        return made[name]
+
+    return run
+
+
+def names(folder: Path, *levels: str) -> list[str]:
+    return [one.name for one in examine(folder) if not levels or one.level in levels]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"epochs": 6, "lr": 3e-3}, {"epochs": 6, "seed": 1, "lr": 5e-3}, {"epochs": 6, "method": "dora", "lr": 4e-3}],
+)
+def test_a_healthy_run_is_left_alone(runs, settings, capsys):
+    run = runs("-".join(f"{k}{v}" for k, v in settings.items()), **settings)
+    assert names(run, "fault", "warning") == []
+    assert verdict(run, examine(run)).startswith("healthy: held-out loss")
+    assert main(["doctor", str(run)]) == 0
+    assert "healthy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lr", [3.0, 1e25])
+def test_divergence(runs, lr, capsys):
+    run = runs(f"diverged{lr}", lr=lr, steps=30)
+    assert names(run, "fault") == ["diverged"]
+    assert main(["doctor", str(run), "--json"]) == 2
+    made = json.loads(capsys.readouterr().out)
+    (fault,) = [one for one in made["findings"] if one["level"] == "fault"]
+    assert "lr=" in fault["evidence"] and "advice" in fault["evidence"] and "warmup=0.1" in fault["command"]
+    assert made["verdict"].startswith("ill")
+
+
+def test_a_rate_that_is_too_small(runs):
+    run = runs("tiny", lr=1e-8, steps=70)
+    (fault,) = [one for one in examine(run) if one.level == "fault"]
+    assert (fault.name, fault.what) == ("nothing-learned", "nothing was learned: the learning rate is too small")
+    words = shlex.split(fault.command)
+    assert words[:2] == ["lorafit", "train"] and words[3:5] == ["--out", f"{run}-again"]
+    rate = next(float(word[3:]) for word in words if word.startswith("lr="))
+    assert rate == pytest.approx(fit.advice.rate_for(64, "llama", 256), rel=0.01)
+
+
+def test_a_rate_that_is_too_high_but_breaks_nothing(runs):
+    found = {one.name: one for one in examine(runs("high", lr=0.3, steps=30))}
+    assert set(found) & {"high-rate"} and "diverged" not in found
+
+
+def test_too_little_is_trained(runs):
+    run = runs("narrow", targets="model.layers.0.self_attn.k_proj", r=1, steps=70)
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert rows[-1]["held_out_loss"] > 5  # so little of so small a model teaches it a little; of a real one less
+    flat = [{**row, "held_out_loss": rows[0]["held_out_loss"]} for row in rows]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in flat))
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**row, "loss": 6.5}) + "\n" for row in steps))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "total_parameters": 1 << 28}))  # as of a real model
+    (fault,) = [one for one in examine(run) if one.level == "fault"]
+    assert fault.what == "nothing was learned: too little is trained" and "targets=all-linear" in fault.command
+
+
+def test_the_command_it_gives_runs(runs, tmp_path, capsys, monkeypatch):
+    run = runs("few", steps=4, lr=3e-3)
+    finding = next(one for one in examine(run) if one.command)
+    words = shlex.split(finding.command)[1:]
+    out = words[words.index("--out") + 1]
+    assert main([*words, "samples=0"]) == 0
+    after = read_yaml(Path(out) / "config.yaml")
+    assert after["steps"] > 4 and after["lr"] == 3e-3
+    shutil.rmtree(out)
+
+
+def test_few_steps_and_a_part_of_the_rows(runs):
+    assert names(runs("few", steps=4, lr=3e-3), "warning") == ["few-steps"]
+    assert "part-of-epoch" in names(runs("part", steps=22, lr=3e-3, batch_tokens=20, eval_every=2))
+
+
+def test_still_learning_at_the_end(runs):
+    run = runs("early", steps=24, lr=1e-3, schedule="constant", eval_every=4)
+    found = {one.name: one for one in examine(run)}
+    assert "too-little" in found and "steps=48" in found["too-little"].command
+
+
+def test_overfitting(runs, tmp_path):
+    rows = tmp_path / "few.jsonl"
+    rows.write_text("".join(json.dumps(conversation(3 * i)) + "\n" for i in range(20)))
+    run = runs("over", rows=rows, epochs=60, lr=2e-2, patience=0)
+    found = {one.name: one for one in examine(run)}
+    best = json.loads((run / "summary.json").read_text())["best_step"]
+    assert found["overfitting"].level == "warning" and found["overfitting"].step == best
+    assert f"the adapter of step {best} is the one that was kept" in found["overfitting"].do
+    assert "few-rows" in found and found["few-rows"].level == "note"
+    assert "trouble" in (run / "report.html").read_text() and "by heart" in (run / "report.html").read_text()
+
+
+def test_without_held_out_rows(runs):
+    found = {one.name: one for one in examine(runs("blind", held_out_share=0, epochs=8, lr=3e-3))}
+    assert found["few-rows"].level == "warning" and "--held-out" in found["few-rows"].do
+
+
+def test_an_answers_end_that_is_never_learned(runs):
+    run = runs("healthy", epochs=8)
+    copy = run.parent / "endless"
+    shutil.copytree(run, copy)
+    data = json.loads((run / "data.json").read_text())
+    assert any("<|im_end|>" in text for text, on in data["text_example"] if on)
+    pieces = [[text.replace("<|im_end|>", ""), on] for text, on in data["text_example"]]
+    (copy / "data.json").write_text(json.dumps({**data, "text_example": pieces}))
+    found = {one.name: one for one in examine(copy)}
+    assert found["no-end"].level == "fault" and "the chat template puts none" in found["no-end"].what
+    pieces = [
+        part
+        for text, on in data["text_example"]
+        for part in ([text.replace("<|im_end|>", ""), on], ["<|im_end|>", False])
+    ]
+    (copy / "data.json").write_text(json.dumps({**data, "text_example": pieces}))
+    found = {one.name: one for one in examine(copy)}
+    assert "learn=assistant leaves it out" in found["no-end"].what
+    assert "no-end" not in names(run)
+
+
+def test_rows_that_were_cut(runs):
+    found = {one.name: one for one in examine(runs("cut", steps=30, lr=3e-3, long="truncate", max_tokens=20))}
+    assert found["no-end"].level == "fault" and "cut inside an answer" in found["no-end"].evidence
+    assert found["cut-rows"].level == "warning" and "max_tokens=32" in found["cut-rows"].command
+
+
+def test_a_killed_run_and_one_that_goes_on(tiny_model, data_file, tmp_path, capsys):
+    out = tmp_path / "killed"
+    words = ["train", str(data_file), "--model", str(tiny_model), "--out", str(out), "steps=5000", "samples=0"]
+    with subprocess.Popen([sys.executable, "-m", "lorafit", *words], stderr=subprocess.DEVNULL) as process:
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 20:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    (fault,) = [one for one in examine(out) if one.level == "fault"]
+    assert fault.name == "unfinished" and fault.command == f"lorafit train --resume --out {out}"
+    assert main(["doctor", str(out)]) == 2
+    assert "it has no end" in capsys.readouterr().out
+
+
+def test_a_stopped_run(tiny_model, data_file, tmp_path, monkeypatch):
+    given = {"model": str(tiny_model), "out": str(tmp_path / "run"), "steps": 12, "samples": 0}
+    step = fit._Fit._record
+
+    def stopping(self, run, *rest):
+        step(self, run, *rest)
+        if len(run.records("metrics")) == 3:
+            raise fit.Interrupted("stopped after step 3 of 12")
+
+    monkeypatch.setattr(fit._Fit, "_record", stopping)
+    with pytest.raises(fit.Interrupted):
+        fit.fit(fit.read_config(str(data_file), given), QUIET)
+    assert "interrupted" in names(tmp_path / "run", "fault")
+    monkeypatch.setattr(fit._Fit, "_record", step)
+    fit.resume(tmp_path / "run", {}, terminal=QUIET)
+    assert not (tmp_path / "run" / "stopped.json").exists()
+    assert "interrupted" not in names(tmp_path / "run")
+
+
+def test_memory_that_ran_out(runs, monkeypatch):
+    from lorafit.errors import OutOfMemory
+
+    run = runs("few", steps=4, lr=3e-3)
+    copy = run.parent / "oom"
+    shutil.copytree(run, copy)
+    (copy / "summary.json").unlink()
+    fit.Run.open(copy).broke_off(
+        OutOfMemory("out of memory at step 5 with one document at a time; its longest has 30 tokens")
+    )
+    (fault,) = [one for one in examine(copy) if one.level == "fault"]
+    assert fault.name == "out-of-memory" and fault.command.endswith("--out " + str(copy) + " checkpointing=true")
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    rows[1] = json.dumps({**json.loads(rows[1]), "too_large": [200, 100], "micro_tokens": 50})
+    shutil.copytree(run, run.parent / "halved")
+    (run.parent / "halved" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    found = {one.name: one for one in examine(run.parent / "halved")}
+    assert found["memory"].level == "note" and "200 tokens didn't fit; after 2 attempts" in found["memory"].evidence
+
+
+def test_spikes(runs):
+    run = runs("spiky-source", epochs=8, lr=3e-3)
+    copy = run.parent / "spiky"
+    shutil.copytree(run, copy)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[30] |= {"loss": 40.0, "grad_norm": 500.0}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {one.name: one for one in examine(copy)}
+    assert found["spikes"].step == 31 and "spikes" not in names(run)
+
+
+def test_damaged_and_foreign_folders(runs, tmp_path):
+    run = runs("few", steps=4, lr=3e-3)
+    copy = run.parent / "torn"
+    shutil.copytree(run, copy)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "data.json", "chat.json", "summary.json"):
+        (copy / name).write_text('{"step": "x", "loss": [], "lengths": [[1]], "stop": [3], "text_example": [1]}\n')
+        doctor.verdict(copy, examine(copy))
+        report.write(copy)
+        (copy / name).unlink()
+        doctor.verdict(copy, examine(copy))
+    with pytest.raises(RunError, match="is not a run"):
+        examine(tmp_path)
