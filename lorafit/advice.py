@@ -29,7 +29,7 @@ BITS_A_TOKEN, BITS_A_NUMBER = 3.0, 2.0
 RANK, SIMPLE_RANK, MOST_RANK = 16, 8, 256
 SAMPLE = 64  # rows that are looked at
 FULL_STEP = 2048  # tokens; of smaller steps the best rate is lower
-FEW_STEPS, MOST_EPOCHS = 60, 10.0
+FEW_STEPS, MOST_EPOCHS = 40, 10.0
 
 # What a task is like, by the names that `--task` takes. `simple`: an answer holds so little that a small rank takes it up.
 TASKS = {

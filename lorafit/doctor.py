@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, variance
 from typing import Any, Literal
 
 from lorafit.advice import rate_for
@@ -118,6 +118,17 @@ class Files:
         return number(self.config, key)
 
     @property
+    def fell(self) -> bool:
+        """Whether the training loss fell by more than it swings from step to step."""
+        values = [value for _, value in self.losses]
+        third = len(values) // 3
+        if third < 3:
+            return False
+        first, last = values[:third], values[-third:]
+        noise = math.sqrt((variance(first) + variance(last)) / third)
+        return fmean(first) - fmean(last) > max(3 * noise, 0.1 * fmean(first))
+
+    @property
     def epochs(self) -> float | None:
         """How many times the training rows were gone through."""
         rows, all_rows = number(self.data, "train_rows"), number(self.data, "held_out_rows")
@@ -168,16 +179,14 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
     files = Files.of(folder)
     worst = found[0].level if found else "healthy"
     word = {"fault": "ill", "warning": "could be better"}.get(worst, "healthy")
-    if files.before is not None and files.best is not None and files.best[0] > 0:
-        step, loss = files.best
-        change = loss / files.before - 1 if files.before else 0.0
-        return f"{word}: held-out loss {files.before:.4f} -> {loss:.4f} ({change:+.1%}), best at step {step} of {files.last}"
-    ends = files.ends()
-    return (
-        f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}"
-        if ends
-        else f"{word}: {files.last} {'step was' if files.last == 1 else 'steps were'} taken"
-    )
+    after = min((point for point in files.held_out if point[0] > 0), key=lambda point: point[1], default=None)
+    if files.before and after is not None:
+        change = after[1] / files.before - 1
+        where = f"best at step {after[0]} of {files.last}"
+        return f"{word}: held-out loss {files.before:.4f} -> {after[1]:.4f} ({change:+.1%}), {where}"
+    if (ends := files.ends()) is not None:
+        return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}"
+    return f"{word}: {files.last} {'step was' if files.last == 1 else 'steps were'} taken"
 
 
 # --- how it ended ------------------------------------------------------------------------------------------------------
@@ -227,18 +236,24 @@ def _diverged(files: Files) -> Finding | None:
     ran = "ran away" in reason
     said = ("the loss is" in reason and "gradient" in reason) or "held-out loss is" in reason
     ends = files.ends()
-    rose = bool(ends and ends[1] > 1.15 * ends[0] + 0.1)
+    began = max(files.before or 0.0, files.losses[0][1] if files.losses else 0.0)  # before the first step did anything
+    rose = bool(ends and began and ends[1] > 1.15 * began + 0.1)
     if not (nan or ran or said or rose):
         return None
     lr = files.setting("lr")
     norms = [value for row in files.steps if (value := number(row, "grad_norm")) is not None]
     evidence = [reason] if ran or said else []
     evidence += [f"the loss at step {nan[0]:.0f} isn't a number"] if nan and not said else []
-    evidence += [f"training loss {ends[0]:.3g} at first, {ends[1]:.3g} at the end"] if ends else []
+    losses = [value for _, value in files.losses]
+    if len(losses) > 1:
+        evidence.append(
+            f"training loss {losses[0]:.3g} at first, {max(losses):.3g} at its highest, {losses[-1]:.3g} at the end"
+        )
     evidence += [f"gradient norm {median(norms):.2g} (median), {max(norms):.2g} (highest)"] if norms else []
     evidence += [f"lr={lr:.2g}{_beside_default(files)}"] if lr else []
     at = int(nan[0]) if nan else max(files.losses, key=lambda point: point[1])[0] if files.losses else None
-    changes = [f"lr={(_fair_rate(files) or (lr or 1e-4) / 5):.2g}"]
+    fair = _fair_rate(files)
+    changes = [f"lr={fair if fair and lr and lr > 2 * fair else (lr or 1e-4) / 5:.2g}"]
     if (files.setting("warmup") or 0) < 0.1:
         changes.append("warmup=0.1")
     do = "a lower learning rate and a longer warm-up"
@@ -287,8 +302,7 @@ def _learned_nothing(files: Files) -> Finding | None:
     gain, ends = files.learned, files.ends()
     if not files.summary or (gain is None and ends is None):
         return None
-    fell = 1 - ends[1] / ends[0] if ends and ends[0] else 0.0
-    if (gain if gain is not None else fell) >= HARDLY:
+    if gain >= HARDLY if gain is not None else files.fell:
         return None
     evidence = []
     if gain is not None and files.before is not None:
@@ -296,13 +310,13 @@ def _learned_nothing(files: Files) -> Finding | None:
     if ends:
         evidence.append(f"training loss {ends[0]:.3f} at first, {ends[1]:.3f} at the end")
     evidence.append(f"{files.last} steps")
-    if gain is not None and fell > 0.1:
-        what = "nothing was learned that holds for other rows: the training loss fell and the held-out loss didn't"
-        do = "more rows, and held-out rows of the same kind; fewer passes and a lower learning rate help little here"
-        return Finding("not-general", "fault", what, "; ".join(evidence), do)
     why, do, changes = _why_nothing(files, evidence)
-    what = f"nothing was learned: {why}"
-    return Finding("nothing-learned", "fault", what, "; ".join(evidence), do, files.again(*changes) if changes else "")
+    name = "nothing-learned"
+    if gain is not None and files.fell and not why.startswith("the learning rate"):
+        name, why, changes = "not-general", "the training loss fell, the held-out loss didn't", []
+        do = "more rows, and held-out rows of the same kind"
+    what = f"nothing was learned{' that holds for other rows' if name == 'not-general' else ''}: {why}"
+    return Finding(name, "fault", what, "; ".join(evidence), do, files.again(*changes) if changes else "")
 
 
 def _why_nothing(files: Files, evidence: list[str]) -> tuple[str, str, list[str]]:
