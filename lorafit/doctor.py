@@ -325,14 +325,15 @@ def _why_nothing(files: Files, evidence: list[str]) -> tuple[str, str, list[str]
     trained, total = number(files.summary, "trainable_parameters"), number(files.summary, "total_parameters")
     if files.before is not None and files.before < 0.3:
         return "the base says these rows by itself", "nothing; or rows that hold something new to it", []
-    if lr is not None and fair is not None and lr < fair / 4:
+    slow = [f"lr={fair:.2g}"] if lr is not None and fair is not None and lr < fair / 4 else []
+    if slow:
         evidence.append(f"lr={lr:.2g}{_beside_default(files)}")
-        return "the learning rate is too small", "the learning rate that advice gives", [f"lr={fair:.2g}"]
     if trained and total and trained < total * 2e-4 and files.config.get("targets"):
-        evidence.append(
-            f"{trained:,.0f} of {total:,.0f} numbers are trained (targets={','.join(files.config['targets'])})"
-        )
-        return "too little is trained", "all linear layers", ["targets=all-linear"]
+        named = ",".join(map(str, files.config["targets"]))
+        evidence.append(f"{trained:,.0f} of {total:,.0f} numbers are trained (targets={named})")
+        return "too little is trained", "all linear layers", ["targets=all-linear", *slow]
+    if slow:
+        return "the learning rate is too small", "the learning rate that advice gives", slow
     if files.last < 3 * FEW_STEPS:
         return "too few steps", "more steps", [files.longer(max(2.0, 3 * FEW_STEPS / max(1, files.last)))]
     rate = 3 * (lr or 2e-4)
