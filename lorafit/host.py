@@ -25,7 +25,7 @@ from lorafit.model.base import Base
 from lorafit.model.body import Added
 from lorafit.model.quant import QuantLinear
 from lorafit.model.sites import Site, find_sites, select
-from lorafit.native.lowrank import Frozen, LowRank, Remake, products
+from lorafit.native.lowrank import Frozen, LowRank, Remake, Run, products
 from lorafit.native.rescale import rescale
 from lorafit.packing import Packing
 from lorafit.route import Route, Stack, StackLike, stack
@@ -247,30 +247,57 @@ class Host:
         return torch.cat(out).view_as(y)
 
     def _products(self, modules: Sequence[Any], x: Tensor, remake: Remake | None) -> Sequence[Tensor]:
-        """What these modules, which share the input x (n, in), give under the open route: base product and deltas at once
-        where no site needs another product of its size, else one after the other."""
+        """What these modules, which share the input x (n, in), give under the open route: base products and deltas at once
+        for the runs of tokens whose deltas need no other product of their size, and one after the other for the rest."""
         sites = [self.site_of[module] for module in modules]
         frozen = [
             module.frozen if isinstance(module, QuantLinear) else Frozen(module.weight, module.bias)
             for module in modules
         ]
-        stacks = {names for _, names in self._route.runs} if self._route else {()}
-        found = {site.path: [layer for names in stacks for layer in self._layers(site.path, names)] for site in sites}
-        if all(not layers or len(stacks) == len(layers) == 1 for layers in found.values()):
-            asked = [
-                layers[0].scaled(self.sites[path].weight) if layers else Scaled() for path, layers in found.items()
-            ]
-            made = [one for one in asked if one is not None]
-            if len(made) == len(asked):
-                ys = products(x, frozen, [None if one.low is None else LowRank(*one.low) for one in made], remake)
-                return [
-                    y if one.gain is None else rescale(y, one.gain, one.apart) for y, one in zip(ys, made, strict=True)
-                ]
-        bare = products(x, frozen, [None] * len(sites), remake)
-        return [
-            y if (whole := self._after(site, site.module, (x,), y)) is None else whole
-            for site, y in zip(sites, bare, strict=True)
+        runs = self._route.runs if self._route else ((None, ()),)
+        asked = [[self._asked(site, names) for site in sites] for _, names in runs]
+        rows = [len(x) if length is None else length for length, _ in runs]
+        if sum(rows) != len(x):
+            raise AssertionError(f"the route covers {sum(rows)} tokens, {sites[0].path} got {len(x)}")
+        given = [
+            Run(n, [None if one is None or one.low is None else LowRank(*one.low) for one in ones])
+            for n, ones in zip(rows, asked, strict=True)
         ]
+        ys = products(x, frozen, given, remake)
+        return [
+            self._rest(site, x, y, rows, [names for _, names in runs], [ones[i] for ones in asked])
+            for i, (site, y) in enumerate(zip(sites, ys, strict=True))
+        ]
+
+    def _asked(self, site: Site, names: Stack) -> Scaled | None:
+        """What a stack adds to a site, if that can be had with the base's product; None if it can't."""
+        layers = self._layers(site.path, names)
+        if len(layers) == 1:
+            found: Scaled | None = layers[0].scaled(site.weight)
+            return found
+        return None if layers else Scaled()
+
+    def _rest(
+        self,
+        site: Site,
+        x: Tensor,
+        y: Tensor,
+        rows: Sequence[int],
+        stacks: Sequence[Stack],
+        asked: Sequence[Scaled | None],
+    ) -> Tensor:
+        """y (n, out) with what the products didn't do for some of its runs of rows."""
+        if all(one is not None and one.gain is None for one in asked):
+            return y
+        made = []
+        for xs, ys, names, one in zip(x.split(rows), y.split(rows), stacks, asked, strict=True):
+            if one is None:
+                with self.route(names):
+                    whole = self._after(site, site.module, (xs,), ys)
+                made.append(ys if whole is None else whole)
+            else:
+                made.append(ys if one.gain is None else rescale(ys, one.gain, one.apart))
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def _low_ranks(self) -> Added | None:
         """What the open route adds to the linear modules; None where that isn't one low-rank addition for all tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lorafit.native import build, gemm, kernel, loss, lowrank, norm, rotary
 from lorafit.native.gated import gated, plain_gated
 from lorafit.native.gemm import Part
-from lorafit.native.lowrank import Frozen, LowRank
+from lorafit.native.lowrank import Frozen, LowRank, Run
 
 CLOSE = 1e-5  # fp32, of the largest number
 BF16 = 2**-7  # one rounding of the result, and one of something on the way
@@ -158,7 +159,7 @@ def test_extreme_logits_and_nan():
 # --- products -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not build.has_amx(), reason="this processor has no AMX tiles: torch's products are used")
+@pytest.mark.skipif(not build.has_tiles(), reason="this processor doesn't multiply bf16: torch's products are used")
 @pytest.mark.parametrize("rows", [1, 15, 32, 33, 100, 517])
 @pytest.mark.parametrize(("k", "columns"), [(32, 1), (64, 48), (576, 192), (3200, 33), (96, 1000)])
 def test_sums_of_products(rows, k, columns):
@@ -176,7 +177,7 @@ def test_sums_of_products(rows, k, columns):
     assert (wide[:, 3 + columns :] == 5).all()  # nothing beside the slice is touched
 
 
-@pytest.mark.skipif(not build.has_amx(), reason="this processor has no AMX tiles")
+@pytest.mark.skipif(not build.has_tiles(), reason="this processor doesn't multiply bf16")
 def test_what_lies_beyond_a_product_is_never_read():
     """Rows beyond the last are NaN in memory; a product that read them would carry it."""
     b16 = torch.bfloat16
@@ -202,9 +203,9 @@ def group(dtype: torch.dtype, width: int, outs: list[int], ranks: list[int | Non
     return frozen, pairs
 
 
-def low(pairs, flat: list[Tensor]) -> list[LowRank | None]:
+def low(x: Tensor, pairs, flat: list[Tensor]) -> list[Run]:
     rest = iter(flat)
-    return [None if pair is None else LowRank(next(rest), next(rest), 2.5) for pair in pairs]
+    return [Run(len(x), [None if pair is None else LowRank(next(rest), next(rest), 2.5) for pair in pairs])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -220,12 +221,62 @@ def test_products_with_low_rank_additions(dtype, ranks, bias, across, remade, ro
     exact = [Frozen(f.weight.double(), None if f.bias is None else f.bias.double(), f.across) for f in frozen]
     remake = lowrank.Remake(lambda x: x.detach(), (x,)) if remade else None
     same_gradients(
-        lambda x, *t: lowrank.products(x, frozen, low(pairs, list(t)), remake),
-        lambda x, *t: lowrank.plain_products(x, exact, low(pairs, list(t))),
+        lambda x, *t: lowrank.products(x, frozen, low(x, pairs, list(t)), remake),
+        lambda x, *t: lowrank.plain_products(x, exact, low(x, pairs, list(t))),
         [x, *flat],
         dtype,
         2 if dtype == torch.bfloat16 and 48 in outs else 1,  # torch's products: a sum of two is rounded twice
     )
+
+
+# Rows and ranks of each run: edges within 32 rows, one row alone, a run that spans both threads' shares, none at all.
+RUNS = {
+    "small": [(5, [4, 8]), (1, [16, None]), (37, [None, None]), (64, [33, 4]), (20, [8, 8])],
+    "one large": [(700, [16, 4]), (9, [64, 64])],
+    "many": [(40 + 3 * n, [4 + n, 8]) for n in range(30)],
+    "deep": [(11, [256, 200]), (50, [8, 256])] * 9,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_runs_of_rows_have_additions_of_their_own(dtype, case, across, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    runs = RUNS[case]
+    frozen, _ = group(dtype, 64, [96, 64], [None, None], True, across)
+    exact = [Frozen(f.weight.double(), None if f.bias is None else f.bias.double(), f.across) for f in frozen]
+    made = [group(dtype, 64, [96, 64], ranks, False, across)[1] for _, ranks in runs]
+    x = randn(sum(rows for rows, _ in runs), 64, dtype=dtype, grad=True)
+    flat = [t for pairs in made for pair in pairs if pair is not None for t in pair]
+
+    def given(t):
+        rest = iter(t)
+        return [
+            Run(rows, [None if r is None else LowRank(next(rest), next(rest), 0.5 + n) for r in ranks])
+            for n, (rows, ranks) in enumerate(runs)
+        ]
+
+    same_gradients(
+        lambda x, *t: lowrank.products(x, frozen, given(t)),
+        lambda x, *t: lowrank.plain_products(x, exact, given(t)),
+        [x, *flat],
+        dtype,
+    )
+
+
+def test_a_run_is_what_it_is_alone():
+    """To the bit in bf16, where its rows begin a tile: nothing of another run reaches it, not even what isn't finite."""
+    frozen, _ = group(torch.bfloat16, 64, [96], [None], True, True)
+    (own,), (other,) = (group(torch.bfloat16, 64, [96], [16], False, True)[1] for _ in range(2))
+    x = randn(96, 64, dtype=torch.bfloat16)
+    wild = x.clone()
+    wild[40:] = math.inf
+    (alone,) = lowrank.products(x[:40], frozen, [Run(40, [LowRank(*own, 2.0)])])
+    for rows in (x, wild):
+        (beside,) = lowrank.products(rows, frozen, [Run(40, [LowRank(*own, 2.0)]), Run(56, [LowRank(*other, 3.0)])])
+        assert torch.equal(beside[:40], alone)
 
 
 def test_products_gradcheck():
@@ -233,14 +284,14 @@ def test_products_gradcheck():
     frozen, pairs = group(torch.float64, 6, [5, 4], [3, None], True, True)
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     flat = [t.detach().double().requires_grad_(True) for pair in pairs if pair is not None for t in pair]
-    assert torch.autograd.gradcheck(lambda x, *t: lowrank.products(x, frozen, low(pairs, list(t))), (x, *flat))
+    assert torch.autograd.gradcheck(lambda x, *t: lowrank.products(x, frozen, low(x, pairs, list(t))), (x, *flat))
 
 
 def test_an_output_that_is_not_used_has_no_gradient():
     frozen, pairs = group(torch.float32, 8, [5, 4], [3, 2], False, True)
     flat = [t for pair in pairs for t in pair]
     x = randn(7, 8, grad=True)
-    lowrank.products(x, frozen, low(pairs, flat))[1].sum().backward()
+    lowrank.products(x, frozen, low(x, pairs, flat))[1].sum().backward()
     assert flat[0].grad is None
     assert flat[3].grad is not None
 
@@ -248,7 +299,7 @@ def test_an_output_that_is_not_used_has_no_gradient():
 def test_the_kernels_for_any_processor(generic, monkeypatch):
     """Without tiles and wide vectors the same code gives the same."""
     monkeypatch.setattr(kernel, "library", lambda: generic)
-    monkeypatch.setattr(gemm, "has_amx", lambda: False)
+    monkeypatch.setattr(gemm, "has_tiles", lambda: False)
     for dtype in (torch.float32, torch.bfloat16):
         test_norms(dtype, 64)
         test_rotary(dtype, 3, 24)

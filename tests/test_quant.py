@@ -33,7 +33,7 @@ from lorafit.model.fingerprint import fingerprint
 from lorafit.model.load import load, prepare
 from lorafit.model.shards import read_header
 from lorafit.native import build, quantised
-from lorafit.native.lowrank import Frozen, LowRank, products
+from lorafit.native.lowrank import Frozen, LowRank, Run, products
 from lorafit.native.quantised import BLOCK, FEW, TABLES, dequantise, dynamic, few_rows, plain_dequantise, quantise
 from lorafit.route import Route
 from lorafit.train import optim
@@ -259,7 +259,7 @@ def test_products_with_low_rank_additions_are_those_with_the_numbers(native, dty
             a, b = (torch.randn(shape, generator=generator).requires_grad_() for shape in [(4, 64), (96, 4)])
             weights = [quantise(weight((out, 64), seed=out), "nf4") for out in (96, 32)]
             frozen = [Frozen(q if coded else plain_dequantise(q, dtype)) for q in weights]
-            made = products(x, frozen, [LowRank(a, b, 0.5), None])
+            made = products(x, frozen, [Run(len(x), [LowRank(a, b, 0.5), None])])
             torch.cat(made, 1).float().square().sum().backward()
             found.append([*made, x.grad, a.grad, b.grad])
     assert all(map(torch.equal, *found))

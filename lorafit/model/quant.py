@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.errors import ModelError
 from lorafit.model.starts import Part, Start, split
 from lorafit.native import quantised
-from lorafit.native.lowrank import Frozen, LowRank, products
+from lorafit.native.lowrank import Frozen, LowRank, Run, products
 from lorafit.native.quantised import BLOCK, NESTED, Quantised
 
 
@@ -125,7 +125,7 @@ class QuantLinear(nn.Module):
         rows, part = x.reshape(-1, self.in_features), self.part
         y = None if rows.requires_grad else quantised.few_rows(rows, self.quantised, self.bias)
         if y is None:
-            (y,) = products(rows, [self.frozen], [None])
+            (y,) = products(rows, [self.frozen], [Run(len(rows), [None])])
         elif part is not None:
             y = y.addmm_(rows @ part.a.t().to(rows.dtype), part.b.t().to(rows.dtype))
         return y.view(*x.shape[:-1], self.out_features)

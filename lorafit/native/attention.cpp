@@ -112,8 +112,8 @@ struct VectorEngine {
     }
 };
 
-#ifdef LORAFIT_AMX
-// Products of bf16 with AMX tiles: 16 rows of 64 bytes, two tiles by two so that every load is used twice.
+#ifdef LORAFIT_TILES
+// Products of bf16 with tiles: 16 rows of 64 bytes, two tiles by two so that every load is used twice.
 struct TileEngine {
     using Number = bf16;
     static constexpr int64_t K = 32;
@@ -171,7 +171,7 @@ struct TileEngine {
                 const bf16 *x = a + r * 32, *y = b + p * b_step;
                 for (int64_t line = 0; line < lines; line++, x += a_step, y += 512) {
                     tiles::load<4>(x, 64), tiles::load<6>(y, 64), tiles::load<7>(y + b_step, 64), tiles::load<5>(x + 512, 64);
-                    tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>(), tiles::multiply<2, 5, 6>(), tiles::multiply<3, 5, 7>();
+                    tiles::multiply<0, 1, 4>(), tiles::multiply<2, 3, 5>();
                 }
                 tiles::store<0>(left, 64), tiles::store<1>(right, 64), tiles::store<2>(left + 256, 64), tiles::store<3>(right + 256, 64);
             }
@@ -687,7 +687,7 @@ Shape shape(const int64_t* starts, const int64_t* before, int64_t docs, int64_t 
 // With tiles where there are any for this type of number.
 template <typename X>
 bool best_forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, X* out, float* lse) {
-#ifdef LORAFIT_AMX
+#ifdef LORAFIT_TILES
     if constexpr (std::is_same_v<X, bf16>)
         if (tiles::permitted()) return forward<TileEngine, X>(s, q, k, v, out, lse);
 #endif
@@ -697,7 +697,7 @@ bool best_forward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X
 template <typename X>
 bool best_backward(const Shape& s, Rows<const X> q, Rows<const X> k, Rows<const X> v, const X* out, const float* lse,
               const X* dout, Rows<X> dq, Rows<X> dk, Rows<X> dv) {
-#ifdef LORAFIT_AMX
+#ifdef LORAFIT_TILES
     if constexpr (std::is_same_v<X, bf16>)
         if (tiles::permitted()) return backward<TileEngine, X>(s, q, k, v, out, lse, dout, dq, dk, dv);
 #endif

@@ -134,19 +134,20 @@ def on() -> bool:
     return _on
 
 
-def has_amx() -> bool:
-    """The kernels were built for a processor with AMX tiles, and the system lets us use them."""
+def has_tiles() -> bool:
+    """The kernels were built for a processor that multiplies bf16, in AMX tiles that the system lets us use or in vectors."""
     lib = library()
-    return lib is not None and bool(lib.amx())
+    return lib is not None and bool(lib.tiles_permitted())
 
 
 def state() -> str:
     """What is in use, in words."""
     if not _on:
         return f"plain ({_off})"
-    if library() is None:
+    if (lib := library()) is None:
         return f"plain ({_why})"
-    return ("native, AMX" if has_amx() else "native") + (f", without the pool ({_no_pool})" if _no_pool else "")
+    unit = ", AMX" if lib.amx() else ", AVX512-BF16" if has_tiles() else ""
+    return f"native{unit}" + (f", without the pool ({_no_pool})" if _no_pool else "")
 
 
 class _NotBuilt(Exception):

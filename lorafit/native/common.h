@@ -1,7 +1,7 @@
 // What every kernel needs: number types, an exponential that vectorises, and the share of the work that is a thread's.
 //
 // Kernels are plain loops that the compiler vectorises for the processor at hand (-march=native); intrinsics appear only
-// where there is no other way to reach a unit (AMX tiles). Everything is row-major and contiguous unless a stride is given.
+// where there is no other way to reach a unit (AMX tiles, products of bf16). Everything is row-major and contiguous unless a stride is given.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,9 @@
 #endif
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define LORAFIT_AMX 1
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#define LORAFIT_TILES 1  // of AMX, or the same done with vectors
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -218,9 +221,75 @@ template <int T>
 inline void store(void* p, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
 }
-template <int C, int A, int B>
-inline void multiply() {  // C += A·B
-    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+template <int C, int D, int A>
+inline void multiply() {  // C += A·B and D += A·B', for B and B' in tiles 6 and 7
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(6));
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(D), "i"(A), "i"(7));
+}
+
+}  // namespace tiles
+#elif defined(LORAFIT_TILES)
+
+// The same for a processor that multiplies bf16 in vectors: sums (tiles 0 to 3) are in memory that stays in the first cache, what
+// is multiplied stays where it is.
+namespace tiles {
+
+struct State {
+    alignas(64) float sums[4][256];
+    const char* at[8];
+    int64_t step[8];
+};
+static thread_local State state;
+
+inline bool permitted() { return true; }
+inline void configure() {}
+inline void release() {}
+template <int T>
+inline void zero() {
+    std::memset(state.sums[T], 0, sizeof state.sums[T]);
+}
+template <int T>
+inline void load(const void* p, int64_t stride) {
+    if constexpr (T < 4)
+        for (int i = 0; i < 16; i++) std::memcpy(state.sums[T] + 16 * i, (const char*)p + i * stride, 64);
+    else
+        state.at[T] = (const char*)p, state.step[T] = stride;
+}
+template <int T>
+inline void stream(const void* p, int64_t stride) {
+    load<T>(p, stride);
+}
+template <int T>
+inline void store(void* p, int64_t stride) {
+    for (int i = 0; i < 16; i++) std::memcpy((char*)p + i * stride, state.sums[T] + 16 * i, 64);
+}
+template <int C, int D, int A>
+inline void multiply() {
+    State& s = state;
+    constexpr int R = 8;  // rows at a time: 16 sums of the 32 registers
+    const char *left = s.at[6], *right = s.at[7];
+    int64_t left_step = s.step[6], right_step = s.step[7], step = s.step[A];
+    for (int row = 0; row < 16; row += R) {
+        const char* a = s.at[A] + row * step;
+        float *c = s.sums[C] + 16 * row, *d = s.sums[D] + 16 * row;
+        __m512 x[R], y[R];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) x[i] = _mm512_load_ps(c + 16 * i), y[i] = _mm512_load_ps(d + 16 * i);
+        for (int k = 0; k < 16; k++) {
+            __m512bh b = (__m512bh)_mm512_loadu_si512(left + k * left_step);
+            __m512bh b2 = (__m512bh)_mm512_loadu_si512(right + k * right_step);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; i++) {
+                int pair;
+                std::memcpy(&pair, a + i * step + 4 * k, 4);
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                x[i] = _mm512_dpbf16_ps(x[i], both, b);
+                y[i] = _mm512_dpbf16_ps(y[i], both, b2);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) _mm512_store_ps(c + 16 * i, x[i]), _mm512_store_ps(d + 16 * i, y[i]);
+    }
 }
 
 }  // namespace tiles

@@ -1,7 +1,7 @@
-// A sum of matrix products on AMX tiles.
+// A sum of matrix products on tiles.
 #include "products.h"
 
-#ifdef LORAFIT_AMX
+#ifdef LORAFIT_TILES
 // Returns 0, or 1 where scratch memory ran out.
 KERNEL int sum_products_bf16(const Part* parts, int64_t count, int64_t rows, int64_t columns, bf16* c, int64_t ldc,
                              const bf16* bias, int threads) {
@@ -17,7 +17,15 @@ KERNEL int sum_products_bf16(const Part* parts, int64_t count, int64_t rows, int
     return fine ? 0 : 1;
 }
 
-KERNEL int amx() { return tiles::permitted() ? 1 : 0; }
+KERNEL int tiles_permitted() { return tiles::permitted() ? 1 : 0; }
 #else
-KERNEL int amx() { return 0; }
+KERNEL int tiles_permitted() { return 0; }
 #endif
+
+KERNEL int amx() {
+#ifdef LORAFIT_AMX
+    return tiles::permitted() ? 1 : 0;
+#else
+    return 0;
+#endif
+}

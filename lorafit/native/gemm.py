@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafit.native.build import has_amx
+from lorafit.native.build import has_tiles
 from lorafit.native.kernel import Kernel
 
 DEEP = 32  # the kernel takes 32 numbers of the inner dimension at a time
@@ -27,12 +27,12 @@ class Part:
 
 
 class _CPart(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("a", "lda", "b", "ldb", "k", "across")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("a", "lda", "b", "ldb", "k", "across", "first", "last")]
 
 
 def native(x: Tensor, *depths: int) -> bool:
     """The kernel takes products of x's number type and place with these inner dimensions."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(k % DEEP == 0 for k in depths) and has_amx()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(k % DEEP == 0 for k in depths) and has_tiles()
 
 
 def sum_products(parts: Sequence[Part], *, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def sum_products(parts: Sequence[Part], *, out: Tensor | None = None, bias: Tens
     sides = [(lines(part.a), lines(part.b)) for part in parts]
     given = (_CPart * len(parts))(
         *(
-            _CPart(a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.shape[1], part.across)
+            _CPart(a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), a.shape[1], part.across, 0, rows)
             for part, (a, b) in zip(parts, sides, strict=True)
         )
     )

@@ -1,73 +1,116 @@
-// Frozen products that share an input, each with a low-rank addition, forward and backward: each direction in one call, since
+// Frozen products that share an input, each with low-rank additions, forward and backward: each direction in one call, since
 // a step makes hundreds of them and everything between two calls runs on one core.
+//
+// The rows may lie in runs, each with additions of its own. The frozen products know nothing of that: a weight is read and
+// packed once for all rows. An addition is a part of the sum that belongs to the rows of its run alone.
 #include "products.h"
 
-#ifdef LORAFIT_AMX
+#ifdef LORAFIT_TILES
 extern "C" {
 
-// y = x·W' + bias + scale (x·Aᵀ)·Bᵀ, with W' = Wᵀ for W (out, in) if `across`, else W (in, out). Without an addition r = 0.
-struct Low {
+// y = x·W' + bias, with W' = Wᵀ for W (out, in) if `across`, else W (in, out).
+struct Base {
     const bf16* weight;
     int64_t ldw;
     int64_t across;
     int64_t out;
     const bf16* bias;
+    bf16* y;  // (rows, out): the product, or in the backward its gradient, null if there is none
+    int64_t ldy;
+};
+
+// scale (x·Aᵀ)·Bᵀ for the rows of a run; r = 0 for nothing.
+struct Low {
     const float* a;  // (r, in)
     const float* b;  // (out, r)
     int64_t r;
-    bf16* y;  // (rows, out): the product, or in the backward its gradient, null if there is none
-    int64_t ldy;
     float* da;  // as a
     float* db;  // as b
     double scale;
 };
 
-// x (rows, in) and what the backward needs besides: xa (rows, width), the x·Aᵀ side by side. `thin` is for what `pack` makes.
+// x (rows, in) and what the backward needs besides: xa, for each run its x·Aᵀ side by side (its rows, its width). `thin` is for
+// what `pack` makes.
 struct Group {
-    const Low* lows;
+    const Base* bases;
     int64_t count;
+    const Low* lows;      // (runs, count)
+    const int64_t* rows;  // of each run
+    int64_t runs;
     const bf16* x;
-    int64_t ldx, rows, in;
+    int64_t ldx, in;
     bf16* xa;
-    int64_t width;  // the sum of all r and at least each `span` after its `start`
-    bf16* thin;  // scratch
+    bf16* thin;
 };
 }
 
 namespace {
 
-inline int64_t span(const Low& low) { return (low.r + DEEP - 1) / DEEP * DEEP; }
+inline int64_t whole(int64_t n) { return (n + DEEP - 1) / DEEP * DEEP; }
 
-// In which column of xa each addition begins, and where its B is in `thin`, after all the A's.
+// Where an addition's columns of its run's xa begin, and its B in `thin`.
 struct Place {
     int64_t start, b;
 };
 
-inline Place* places(const Group& g, Buffer<Place>& buffer) {
-    Place* found = buffer.of(g.count + 1);
-    if (!found) return nullptr;
-    Place at{0, g.width * g.in};
-    for (int64_t i = 0; i < g.count; i++) {
-        found[i] = at;
-        at.start += g.lows[i].r;
-        at.b += g.lows[i].out * span(g.lows[i]);
+// A run: its rows, the sum of its additions' r, the columns of its xa (each addition has whole steps from its start on), and
+// where its xa and its A's begin.
+struct Run {
+    int64_t first, last, ranks, width, xa, thin;
+    const Low* lows;
+    const Place* at;
+    // In the backward: which threads have a part of its rows, and where their sums are, `each` numbers for one of them.
+    int64_t from, to, sums, each;
+};
+
+struct Layout {
+    Run* runs = nullptr;
+    int64_t count = 0, rows = 0, numbers = 0;  // of rows, and of xa
+    bool lows = false;
+};
+
+// None where memory ran out. What Python allocates is measured alike, see lowrank.py.
+bool lay(const Group& g, Layout& found) {
+    static thread_local Buffer<Run> runs_;
+    static thread_local Buffer<Place> places_;
+    Run* runs = runs_.of(g.runs + 1);
+    Place* places = places_.of(g.runs * g.count + 1);
+    if (!runs || !places) return false;
+    int64_t row = 0, xa = 0, thin = 0;
+    for (int64_t n = 0; n < g.runs; n++) {
+        Run& run = runs[n] = {row, row + g.rows[n], 0, 0, xa, thin, g.lows + n * g.count, places + n * g.count};
+        for (int64_t i = 0; i < g.count; i++) {
+            places[n * g.count + i].start = run.ranks;
+            if (run.lows[i].r) run.width = std::max(run.width, run.ranks + whole(run.lows[i].r));
+            run.ranks += run.lows[i].r;
+        }
+        run.width = whole(run.width);
+        thin += run.width * g.in;
+        for (int64_t i = 0; i < g.count; i++) {
+            places[n * g.count + i].b = thin;
+            thin += g.bases[i].out * whole(run.lows[i].r);
+        }
+        found.lows |= run.ranks > 0;
+        row = run.last;
+        xa += (run.last - run.first) * run.width;
     }
-    found[g.count] = at;
-    return found;
+    found.runs = runs, found.count = g.runs, found.rows = row, found.numbers = xa;
+    return true;
 }
 
-// Thread t's share of the A's, one under another, and of each scale·B (out, span); in bf16, zeros after them.
-void pack(const Group& g, const Place* at, int t, int threads) {
+// Thread t's share of a run's A's, one under another, and of each scale·B (out, whole steps); in bf16, zeros after them.
+void pack(const Group& g, const Run& run, int t, int threads) {
+    bf16* as = g.thin + run.thin;
     for (int64_t i = 0; i < g.count; i++) {
-        const Low& low = g.lows[i];
+        const Low& low = run.lows[i];
         for (int64_t row = low.r * t / threads; row < low.r * (t + 1) / threads; row++) {
-            bf16* to = g.thin + (at[i].start + row) * g.in;
+            bf16* to = as + (run.at[i].start + row) * g.in;
             for (int64_t k = 0; k < g.in; k += 16) narrow(widen(low.a + row * g.in + k), to + k);
         }
-        int64_t wide = span(low);
+        int64_t wide = whole(low.r), out = g.bases[i].out;
         float scale = low.scale;
-        for (int64_t row = low.out * t / threads; row < low.out * (t + 1) / threads; row++) {
-            bf16* to = g.thin + at[i].b + row * wide;
+        for (int64_t row = out * t / threads; wide && row < out * (t + 1) / threads; row++) {
+            bf16* to = g.thin + run.at[i].b + row * wide;
             const float* from = low.b + row * low.r;
             int64_t k = 0;
             for (; k + 16 <= low.r; k += 16) narrow(widen(from + k) * scale, to + k);
@@ -75,8 +118,22 @@ void pack(const Group& g, const Place* at, int t, int threads) {
             for (; k < wide; k += 16) narrow(Floats{}, to + k);
         }
     }
-    if (t == 0)
-        std::memset(g.thin + at[g.count].start * g.in, 0, (g.width - at[g.count].start) * g.in * sizeof(bf16));
+    if (t == 0) std::memset(as + run.ranks * g.in, 0, (run.width - run.ranks) * g.in * sizeof(bf16));
+}
+
+// The row that thread t's share begins with: rows weigh by the ranks that they meet. Whole steps of a run's rows.
+int64_t begin(const Layout& layout, int64_t t, int64_t threads) {
+    int64_t all = 0, before = 0;
+    for (int64_t n = 0; n < layout.count; n++)
+        all += (layout.runs[n].last - layout.runs[n].first) * layout.runs[n].ranks;
+    int64_t aim = all * t / threads;
+    for (int64_t n = 0; t < threads && n < layout.count; n++) {
+        const Run& run = layout.runs[n];
+        int64_t own = (run.last - run.first) * run.ranks;
+        if (before + own > aim) return run.first + (aim - before) / run.ranks / TALL * TALL;
+        before += own;
+    }
+    return layout.rows;
 }
 
 }  // namespace
@@ -84,28 +141,46 @@ void pack(const Group& g, const Place* at, int t, int threads) {
 // Both return 0, or 1 where scratch memory ran out.
 KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
     const Group& g = *group;
-    static thread_local Buffer<Place> places_;
-    const Place* at = places(g, places_);
-    if (!at) return 1;
+    Layout layout;
+    if (!lay(g, layout)) return 1;
     bool fine = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
+        static thread_local Buffer<Part> parts_;
         tiles::configure();
-        if (g.width) {
-#pragma omp for schedule(static)
-            for (int t = 0; t < threads; t++) pack(g, at, t, threads);
-            Part part{g.x, g.ldx, g.thin, g.in, g.in, 1};
+        if (layout.lows) {
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
-                fine = share({&part, 1, g.rows, g.width, g.xa, g.width, nullptr}, t, threads) && fine;
+                for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], t, threads);
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++)
+                for (int64_t n = 0; n < layout.count; n++) {
+                    // Rows of a run that this thread has: one run alone is shared out, of many each has its own.
+                    const Run& run = layout.runs[n];
+                    int64_t first = std::max(run.first, begin(layout, t, threads));
+                    int64_t last = std::min(run.last, begin(layout, t + 1, threads));
+                    if (!run.ranks || first >= last) continue;
+                    Part part{g.x + run.first * g.ldx, g.ldx, g.thin + run.thin, g.in, g.in, 1};
+                    fine = block({&part, 1, run.last - run.first, run.width, g.xa + run.xa, run.width, nullptr},
+                                 first - run.first, last - run.first, 0, run.width) && fine;
+                }
         }
+        Part* parts = parts_.of(layout.count + 1);
+        fine = fine && parts;
 #pragma omp for schedule(static)
         for (int t = 0; t < threads; t++)
-            for (int64_t i = 0; i < g.count; i++) {
-                const Low& low = g.lows[i];
-                Part parts[] = {{g.x, g.ldx, low.weight, low.ldw, g.in, low.across},
-                                {g.xa + at[i].start, g.width, g.thin + at[i].b, span(low), span(low), 1}};
-                fine = share({parts, low.r ? 2 : 1, g.rows, low.out, low.y, low.ldy, low.bias}, t, threads) && fine;
+            for (int64_t i = 0; parts && i < g.count; i++) {
+                const Base& base = g.bases[i];
+                int64_t used = 0;
+                parts[used++] = {g.x, g.ldx, base.weight, base.ldw, g.in, base.across};
+                for (int64_t n = 0; n < layout.count; n++) {
+                    const Run& run = layout.runs[n];
+                    int64_t wide = whole(run.lows[i].r);
+                    if (wide && run.first < run.last)
+                        parts[used++] = {g.xa + run.xa + run.at[i].start, run.width, g.thin + run.at[i].b, wide, wide, 1,
+                                         run.first, run.last};
+                }
+                fine = share({parts, used, layout.rows, base.out, base.y, base.ldy, base.bias}, t, threads) && fine;
             }
         tiles::release();
     }
@@ -115,85 +190,104 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
 // dx (rows, in), if it is wanted, and each da and db of an addition whose product has a gradient.
 KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     const Group& g = *group;
-    static thread_local Buffer<Place> places_;
-    const Place* at = places(g, places_);
-    if (!at) return 1;
-    int64_t ranks = at[g.count].start, most = ranks, sums_each = cells(ranks, g.in), used = 0;
-    for (int64_t i = 0; i < g.count; i++) {
-        most = std::max(most, g.lows[i].r);
-        sums_each += cells(g.lows[i].r, g.lows[i].out);
+    Layout layout;
+    if (!lay(g, layout)) return 1;
+    int64_t most = 1, numbers = 0, used = 0;
+    for (int64_t n = 0; n < layout.count; n++) {
+        Run& run = layout.runs[n];
+        most = std::max(most, run.ranks);
+        run.each = cells(run.ranks, g.in);
+        for (int64_t i = 0; i < g.count; i++) run.each += cells(run.lows[i].r, g.bases[i].out);
+        run.each *= CELL;
+        run.from = threads, run.to = 0, run.sums = numbers;
+        for (int64_t t = 0; run.ranks && t < threads; t++)
+            if (std::max(run.first, begin(layout, t, threads)) < std::min(run.last, begin(layout, t + 1, threads)))
+                run.from = std::min(run.from, t), run.to = t + 1;
+        numbers += run.each * std::max<int64_t>(0, run.to - run.from);
     }
-    sums_each *= CELL;
     // d(x·Aᵀ), a turned chunk of each thread, and its sums.
-    int64_t bands = (g.rows + TALL - 1) / TALL, flat_each = bands_of(most) * STEPS * TILE;
-    int64_t workers = std::min<int64_t>(threads, bands);
+    int64_t flat_each = bands_of(most) * STEPS * TILE;
     Buffer<bf16> dxas, flats;
     Buffer<float> all_sums;
     Buffer<Part> all_parts;
-    bf16 *dxa = dxas.of(g.rows * g.width + 1), *flat = flats.of(workers * flat_each + 1);
-    float* sums = all_sums.of(workers * sums_each + 1);
-    Part* parts = all_parts.of(g.count + 1);
-    if (!dxa || !flat || !sums || !parts) return 1;
+    bf16 *dxa = dxas.of(layout.numbers + 1), *flats_ = flats.of(threads * flat_each + 1);
+    float* sums_ = all_sums.of(numbers + 1);
+    Part* parts = all_parts.of(g.count + layout.count + 1);
+    if (!dxa || !flats_ || !sums_ || !parts) return 1;
     for (int64_t i = 0; i < g.count; i++)
-        if (const Low& low = g.lows[i]; low.y)
-            parts[used++] = {low.y, low.ldy, low.weight, low.ldw, low.out, !low.across};
-    if (g.width) parts[used++] = {dxa, g.width, g.thin, g.in, g.width, 0};
-    // Rows first..last: d(x·Aᵀ), and what they add to the gradients.
-    auto rows = [&](int64_t first, int64_t last, bf16* flat, float* sums) {
+        if (const Base& base = g.bases[i]; base.y)
+            parts[used++] = {base.y, base.ldy, base.weight, base.ldw, base.out, !base.across};
+    for (int64_t n = 0; n < layout.count; n++)
+        if (const Run& run = layout.runs[n]; run.ranks && run.first < run.last)
+            parts[used++] = {dxa + run.xa, run.width, g.thin + run.thin, g.in, run.width, 0, run.first, run.last};
+    // Rows first..last of a run: d(x·Aᵀ), and what they add to the gradients.
+    auto rows = [&](const Run& run, int64_t first, int64_t last, bf16* flat, float* sums) {
         bool fine = true;
         for (int64_t row = first; row < last; row += CHUNK) {
-            int64_t many = std::min(CHUNK, last - row);
-            bf16* made = dxa + row * g.width;
-            std::memset(made, 0, many * g.width * sizeof(bf16));
-            float* to = sums + cells(ranks, g.in) * CELL;
+            int64_t many = std::min(CHUNK, last - row), own = row - run.first;
+            bf16* made = dxa + run.xa + own * run.width;
+            std::memset(made, 0, many * run.width * sizeof(bf16));
+            float* to = sums + cells(run.ranks, g.in) * CELL;
             for (int64_t i = 0; i < g.count; i++) {
-                const Low& low = g.lows[i];
-                if (low.y && low.r) {
-                    Part part{low.y, low.ldy, g.thin + at[i].b, span(low), low.out, 0};
-                    fine = block({&part, 1, g.rows, low.r, dxa + at[i].start, g.width, nullptr}, row, row + many, 0, low.r) && fine;
-                    turn(g.xa + row * g.width + at[i].start, g.width, many, low.r, flat);
-                    outer(flat, low.r, low.y + row * low.ldy, low.ldy, many, low.out, to, row == first);
+                const Base& base = g.bases[i];
+                const Low& low = run.lows[i];
+                if (base.y && low.r) {
+                    Part part{base.y + row * base.ldy, base.ldy, g.thin + run.at[i].b, whole(low.r), base.out, 0};
+                    fine = block({&part, 1, many, low.r, made + run.at[i].start, run.width, nullptr}, 0, many, 0, low.r) && fine;
+                    turn(g.xa + run.xa + own * run.width + run.at[i].start, run.width, many, low.r, flat);
+                    outer(flat, low.r, base.y + row * base.ldy, base.ldy, many, base.out, to, row == first);
                 }
-                to += cells(low.r, low.out) * CELL;
+                to += cells(low.r, base.out) * CELL;
             }
-            turn(made, g.width, many, ranks, flat);
-            outer(flat, ranks, g.x + row * g.ldx, g.ldx, many, g.in, sums, row == first);
+            turn(made, run.width, many, run.ranks, flat);
+            outer(flat, run.ranks, g.x + row * g.ldx, g.ldx, many, g.in, sums, row == first);
         }
         return fine;
     };
-    // Thread t's share of the gradients.
-    auto gather = [&](int t) {
-        const float* from = sums + cells(ranks, g.in) * CELL;
+    // Thread t's share of a run's gradients.
+    auto gather = [&](const Run& run, int t) {
+        const float *sums = sums_ + run.sums, *from = sums + cells(run.ranks, g.in) * CELL;
+        int64_t many = run.to - run.from;
         for (int64_t i = 0; i < g.count; i++) {
-            const Low& low = g.lows[i];
+            const Low& low = run.lows[i];
+            int64_t out = g.bases[i].out;
             float scale = low.scale;
-            if (low.y && low.r) {
-                collect(sums, sums_each, workers, ranks, g.in, at[i].start, low.r, t, threads,
+            if (g.bases[i].y && low.r) {
+                collect(sums, run.each, many, run.ranks, g.in, run.at[i].start, low.r, t, threads,
                         [&](int64_t row, int64_t j, float sum) { low.da[row * g.in + j] = sum; });
-                collect(from, sums_each, workers, low.r, low.out, 0, low.r, t, threads,
+                collect(from, run.each, many, low.r, out, 0, low.r, t, threads,
                         [&](int64_t row, int64_t j, float sum) { low.db[j * low.r + row] = sum * scale; });
             }
-            from += cells(low.r, low.out) * CELL;
+            from += cells(low.r, out) * CELL;
         }
     };
     bool fine = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         tiles::configure();
-        if (g.width) {  // packed anew: kept from the forward they would be a copy of the adapter
+        if (layout.lows) {  // packed anew: kept from the forward they would be a copy of the adapter
 #pragma omp for schedule(static)
-            for (int t = 0; t < threads; t++) pack(g, at, t, threads);
+            for (int t = 0; t < threads; t++)
+                for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], t, threads);
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++)
+                for (int64_t n = 0; n < layout.count; n++) {
+                    const Run& run = layout.runs[n];
+                    int64_t first = std::max(run.first, begin(layout, t, threads));
+                    int64_t last = std::min(run.last, begin(layout, t + 1, threads));
+                    if (t < run.from || t >= run.to) continue;
+                    float* sums = sums_ + run.sums + (t - run.from) * run.each;
+                    if (first < last)
+                        fine = rows(run, first, last, flats_ + t * flat_each, sums) && fine;
+                    else
+                        std::memset(sums, 0, run.each * sizeof(float));  // between threads that have some
+                }
         }
-        if (ranks)
-#pragma omp for schedule(static)
-            for (int t = 0; t < workers; t++) {
-                int64_t first = bands * t / workers * TALL, last = std::min(g.rows, bands * (t + 1) / workers * TALL);
-                fine = rows(first, last, flat + t * flat_each, sums + t * sums_each) && fine;
-            }
 #pragma omp for schedule(static)
         for (int t = 0; t < threads; t++) {
-            if (dx) fine = share({parts, used, g.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
-            if (ranks) gather(t);
+            if (dx) fine = share({parts, used, layout.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
+            for (int64_t n = 0; n < layout.count; n++)
+                if (const Run& run = layout.runs[n]; run.from < run.to) gather(run, t);
         }
         tiles::release();
     }

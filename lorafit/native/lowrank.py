@@ -1,8 +1,10 @@
-"""Frozen products that share an input, each with a low-rank addition, as one function of autograd.
+"""Frozen products that share an input, each with low-rank additions, as one function of autograd.
 
-y_i = x·W_iᵀ + bias_i + s_i (x·A_iᵀ)·B_iᵀ. The A's are one thin product; each base product and its addition are one sum;
-the gradient for x is one sum over all of them; x is kept once, or not at all where the caller can make it again.
-`_Tiled` is that in two calls of C++ kernels, `_Composed` in torch's operations; `plain_products` says what both compute.
+y_i = x·W_iᵀ + bias_i + s_i (x·A_iᵀ)·B_iᵀ, where the rows of x may lie in runs, each with A's and B's of its own: the base's
+products are those of all rows, and nothing is padded to the largest rank. The A's of a run are one thin product; each base
+product and its additions are one sum; the gradient for x is one sum over all of them; x is kept once, or not at all where
+the caller can make it again. `_Tiled` is that in two calls of C++ kernels, `_Composed` in torch's operations;
+`plain_products` says what both compute.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,15 +59,23 @@ class Remake:
     tensors: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Run:
+    """So many rows, one after another, and the addition to each product (None: nothing) for them."""
+
+    rows: int
+    added: Sequence[LowRank | None]
+
+
 def products(
-    x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank | None], remake: Remake | None = None
+    x: Tensor, frozen: Sequence[Frozen], runs: Sequence[Run], remake: Remake | None = None
 ) -> tuple[Tensor, ...]:
-    """x (n, in) through each weight: (n, out_i). With `remake`, x isn't kept for the backward."""
-    added = [_joined(base.low, low) for base, low in zip(frozen, added, strict=True)]
-    trained = [t for low in added if low is not None for t in (low.a, low.b)]
-    scales = tuple(None if low is None else low.scale for low in added)
+    """x (n, in) through each weight: (n, out_i). The runs have all rows. With `remake`, x isn't kept for the backward."""
+    lows = [_joined(base.low, low) for run in runs for base, low in zip(frozen, run.added, strict=True)]
+    trained = [t for low in lows if low is not None for t in (low.a, low.b)]
+    shape = Shape(tuple(run.rows for run in runs), tuple(None if low is None else low.scale for low in lows))
     function = _Tiled if _takes(x, frozen, trained) else _Composed
-    made: tuple[Tensor, ...] = function.apply(x, tuple(frozen), scales, remake, *trained)  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, ...] = function.apply(x, tuple(frozen), shape, remake, *trained)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -75,30 +86,42 @@ def _joined(low: LowRank | None, other: LowRank | None) -> LowRank | None:
     return LowRank(torch.cat([low.a, other.a]), torch.cat([low.b * low.scale, other.b * other.scale], 1), 1.0)
 
 
-def plain_products(x: Tensor, frozen: Sequence[Frozen], added: Sequence[LowRank | None]) -> tuple[Tensor, ...]:
+def plain_products(x: Tensor, frozen: Sequence[Frozen], runs: Sequence[Run]) -> tuple[Tensor, ...]:
     """The twin, in torch's own operations and torch's own gradients."""
     made = []
-    for base, low in zip(frozen, added, strict=True):
+    for i, base in enumerate(frozen):
         w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
         y = x @ (w.t() if base.across else w)
         y = y if base.bias is None else y + base.bias
-        for part in (base.low, low):
-            if part is not None:
-                y = y + (x @ part.a.t().to(x.dtype)) @ part.b.t().to(x.dtype) * part.scale
-        made.append(y)
+        rows = []
+        for xs, ys, run in zip(*(t.split([run.rows for run in runs]) for t in (x, y)), runs, strict=True):
+            for part in (base.low, run.added[i]):
+                if part is not None:
+                    ys = ys + (xs @ part.a.t().to(x.dtype)) @ part.b.t().to(x.dtype) * part.scale
+            rows.append(ys)
+        made.append(torch.cat(rows))
     return tuple(made)
+
+
+class Shape(NamedTuple):
+    """How many rows each run has, and the scale of each addition, run by run; None for none."""
+
+    rows: tuple[int, ...]
+    scales: tuple[float | None, ...]
+
+    def paired(self, trained: Sequence[Tensor]) -> list[Pair]:
+        """(a, b, scale) of each addition."""
+        given = iter(trained)
+        return [None if scale is None else (next(given), next(given), scale) for scale in self.scales]
+
+
+Pair = tuple[Tensor, Tensor, float] | None
 
 
 def _numbers(frozen: Sequence[Frozen], dtype: torch.dtype) -> list[Tensor]:
     """The weights as tensors; those that have to be made, of `dtype`, are there until the next call."""
     made = iter(dequantise_all([base.weight for base in frozen if isinstance(base.weight, Quantised)], dtype))
     return [base.weight if isinstance(base.weight, Tensor) else next(made) for base in frozen]
-
-
-def _paired(scales: Sequence[float | None], trained: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, float] | None]:
-    """(a, b, scale) of each product that has an addition."""
-    given = iter(trained)
-    return [None if scale is None else (next(given), next(given), scale) for scale in scales]
 
 
 def _typed(found: Sequence[Tensor | None], trained: Sequence[Tensor]) -> list[Tensor | None]:
@@ -110,23 +133,25 @@ class _Composed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        frozen: tuple[Frozen, ...],
-        scales: tuple[float | None, ...],
-        remake: Remake | None,
-        *trained: Tensor,
+        ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], shape: Shape, remake: Remake | None, *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        pairs = _paired(scales, trained)
-        stacked = torch.cat([pair[0] for pair in pairs if pair]).to(x.dtype) if trained else None
-        thin = [] if stacked is None else list((x @ stacked.t()).split([pair[0].shape[0] for pair in pairs if pair], 1))
-        made, xas = [], iter(thin)
-        for base, pair in zip(frozen, pairs, strict=True):
+        pairs, count = shape.paired(trained), len(frozen)
+        made = []
+        for base in frozen:
             (weight,) = _numbers([base], x.dtype)
             weight = weight.t() if base.across else weight
-            y = x @ weight if base.bias is None else torch.addmm(base.bias, x, weight)
-            made.append(y if pair is None else y.addmm_(next(xas), (pair[1] * pair[2]).to(x.dtype).t()))
-        ctx.frozen, ctx.scales, ctx.make = frozen, scales, remake.make if remake is not None else lambda x: x
+            made.append(x @ weight if base.bias is None else torch.addmm(base.bias, x, weight))
+        thin, at = [], 0
+        for number, rows in enumerate(shape.rows):
+            own = pairs[number * count : (number + 1) * count]
+            if given := [pair for pair in own if pair is not None]:
+                stacked = torch.cat([pair[0] for pair in given]).to(x.dtype)
+                xas = (x[at : at + rows] @ stacked.t()).split([pair[0].shape[0] for pair in given], 1)
+                thin += xas
+                for y, (_, b, scale), xa in zip(_having(made, own), given, xas, strict=True):
+                    y[at : at + rows].addmm_(xa, (b * scale).to(x.dtype).t())
+            at += rows
+        ctx.frozen, ctx.shape, ctx.make = frozen, shape, remake.make if remake is not None else lambda x: x
         ctx.set_materialize_grads(False)
         if trained:
             kept = remake.tensors if remake is not None else (x,)
@@ -136,6 +161,7 @@ class _Composed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        shape, count = ctx.shape, len(ctx.frozen)
         trained: Sequence[Tensor] = ()
         thin: Iterator[Tensor] = iter(())
         x: Tensor | None = None
@@ -144,39 +170,50 @@ class _Composed(torch.autograd.Function):
             trained, thin = saved[:trainables], iter(saved[trainables : trainables + thins])
             x = ctx.make(*saved[trainables + thins :])
         dx: Tensor | None = None
-        found: list[Tensor | None] = []
-        for dy, base, pair in zip(grads, ctx.frozen, _paired(ctx.scales, trained), strict=True):
-            xa = next(thin) if pair is not None else None
-            if dy is None:
-                found += [] if pair is None else [None, None]
-                continue
-            if ctx.needs_input_grad[0]:
+        for dy, base in zip(grads, ctx.frozen, strict=True):
+            if dy is not None and ctx.needs_input_grad[0]:
                 (weight,) = _numbers([base], dy.dtype)
                 weight = weight if base.across else weight.t()
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-            if pair is not None and xa is not None and x is not None:
+        found: list[Tensor | None] = []
+        at, pairs = 0, iter(shape.paired(trained))
+        for rows in shape.rows:
+            own = slice(at, at + rows)
+            for dy, pair in zip(grads, islice(pairs, count), strict=True):
+                if pair is None:
+                    continue
+                xa = next(thin)
+                if dy is None or x is None:
+                    found += [None, None]
+                    continue
                 a, b, scale = pair
-                dxa = dy @ (b * scale).to(dy.dtype)
-                found += [wide(dxa.t() @ x), wide(dy.t() @ xa) * scale]
-                dx = dx if dx is None else dx.addmm_(dxa, a.to(dy.dtype))
+                dxa = dy[own] @ (b * scale).to(dy.dtype)
+                found += [wide(dxa.t() @ x[own]), wide(dy[own].t() @ xa) * scale]
+                if dx is not None:
+                    dx[own].addmm_(dxa, a.to(dy.dtype))
+            at += rows
         return dx, None, None, None, *_typed(found, trained)
 
 
+def _having(things: Iterable[Tensor], pairs: Iterable[Pair]) -> list[Tensor]:
+    return [thing for thing, pair in zip(things, pairs, strict=True) if pair is not None]
+
+
+def _fields(pointers: str, numbers: str, order: str) -> list[tuple[str, Any]]:
+    kinds = dict.fromkeys(pointers.split(), ctypes.c_void_p) | dict.fromkeys(numbers.split(), ctypes.c_int64)
+    return [(name, kinds.get(name, ctypes.c_double)) for name in order.split()]
+
+
+class _Base(ctypes.Structure):
+    _fields_ = _fields("weight bias y", "ldw across out ldy", "weight ldw across out bias y ldy")
+
+
 class _Low(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p if name in ("weight", "bias", "a", "b", "y", "da", "db") else ctypes.c_int64)
-            for name in ("weight", "ldw", "across", "out", "bias", "a", "b", "r", "y", "ldy", "da", "db")
-        ),
-        ("scale", ctypes.c_double),
-    ]
+    _fields_ = _fields("a b da db", "r", "a b r da db scale")
 
 
 class _Group(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p if name in ("lows", "x", "xa", "thin") else ctypes.c_int64)
-        for name in ("lows", "count", "x", "ldx", "rows", "in", "xa", "width", "thin")
-    ]
+    _fields_ = _fields("bases lows rows x xa thin", "count runs ldx in", "bases count lows rows runs x ldx in xa thin")
 
 
 def _takes(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[Tensor]) -> bool:
@@ -190,42 +227,51 @@ def _takes(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[Tensor]) -> bo
     )
 
 
-def _low(
-    base: Frozen,
-    weight: Tensor,
-    pair: tuple[Tensor, Tensor, float] | None,
-    y: Tensor | None,
-    grads: Sequence[Tensor] = (),
-) -> _Low:
-    """One product as the kernels take it; y its result, or what arrives in the backward; grads those of a and b. Whoever calls
-    keeps the weight's numbers until the kernel is done."""
-    bias = base.bias
+def _base(base: Frozen, weight: Tensor, y: Tensor | None) -> _Base:
+    """One product as the kernels take it; y its result, or what arrives in the backward. Whoever calls keeps the weight's numbers
+    until the kernel is done."""
+    bias = None if base.bias is None else base.bias.data_ptr()
     out = weight.shape[0 if base.across else 1]
-    low = _Low(weight.data_ptr(), weight.stride(0), base.across, out, None if bias is None else bias.data_ptr())
-    if pair is not None:
-        low.a, low.b, low.r, low.scale = pair[0].data_ptr(), pair[1].data_ptr(), pair[0].shape[0], pair[2]
-    if y is not None:
-        low.y, low.ldy = y.data_ptr(), y.stride(0)
-    if grads:
-        low.da, low.db = (g.data_ptr() for g in grads)
-    return low
+    return _Base(weight.data_ptr(), weight.stride(0), base.across, out, bias, *_place(y))
 
 
-def _call(kernel: Kernel, lows: Any, x: Tensor, shape: tuple[int, int], xa: Tensor, thin: Tensor, *more: Any) -> None:
-    """`shape` is x's (rows, in), also where x isn't there because nothing is added to its products."""
-    first = (ctypes.addressof(lows), len(lows), x.data_ptr(), x.stride(0), *shape)
-    group = _Group(*first, xa.data_ptr(), xa.shape[1], thin.data_ptr())
+def _place(y: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if y is None else (y.data_ptr(), y.stride(0))
+
+
+def _low(pair: Pair, da: Tensor | None = None, db: Tensor | None = None) -> _Low:
+    """One addition; da and db are where its gradients go."""
+    if pair is None:
+        return _Low()
+    a, b, scale = pair
+    return _Low(a.data_ptr(), b.data_ptr(), len(a), *(None if g is None else g.data_ptr() for g in (da, db)), scale)
+
+
+def _call(kernel: Kernel, bases: Any, lows: Any, shape: Shape, x: Tensor, xa: Tensor, *more: Any) -> None:
+    """x (rows, in) may have no rows where nothing is added to its products."""
+    rows = (ctypes.c_int64 * len(shape.rows))(*shape.rows)
+    thin = x.new_empty(_room(bases, lows, shape, x.shape[1])[1])
+    addresses = [ctypes.addressof(part) for part in (bases, lows, rows)]
+    group = _Group(
+        *(addresses[0], len(bases), *addresses[1:], len(rows)),
+        *(x.data_ptr(), x.stride(0), x.shape[1], xa.data_ptr(), thin.data_ptr()),
+    )
     kernel(x.dtype, ctypes.addressof(group), *more)
 
 
-def _packed(lows: Iterable[_Low], inner: int) -> tuple[int, int]:
-    """How many columns x·Aᵀ has, all additions side by side, and how many numbers the A's and B's are as they are packed."""
-    start, width, room = 0, 0, 0
-    for low in lows:
-        span = -(-low.r // DEEP) * DEEP
-        width, start, room = max(width, start + span), start + low.r, room + low.out * span
-    width = -(-width // DEEP) * DEEP
-    return width, width * inner + room
+def _room(bases: Any, lows: Any, shape: Shape, inner: int) -> tuple[int, int]:
+    """How many numbers x·Aᵀ has, for each run all additions side by side, and the A's and B's as they are packed."""
+    numbers = room = 0
+    count = len(bases)
+    for number, rows in enumerate(shape.rows):
+        start, width = 0, 0
+        for base, low in zip(bases, lows[number * count : (number + 1) * count], strict=True):
+            if low.r:
+                span = -(-low.r // DEEP) * DEEP
+                width, start, room = max(width, start + span), start + low.r, room + base.out * span
+        width = -(-width // DEEP) * DEEP
+        numbers, room = numbers + rows * width, room + width * inner
+    return numbers, room
 
 
 class _Tiled(torch.autograd.Function):
@@ -233,21 +279,16 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        frozen: tuple[Frozen, ...],
-        scales: tuple[float | None, ...],
-        remake: Remake | None,
-        *trained: Tensor,
+        ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], shape: Shape, remake: Remake | None, *trained: Tensor
     ) -> tuple[Tensor, ...]:
-        x, pairs = lines(x), _paired(scales, trained)
+        x = lines(x)
         made = [x.new_empty(len(x), base.weight.shape[0 if base.across else 1]) for base in frozen]
         weights = _numbers(frozen, x.dtype)
-        lows = (_Low * len(made))(*map(_low, frozen, weights, pairs, made))
-        width, thin = _packed(lows, x.shape[1])
-        xa = x.new_empty(len(x), width)
-        _call(_forward, lows, x, (len(x), x.shape[1]), xa, x.new_empty(thin))
-        ctx.frozen, ctx.scales = frozen, scales
+        bases = (_Base * len(made))(*map(_base, frozen, weights, made))
+        lows = (_Low * len(shape.scales))(*map(_low, shape.paired(trained)))
+        xa = x.new_empty(_room(bases, lows, shape, x.shape[1])[0])
+        _call(_forward, bases, lows, shape, x, xa)
+        ctx.frozen, ctx.shape = frozen, shape
         ctx.set_materialize_grads(False)
         if trained:
             ctx.make = remake.make if remake is not None else lambda x: x
@@ -260,22 +301,25 @@ class _Tiled(torch.autograd.Function):
         some = next((dy for dy in dys if dy is not None), None)
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
-        width = ctx.frozen[0].weight.shape[1 if ctx.frozen[0].across else 0]
+        frozen, shape = ctx.frozen, ctx.shape
+        width = frozen[0].weight.shape[1 if frozen[0].across else 0]
         trained: Sequence[Tensor] = ()
         if saved := ctx.saved_tensors:
-            trainables = 2 * sum(scale is not None for scale in ctx.scales)
             xa, *others = saved
+            trainables = 2 * sum(scale is not None for scale in shape.scales)
             trained, x = others[:trainables], lines(ctx.make(*others[trainables:]))
         else:
-            x, xa = some.new_empty(len(some), 0), some.new_empty(0, 0)
-        pairs, lows = _paired(ctx.scales, trained), (_Low * len(dys))()
-        found: list[Tensor | None] = []
-        weights = _numbers(ctx.frozen, some.dtype)
-        for i, (base, pair, dy) in enumerate(zip(ctx.frozen, pairs, dys, strict=True)):
-            made = [] if pair is None or dy is None else [torch.empty_like(pair[0]), torch.empty_like(pair[1])]
-            lows[i] = _low(base, weights[i], pair, dy, made)
-            found += [None, None] if pair is not None and dy is None else made
+            x, xa = some.new_empty(0, width), some.new_empty(0)
+        lows, found = [], []
+        for i, pair in enumerate(shape.paired(trained)):
+            if pair is None:
+                lows.append(_Low())
+                continue
+            da, db = (None if dys[i % len(dys)] is None else torch.empty_like(t) for t in pair[:2])
+            lows.append(_low(pair, da, db))
+            found += [da, db]
+        weights = _numbers(frozen, some.dtype)
+        bases = (_Base * len(dys))(*map(_base, frozen, weights, dys))
         dx = some.new_empty(len(some), width) if ctx.needs_input_grad[0] else None
-        thin = some.new_empty(_packed(lows, width)[1] if saved else 0)
-        _call(_backward, lows, x, (len(some), width), xa, thin, dx)
+        _call(_backward, bases, (_Low * len(lows))(*lows), shape, x, xa, dx)
         return dx, None, None, None, *found

@@ -1,4 +1,4 @@
-// Sums of bf16 matrix products on AMX tiles: C = sum over parts of A·B, accumulated in fp32 and rounded once.
+// Sums of bf16 matrix products on tiles (AMX, or vectors in their stead): C = sum over parts of A·B, accumulated in fp32 and rounded once.
 //
 // A frozen product and its low-rank addition are two parts of one sum, and so are the gradients that several products
 // send to their common input; written like this neither needs a pass over C of its own. Frozen weights are packed into
@@ -8,12 +8,13 @@
 #pragma once
 #include "common.h"
 
-#ifdef LORAFIT_AMX
+#ifdef LORAFIT_TILES
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 
 // One part: a (rows, k) with stride lda; b (columns, k) if `across` (A·Bᵀ), else (k, columns), with stride ldb. k is a
-// multiple of 32.
+// multiple of 32. It belongs to the rows first..last of C alone, and a begins with the first of them.
 struct Part {
     const bf16* a;
     int64_t lda;
@@ -21,6 +22,7 @@ struct Part {
     int64_t ldb;
     int64_t k;
     int64_t across;
+    int64_t first = 0, last = std::numeric_limits<int64_t>::max();
 };
 
 namespace {
@@ -76,12 +78,16 @@ inline void pack_along(const bf16* b, int64_t ldb, int64_t rows, int64_t columns
     }
 }
 
-struct Step {  // 32 deep: where A's numbers are, and B's
+struct Step {  // 32 deep: whose it is and how deep in it, and where B's numbers are
+    const Part* part;
+    int64_t k;
+    const bf16* b;
+};
+
+struct Turn {  // a step that 32 rows take: where A's numbers are, and which step of the slice it is
     const bf16* a;
     int64_t lda;
-    const bf16* b;
-    int64_t ldb;
-    int64_t across;
+    int64_t step;
 };
 
 // The loads come first: mixed with the products they take longer. A slice of B is passed over for every 32 rows and doesn't
@@ -93,11 +99,41 @@ inline void products(const bf16* a, int64_t lda, const bf16* b, bool ahead) {
     tiles::load<5>(a + 16 * lda, lda * 2);
     tiles::stream<6>(b, 64);
     tiles::stream<7>(b + TILE, 64);
-    tiles::multiply<0, 4, 6>();
-    tiles::multiply<1, 4, 7>();
-    tiles::multiply<2, 5, 6>();
-    tiles::multiply<3, 5, 7>();
+    tiles::multiply<0, 1, 4>();
+    tiles::multiply<2, 3, 5>();
 }
+
+#ifndef LORAFIT_AMX
+// All turns of a block, C in registers: what the loop over `products` does with tiles.
+inline void products_of(const Turn* turns, int64_t count, const bf16* packed, bool begin, float* sums) {
+    constexpr int R = 8;  // rows at a time: 16 sums of the 32 registers
+    for (int row = 0; row < TALL; row += R) {
+        float* c = sums + row * WIDE;
+        __m512 x[R], y[R];
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            x[i] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * WIDE);
+            y[i] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * WIDE + 16);
+        }
+        for (const Turn* at = turns; at < turns + count; at++) {
+            const bf16 *a = at->a + row * at->lda, *b = packed + at->step * 2 * TILE;
+            for (int k = 0; k < DEEP; k += 2, b += DEEP) {
+                __m512bh left = (__m512bh)_mm512_load_si512(b), right = (__m512bh)_mm512_load_si512(b + TILE);
+#pragma GCC unroll 8
+                for (int i = 0; i < R; i++) {
+                    int pair;
+                    std::memcpy(&pair, a + i * at->lda + k, 4);
+                    __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                    x[i] = _mm512_dpbf16_ps(x[i], both, left);
+                    y[i] = _mm512_dpbf16_ps(y[i], both, right);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) _mm512_storeu_ps(c + i * WIDE, x[i]), _mm512_storeu_ps(c + i * WIDE + 16, y[i]);
+    }
+}
+#endif
 
 struct Job {
     const Part* parts;
@@ -133,79 +169,102 @@ struct Rest {
     }
 };
 
+// The steps `from`..`to` that the rows m..m+tall take. Where the rows aren't 32, or not all of them the part's, they are copied
+// to `copies` with zeros for the others, so that every tile is whole and a part reaches no row but its own.
+inline int64_t turns_of(const Step* steps, int64_t from, int64_t to, int64_t m, int64_t tall, Turn* turns, bf16* copies) {
+    int64_t count = 0;
+    for (int64_t s = from; s < to; s++) {
+        const Part& part = *steps[s].part;
+        int64_t low = std::max(m, part.first), high = std::min(m + tall, part.last);
+        if (low >= high) continue;
+        const bf16* a = part.a + (low - part.first) * part.lda + steps[s].k;
+        if (high - low == TALL) {
+            turns[count++] = {a, part.lda, s - from};
+            continue;
+        }
+        bf16* copy = copies + count * TALL * DEEP;
+        for (int64_t i = 0; i < TALL; i++) {
+            bool own = i >= low - m && i < high - m;
+            _mm512_store_si512(copy + i * DEEP, own ? _mm512_loadu_si512(a + (i - low + m) * part.lda) : _mm512_setzero_si512());
+        }
+        turns[count++] = {copy, DEEP, s - from};
+    }
+    return count;
+}
+
 // Rows m0..m1 and columns n0..n1 of C, by one thread.
 bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    static thread_local Buffer<bf16> packed_, ends_;
+    static thread_local Buffer<bf16> packed_, copies_;
     static thread_local Buffer<float> sums_;
     static thread_local Buffer<Step> steps_;
+    static thread_local Buffer<Turn> turns_;
     int64_t depth = 0;
     for (int64_t p = 0; p < job.count; p++) depth += job.parts[p].k / DEEP;
-    Step* steps = steps_.of(depth);
+    Step* steps = steps_.of(depth + 1);
     if (!steps) return false;
-    for (int64_t p = 0, at = 0; p < job.count; p++) {
+    depth = 0;
+    for (int64_t p = 0; p < job.count; p++) {
         const Part& part = job.parts[p];
+        if (part.first >= m1 || part.last <= m0) continue;
         for (int64_t k = 0; k < part.k; k += DEEP)
-            steps[at++] = {part.a + k, part.lda, part.across ? part.b + k : part.b + k * part.ldb, part.ldb, part.across};
+            steps[depth++] = {&part, k, part.across ? part.b + k : part.b + k * part.ldb};
     }
-    int64_t slices = (depth + DEPTH / DEEP - 1) / (DEPTH / DEEP), deep = (depth + slices - 1) / slices;
+    int64_t slices = std::max<int64_t>(1, (depth + DEPTH / DEEP - 1) / (DEPTH / DEEP)), deep = (depth + slices - 1) / slices;
     // As few slices as the size allows, all alike.
-    int64_t most = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE)), panels_all = (n1 - n0 + WIDE - 1) / WIDE;
+    int64_t most = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE + 1)), panels_all = (n1 - n0 + WIDE - 1) / WIDE;
     int64_t rounds = (panels_all + most - 1) / most, panels_each = (panels_all + rounds - 1) / rounds;
-    int64_t short_rows = (m1 - m0) % TALL, full = m1 - short_rows;
-    bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE);
+    bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE + 1);
     float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : 2 * TALL * WIDE);
-    bf16* end = ends_.of(deep * DEEP * TALL);
-    if (!packed || !sums || !end) return false;
+    bf16* copies = copies_.of(deep * DEEP * TALL + 1);
+    Turn* turns = turns_.of(deep + 1);
+    if (!packed || !sums || !copies || !turns) return false;
     Rest rest;
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += panels_each * WIDE) {
         int64_t panels = (std::min(n1, n + panels_each * WIDE) - n + WIDE - 1) / WIDE;
-        for (int64_t first = 0; first < depth; first += deep) {
-            int64_t last = std::min(depth, first + deep);
+        for (int64_t slice = 0; slice < slices; slice++) {
+            int64_t first = slice * deep, last = std::min(depth, first + deep);
             // Either kind is walked as it lies in memory: along k where a row is a column of B, across panels where it isn't.
             auto place = [&](int64_t panel, int64_t s) { return packed + (panel * deep + s - first) * 2 * TILE; };
             for (int64_t panel = 0; panel < panels; panel++)
                 for (int64_t s = first; s < last; s++)
-                    if (steps[s].across) {
-                        int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column), ldb = steps[s].ldb;
-                        pack_across(steps[s].b + column * ldb, ldb, wide, place(panel, s));
-                        pack_across(steps[s].b + (column + 16) * ldb, ldb, wide - 16, place(panel, s) + TILE);
+                    if (const Part& part = *steps[s].part; part.across) {
+                        int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column);
+                        pack_across(steps[s].b + column * part.ldb, part.ldb, wide, place(panel, s));
+                        pack_across(steps[s].b + (column + 16) * part.ldb, part.ldb, wide - 16, place(panel, s) + TILE);
                     }
             for (int64_t s = first; s < last; s++)
-                if (!steps[s].across)
+                if (const Part& part = *steps[s].part; !part.across)
                     for (int64_t panel = 0; panel < panels; panel++) {
                         int64_t column = n + panel * WIDE, wide = std::min(WIDE, job.columns - column);
-                        pack_along(steps[s].b + column, steps[s].ldb, DEEP, wide, place(panel, s));
-                    }
-            if (short_rows)  // the last rows, padded with zeros so that every tile is whole
-                for (int64_t s = first; s < last; s++)
-                    for (int64_t i = 0; i < TALL; i++) {
-                        __m512i row = i < short_rows ? _mm512_loadu_si512(steps[s].a + (full + i) * steps[s].lda)
-                                                     : _mm512_setzero_si512();
-                        _mm512_store_si512(end + ((s - first) * TALL + i) * DEEP, row);
+                        pack_along(steps[s].b + column, part.ldb, DEEP, wide, place(panel, s));
                     }
             for (int64_t m = m0; m < m1; m += TALL) {
                 int64_t tall = std::min(TALL, m1 - m);
+                int64_t count = turns_of(steps, first, last, m, tall, turns, copies);
                 for (int64_t panel = 0; panel < panels; panel++) {
                     float* to = slices > 1 ? sums + (m - m0) * panels * WIDE + panel * TALL * WIDE : sums + (turn ^= TALL * WIDE);
-                    if (first) {
+                    const bf16* b = packed + panel * deep * 2 * TILE;
+#ifdef LORAFIT_AMX
+                    if (slice) {
                         tiles::load<0>(to, WIDE * 4), tiles::load<1>(to + 16, WIDE * 4);
                         tiles::load<2>(to + 16 * WIDE, WIDE * 4), tiles::load<3>(to + 16 * WIDE + 16, WIDE * 4);
                     } else {
                         tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
                     }
-                    const bf16* b = packed + panel * deep * 2 * TILE;
-                    int64_t each = (rest.rows + last - first - 1) / (last - first);
-                    for (int64_t s = first; s < last; s++, b += 2 * TILE) {
-                        if (tall == TALL)
-                            products(steps[s].a + m * steps[s].lda, steps[s].lda, b, panel == 0);
-                        else
-                            products(end + (s - first) * TALL * DEEP, DEEP, b, false);
+                    int64_t each = count ? (rest.rows + count - 1) / count : 0;
+                    for (const Turn* at = turns; at < turns + count; at++) {
+                        products(at->a, at->lda, b + at->step * 2 * TILE, panel == 0);
                         rest.round(each);
                     }
+                    rest.round(TALL);  // where there was nothing to do it beside
                     tiles::store<0>(to, WIDE * 4), tiles::store<1>(to + 16, WIDE * 4);
                     tiles::store<2>(to + 16 * WIDE, WIDE * 4), tiles::store<3>(to + 16 * WIDE + 16, WIDE * 4);
-                    if (last == depth) {
+#else
+                    rest.round(TALL);
+                    products_of(turns, count, b, !slice, to);
+#endif
+                    if (slice == slices - 1) {
                         int64_t column = n + panel * WIDE;
                         rest = Rest(job, to, m, column, tall, std::min(WIDE, job.columns - column));
                     }
@@ -286,7 +345,7 @@ inline void outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, in
             for (int64_t s = 0; s < steps; s++) {
                 tiles::load<4>(flat + (band * STEPS + s) * TILE, 64);
                 tiles::load<6>(strip + s * 2 * TILE, 64), tiles::load<7>(strip + s * 2 * TILE + TILE, 64);
-                tiles::multiply<0, 4, 6>(), tiles::multiply<1, 4, 7>();
+                tiles::multiply<0, 1, 4>();
             }
             tiles::store<0>(sums, WIDE * 4), tiles::store<1>(sums + 16, WIDE * 4);
         }
