@@ -23,10 +23,12 @@ from lorafit.config import choices
 from lorafit.errors import ConfigError, MissingExtra, RunError
 from lorafit.host import Host
 from lorafit.log import Terminal
+from lorafit.native import build
+from lorafit.native.adamw8 import BLOCK, nearest
 from lorafit.native.quantised import dynamic
 from lorafit.run import Run
 from lorafit.train import optim
-from lorafit.train.adamw8 import BLOCK, PIECE, SMALL, AdamW8bit, nearest
+from lorafit.train.adamw8 import PIECE, SMALL, AdamW8bit
 from lorafit.train.loop import Job, train
 
 QUIET = Terminal(quiet=True)
@@ -94,7 +96,35 @@ def test_a_code_is_that_of_the_nearest_value(signed):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_an_update_is_its_formula_on_the_nearest_codes(weight_decay):
+def test_the_kernel_makes_the_bits_of_its_twin(weight_decay):
+    """Numbers, codes and absmax of five steps: blocks that aren't full, rows of zeros, pieces of a large tensor, and one without
+    a gradient in between."""
+    if build.library() is None:
+        pytest.skip(f"no kernels here: {build.state()}")
+    shapes = [(70, 100), (64, 64), (3, PIECE // 2 + 77), (5000,)]
+    both = []
+    for on in (True, False):
+        ours = parameters(*shapes)
+        made = AdamW8bit([{"params": ours, "scale": 1.0}], 0.01, weight_decay, optim.in_memory)
+        for step in range(1, 6):
+            gradients(ours, step)
+            ours[0].grad[:20] = 0
+            ours[3].grad = None if step == 3 else ours[3].grad
+            before = [p._version for p in ours]
+            with build.switched(on):
+                made.step()
+            moved = [p._version > old for p, old in zip(ours, before, strict=True)]
+            assert moved == [True, True, True, step != 3]  # by which DoRA knows
+        both.append((ours, made))
+    for p, q in zip(both[0][0], both[1][0], strict=True):
+        assert torch.equal(p, q)
+        mine, twins = (made.state[t] for t, (_, made) in zip((p, q), both, strict=True))
+        assert len(mine) == 5 and all(torch.equal(mine[key], twins[key]) for key in mine)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_update_is_its_formula_on_the_nearest_codes(weight_decay, native):
     """Three steps of parameters of every size, against the same written out number by number."""
     shapes = [(70, 100), (SMALL - 1,), (64, 64), (3, PIECE // 2 + 77), (5000,)]
     ours, theirs = parameters(*shapes), parameters(*shapes)
@@ -104,7 +134,8 @@ def test_an_update_is_its_formula_on_the_nearest_codes(weight_decay):
     for step in range(1, 4):
         gradients(ours, step)
         gradients(theirs, step)
-        made.step()
+        with build.switched(native):
+            made.step()
         small.step()
         for p, q in zip(ours, theirs, strict=True):
             if p.numel() >= SMALL:
