@@ -15,7 +15,7 @@ from tiny import base, ids, model, randomize, rows
 
 from lorafit.batches import Plan, default_tokens, fill, join, pack, targets
 from lorafit.host import Host
-from lorafit.model.base import Base
+from lorafit.model.base import Base, near
 from lorafit.train import loop, optim
 from lorafit.train.loop import Job, _gradients, train
 from lorafit.train.loss import CHUNK, FrozenHeadLoss, losses
@@ -130,6 +130,17 @@ def test_an_architecture_that_mixes_documents_is_found_out(monkeypatch):
 
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, careless)
     assert not base("llama").packs
+
+
+def test_a_few_logits_that_round_far_are_no_other_documents():
+    """In 16 bits; where all of them are off by as much, it isn't rounding."""
+    want = torch.randn(14, 5000, generator=torch.Generator().manual_seed(0))
+    few, all_ = want.clone(), want + 0.07 * want.abs().max() * torch.sign(want)
+    few[3, 7] += 0.06 * want.abs().max()
+    tolerance = 0.05 * want.abs().max().item()
+    assert near(few, want, tolerance) and near(want + 0.04 * tolerance, want, tolerance)
+    assert not near(all_, want, tolerance) and not near(want.roll(1, 0), want, tolerance)
+    assert not near(torch.full_like(want, torch.nan), want, tolerance)
 
 
 def test_logits_that_are_treated_further_are_found_out():

@@ -147,6 +147,17 @@ def alone(base: Base, ids: Tensor, lengths: Sequence[int], states: bool = False)
     return torch.cat([out.logits[0] for out in outs]), [torch.cat([state[0] for state in part]) for part in parts]
 
 
+def near(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    """Whether logits (tokens, vocabulary) are the same but for rounding: no number is off by `tolerance`, or all of them together
+    by no more than that is of the largest one.
+
+    The second because of thirty layers' rounding some of 700,000 numbers may be off by 5 % of the largest one, where the whole
+    is off by 2 % (SmolLM2 in nf4, measured); documents that see each other are off by half.
+    """
+    share = tolerance / max(1.0, want.abs().max().item())
+    return bool((got - want).abs().max() < tolerance or (got - want).norm() < share * want.norm())
+
+
 @torch.no_grad()
 def probe(base: Base) -> None:
     """Set `packs` and `plain_head`, and check `body`, from two documents of 9 and 5 tokens.
@@ -163,7 +174,7 @@ def probe(base: Base) -> None:
     kinds = set(getattr(base.model.config.get_text_config(), "layer_types", None) or ())
     try:
         packed = base.logits(ids, lengths, packed=True).float()
-        base.packs = kinds <= {"full_attention", "sliding_attention"} and bool((packed - want).abs().max() < tolerance)
+        base.packs = kinds <= {"full_attention", "sliding_attention"} and near(packed, want, tolerance)
     except (TypeError, ValueError, RuntimeError):
         base.packs = False
     # These kinds of rotary angles depend on the longest position of a call: a document would change its neighbours' angles.
