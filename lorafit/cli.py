@@ -88,7 +88,8 @@ def _take(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, 2 for the user's mistake, 1 for ours, 130 when interrupted."""
+    """Run a command line; returns the exit code: 0, 2 for the user's mistake, 1 for ours, 130 when interrupted; a verb may
+    end with one of its own."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that can't show a character shows another one
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         _take(args, rest)
-        VERBS[args.verb].run(args)
+        code: int | None = VERBS[args.verb].run(args)
     except LorafitError as error:
         print(f"lorafit: {error}", file=sys.stderr)
         return error.exit_code
@@ -109,4 +110,4 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `lorafit … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
+    return code or 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.errors import UserError
 from lorafit.verbs.common import add_json, given, importing, print_json, terminal
 
 if TYPE_CHECKING:
@@ -16,7 +17,11 @@ ABOUT = "will it fit, and how long will it take? told before any weights are rea
 EXAMPLE = """\
   lorafit plan data.jsonl --model DIR
   lorafit plan data.jsonl --model DIR --for 'RTX 4090' quant=nf4
-  lorafit plan data.jsonl --model DIR --for 16G checkpointing=true batch_tokens=512 --json"""
+  lorafit plan data.jsonl --model DIR --for 16G checkpointing=true batch_tokens=512 --json
+  lorafit plan data.jsonl && lorafit train data.jsonl
+
+exit code: 0 if training with these words fits, in smaller micro-batches if need be (it takes those by itself);
+2 if it doesn't, or only with the other settings that are shown"""
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "runtime")
 
@@ -45,8 +50,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the parts, the peaks, the verdict and the time."""
+def run(args: argparse.Namespace) -> int:
+    """Print the parts, the peaks, the verdict and the time. Returns the exit code: 0 where `train` would run with these words."""
     with importing():
         from lorafit import fit, places
         from lorafit.config import byte_count
@@ -65,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
         model = empty(config, path, place.gpu, source)
         asked = estimate(config, model, data.train)
         verdict = judge(config, model, data.train, place.memory, streams=memory is None)
+    # `lorafit plan … && lorafit train …`: smaller micro-batches are what training takes by itself.
+    code = 0 if verdict.fits or set(verdict.change) == {"accumulate"} else UserError.exit_code
     seconds = seconds_of(config, path, data, verdict, place, out, args.no_time)
     if args.json:
         print_json(
@@ -76,8 +83,9 @@ def run(args: argparse.Namespace) -> None:
                 "seconds_are": "measured on a few layers" if place.here else "from the data sheet",
             }
         )
-        return
+        return code
     print(described(asked, verdict, place, seconds, way_out(config, verdict)))
+    return code
 
 
 def seconds_of(
