@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import ConfigError
-from lorafit.train.adamw8 import BLOCK, AdamW8bit, Room
+from lorafit.native.adamw8 import BLOCK
+from lorafit.train.adamw8 import AdamW8bit, Room
 
 Schedule = Literal["constant", "linear", "cosine"]
 
