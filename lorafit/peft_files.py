@@ -26,6 +26,7 @@ from lorafit.methods import Method, find, settings
 from lorafit.methods.dora import DoRA
 from lorafit.methods.ia3 import IA3
 from lorafit.methods.lora import LoRA
+from lorafit.model.shards import DAMAGED, TYPES, read_header
 from lorafit.model.sites import Site
 
 PREFIX = "base_model.model."
@@ -65,8 +66,9 @@ def save(
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adapter:
+def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes: bool = False) -> Adapter:
     """Read an adapter, strictly: every key must have a place of its shape, and the base must be the one it was made for.
+    `shapes`: without its numbers, on the meta device; of the file only the header is read.
 
     AdapterError names the first of what is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
@@ -83,11 +85,11 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
             f" {fingerprint[:8]}); load it on that one"
         )
     try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        tensors = _shapes(folder / WEIGHTS) if shapes else safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise AdapterError(f"{folder}: {key} holds numbers that aren't finite; the adapter is damaged")
     if config.get("peft_type") == "ADALORA":
         config, tensors = _from_adalora(config, tensors, sites, folder)
@@ -120,6 +122,25 @@ def method_of(folder: Path) -> str:
     return "lora" if config.get("peft_type") == "ADALORA" else _method_of(config, read_notes(folder), folder)[0]
 
 
+def _shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file without their numbers."""
+    try:
+        start, entries = read_header(file)
+        if start + max((entry["data_offsets"][1] for entry in entries.values()), default=0) > file.stat().st_size:
+            raise ValueError("it is cut off")
+        return {
+            name: torch.empty(entry["shape"], dtype=TYPES.get(entry["dtype"], torch.float32), device="meta")
+            for name, entry in entries.items()
+        }
+    except DAMAGED as error:
+        raise AdapterError(f"{file} can't be read: {error}") from None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Of one shape and, as far as their numbers are there, the same."""
+    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a.cpu().to(b.dtype), b))
+
+
 def peft_type(kind: type[Method]) -> str | None:
     """PEFT's type that a method's adapters are stored as; None where PEFT has none, and the files are lorafit's alone."""
     if kind is IA3:
@@ -135,6 +156,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "lora_parameters" in values and "peft_type" not in values:
         raise AdapterError(f"{folder} is an adapter of mlx-lm; first: lorafit adapter convert {folder} OUT")
     return values
+
+
+def settings_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """An adapter's method and its settings, with targets and patterns as adapter_config.json has them."""
+    config = read_config(folder)
+    _check_values(config, folder)
+    named = {"targets": "target_modules", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
+    found = {ours: config[theirs] for ours, theirs in named.items() if config.get(theirs)}
+    if config.get("peft_type") == "ADALORA":  # loaded as a LoRA with a rank for each weight
+        return "lora", found
+    method, options = _method_of(config, read_notes(folder), folder)
+    return method, {**found, **options}
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
@@ -336,7 +369,7 @@ def _by_site(
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
             own = {p: site for site in sites.values() for p in (site.path, *(name for name, _ in site.tied))}
-            if copied in own and torch.equal(own[copied].stored.cpu().to(tensor.dtype), tensor):
+            if copied in own and _same(own[copied].stored, tensor):
                 continue  # PEFT adds the base's own embedding or head when they are adapted
             bad.append(f"{key}: not a key of a LoRA adapter" if copied not in own else f"{key}: differs from this base")
             continue
@@ -602,6 +635,6 @@ def _untied(
         for name in names[1:]:
             for ours, theirs in (("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")):
                 source, repeated = tensors.get(f"{PREFIX}{site.path}.{ours}"), tensors.get(f"{PREFIX}{name}.{theirs}")
-                if source is not None and repeated is not None and torch.equal(source.t(), repeated):
+                if source is not None and repeated is not None and _same(source.t(), repeated):
                     del kept[f"{PREFIX}{name}.{theirs}"]
     return kept

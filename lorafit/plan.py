@@ -191,9 +191,9 @@ def _fresh(config: Config, sites: Mapping[str, Site]) -> Adapter:
 
 def _saved(source: Path, sites: Mapping[str, Site]) -> Adapter:
     """What training goes on from, on no device."""
-    with warnings.catch_warnings():  # what a method makes of a weight is nowhere already, and torch says so
+    with warnings.catch_warnings(), torch.device("meta"):  # torch says of each number that it is nowhere already
         warnings.simplefilter("ignore")
-        return peft_files.load(source, sites).to("meta")
+        return peft_files.load(source, sites, shapes=True)
 
 
 def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from data_helpers import CHATML, tokenizer
 from tiny import rows
 from transformers import LlamaConfig
 
-from lorafit import fit, pace, places, plan
+from lorafit import fit, pace, peft_files, places, plan
 from lorafit.batches import Plan
 from lorafit.cli import main
-from lorafit.errors import ConfigError
+from lorafit.errors import AdapterError, ConfigError
 from lorafit.host import Host
+from lorafit.methods import METHODS
 from lorafit.model.load import load
 from lorafit.model.quant import Quant, QuantLinear
 from lorafit.train.loop import Step
@@ -59,6 +61,24 @@ def test_what_starts_from_an_adapter_is_planned_as_that(tiny_model, data_file, t
     assert found["trainable_parameters"] == adapter.numbers()
     assert found["total_parameters"] == host.base.parameters()  # of its own base, not of the default one
     assert main([*words, "r=8"]) == 2 and "--from keeps the old adapter's shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if not kind.needs_codes])
+def test_of_an_old_adapter_the_header_is_read(tiny_model, data_file, tmp_path, monkeypatch, method):
+    """Not the numbers, which of method=full are as many as the base's."""
+    host = Host(load(str(tiny_model), precision="fp32"))
+    config = fit.read_config(str(data_file), {"method": method})
+    host.add("a", method, config.targets or METHODS[method].targets, **config.options)
+    host.save("a", tmp_path)
+    want = plan.estimate(config, plan.empty(config, tiny_model, source=tmp_path), rows(LENGTHS))
+    again = peft_files.load(tmp_path, host.sites)
+    assert want.trainable_parameters == again.numbers()
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda path: pytest.fail("the whole file was read"))
+    assert plan.estimate(config, plan.empty(config, tiny_model, source=tmp_path), rows(LENGTHS)) == want
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors can't be read: it is cut off"):
+        plan.empty(config, tiny_model, source=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,29 @@ def test_a_config_alone_is_enough(capsys, tmp_path, tiny_model, data_file):
     assert main(["plan", str(data_file), "--model", str(tmp_path), "--for", "600M", "batch_tokens=64"]) == 0
     assert "accumulate" in capsys.readouterr().out or plan.RUNTIME < 590e6
     assert main(["train", str(data_file), "--model", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    "fits, change, code",
+    [
+        (True, {}, 0),
+        (False, {"accumulate": 2}, 0),
+        (False, {"accumulate": 2, "checkpointing": True}, 2),
+        (False, {"quant": "nf4"}, 2),
+        (False, {}, 2),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_the_exit_code_says_whether_training_with_these_words_fits(
+    capsys, tiny_model, data_file, monkeypatch, fits, change, code, more
+):
+    def judge(config, model, given, memory, streams):
+        return plan.Verdict(fits, memory, plan.estimate(config, model, given), change)
+
+    monkeypatch.setattr(plan, "judge", judge)
+    assert main(["plan", str(data_file), "--model", str(tiny_model), "--no-time", *more]) == code
+    shown = capsys.readouterr()
+    assert not shown.err and ("fit" in shown.out)
 
 
 @pytest.mark.parametrize("memory, hint", [("1M", "memory=1M")])

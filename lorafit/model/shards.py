@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafit.errors import ModelError
 from lorafit.files import write_json
 
-_TYPES = {
+TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -28,7 +28,7 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 # What reading a damaged header raises.
 DAMAGED = (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError)
 
@@ -73,18 +73,18 @@ class Shards:
         for name, (_, kind, _, _) in self._places.items():
             sizes[kind] = sizes.get(kind, 0) + self.shapes[name].numel()
         most = max(sizes, key=lambda kind: sizes[kind], default="F32")
-        return _TYPES[most] if most in ("F16", "BF16") else torch.float32
+        return TYPES[most] if most in ("F16", "BF16") else torch.float32
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """As in Files. ModelError for a type of numbers that isn't known here."""
         file, kind, begin, size = self._places[name]
-        if kind not in _TYPES:
-            raise ModelError(f"{file}: {name} is stored as {kind}; there are {', '.join(_TYPES)}")
+        if kind not in TYPES:
+            raise ModelError(f"{file}: {name} is stored as {kind}; there are {', '.join(TYPES)}")
         if not size:
-            return torch.empty(self.shapes[name], dtype=dtype or _TYPES[kind])
+            return torch.empty(self.shapes[name], dtype=dtype or TYPES[kind])
         data = np.asarray(np.memmap(file, np.uint8, "c", begin, (size,)))
         found = torch.from_numpy(data)
-        found = (found if begin % _TYPES[kind].itemsize == 0 else found.clone()).view(_TYPES[kind])
+        found = (found if begin % TYPES[kind].itemsize == 0 else found.clone()).view(TYPES[kind])
         found = found.view(self.shapes[name])
         return found if dtype is None or not found.is_floating_point() else found.to(dtype)
 
