@@ -91,20 +91,34 @@ def read_config(source: str | None, given: Mapping[str, Any]) -> Config:
     if given.get("steps") is not None and given.get("epochs") is not None:
         raise ConfigError(f"steps={given['steps']} and epochs={given['epochs']} both say how long; leave one out")
     if start := {**values, **given}.get("start"):
-        _check_start(given)
-        before = quant_of(adapter_folder(start))
+        folder = adapter_folder(start)
+        values, given = _without_shape({**values, **given}, folder), {}
+        before = quant_of(folder)
         values = {**({"quant": before.kind, "double_quant": before.double} if before else {}), **values}
     return build({**values, **given})
 
 
-def _check_start(values: Mapping[str, Any]) -> None:
-    """An adapter that training starts from has its shape already; a setting that asks for another isn't ignored."""
-    shape = {"method", "targets", "rank_pattern", "alpha_pattern"}.union(
-        *(method_settings(m) for m in METHODS.values())
-    )
-    asked = [key for key in values if key in shape]
-    if asked:
-        raise ConfigError(f"--from keeps the old adapter's shape, so {', '.join(asked)} can't be set; leave it out")
+def _without_shape(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The settings beside an adapter that training starts from, which has its shape already; one that asks for another shape
+    isn't ignored."""
+    method, has = peft_files.settings_of(source)
+    kinds = {key: kind for each in METHODS.values() for key, (kind, _) in method_settings(each).items()}
+    kinds |= {"method": str, "targets": list[str], "rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
+    has = {"method": method, **has}
+    for key, value in values.items():
+        asked = settings.coerce(key, kinds[key], value) if key in kinds else None
+        if asked is None or asked in ([], {}) or (key in has and asked == has[key]):
+            continue
+        old = f"the adapter has {key}={_word(has[key])}" if key in has else f"that is method={method}"
+        raise ConfigError(
+            f"--from keeps the old adapter's shape, so {key}={_word(asked)} can't be set: {old}; leave it out"
+        )
+    return {key: value for key, value in values.items() if key not in kinds}
+
+
+def _word(value: Any) -> str:
+    """A setting's value as it is written."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def build(values: Mapping[str, Any]) -> Config:

@@ -275,9 +275,19 @@ def test_a_run_that_trains_while_the_kernels_are_built_has_the_pool(tiny_model, 
 
 def test_from_starts_new_training_from_the_old_adapter(whole, tiny_model, data_file, tmp_path):
     values = {**SETTINGS, "model": str(tiny_model), "out": str(tmp_path / "more"), "start": str(whole), "steps": "2"}
-    with pytest.raises(ConfigError, match=r"--from keeps the old adapter's shape, so dropout can't be set"):
-        fit.read_config(str(data_file), values)
-    del values["dropout"]
+    for key, asked, has in (("dropout", "0.5", "0.1"), ("r", "64", r"\d+"), ("targets", "q_proj", ".*_proj.*")):
+        said = rf"^--from keeps the old adapter's shape, so {key}={asked} can't be set: the adapter has {key}={has};"
+        with pytest.raises(ConfigError, match=said):
+            fit.read_config(str(data_file), {**values, key: asked})
+    with pytest.raises(ConfigError, match=r"so niter=2 can't be set: that is method=lora; leave it out$"):
+        fit.read_config(str(data_file), {**values, "niter": "2"})
+    (tmp_path / "more.yaml").write_text(f"data: {data_file}\nstart: {whole}\nr: 64\n")
+    with pytest.raises(ConfigError, match=r"so r=64 can't be set"):
+        fit.read_config(str(tmp_path / "more.yaml"), {})
+    (tmp_path / "same.yaml").write_text(
+        (whole / "config.yaml").read_text()
+    )  # a run's own settings ask for no other shape
+    assert fit.read_config(str(tmp_path / "same.yaml"), {"start": str(whole)}).start == str(whole)
     run = fit.fit(fit.read_config(str(data_file), {**values, "precision": "fp32"}), QUIET)
     before = json.loads((run.folder / "evaluations.jsonl").read_text().splitlines()[0])["held_out_loss"]
     old = json.loads((whole / "summary.json").read_text())
