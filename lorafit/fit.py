@@ -805,8 +805,21 @@ def _chat_of(config: Config, terminal: Terminal, weights: bool = True) -> tuple[
 
 def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
     """The held-out rows of a finished run, read again from its data. A LorafitError where they aren't there any more."""
+    return _data_of(run, chat).held_out
+
+
+def trained_on(run: Path, chat: Chat, rows: Sequence[Tokens]) -> int:
+    """How many of these rows a run learned from, by their tokens. A LorafitError where its data isn't there any more."""
+    asked = [row.ids.tobytes() for row in rows]
+    there = set(asked)
+    learned = {ids for row in _data_of(run, chat).train if (ids := row.ids.tobytes()) in there}
+    return sum(ids in learned for ids in asked)
+
+
+def _data_of(run: Path, chat: Chat) -> Dataset:
+    """A run's rows, read again from its data."""
     config = build(settings.read_yaml(Run.open(run).folder / "config.yaml"))
-    return load_data(config, chat, Terminal(quiet=True)).held_out
+    return load_data(config, chat, Terminal(quiet=True))
 
 
 def _check_files(config: Config) -> None:

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -110,6 +111,21 @@ def test_eval_names_base_and_adapter(capsys, run, data_file):
     assert "exact" in out and "F1" in out
     code, out, _ = call(capsys, "eval", "base", data_file, "--model", run.parent, "--json")
     assert code == 2
+
+
+def test_eval_says_which_rows_were_trained_on(capsys, run, data_file, tmp_path):
+    given = data_file.read_text().splitlines()
+    summary = json.loads((run / "summary.json").read_text())
+    code, out, _ = call(capsys, "eval", run, data_file, "--precision", "fp32")
+    assert code == 0 and f"\nmine learned from {summary['train_rows']} of these rows" in out and len(given) > 50
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "seven eight", "completion": "nine"}\n' + given[0] + "\n")
+    found = json.loads(call(capsys, "eval", run, held, "--json")[1])["trained_on"]["mine"]
+    code, out, _ = call(capsys, "eval", run, held, "--limit", "1")
+    assert found in (0, 1) and "learned from" not in out
+    moved = tmp_path / "alone"
+    shutil.copytree(run / "adapter", moved)  # without its run nothing is known
+    assert json.loads(call(capsys, "eval", moved, data_file, "--json")[1])["trained_on"] == {}
 
 
 def test_chat_compare_and_json(capsys, run):

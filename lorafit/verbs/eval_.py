@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -42,12 +43,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score the base and each adapter, with the chat it was trained with."""
     from lorafit.config import coerce
-    from lorafit.errors import ConfigError
+    from lorafit.errors import ConfigError, LorafitError
     from lorafit.log import count, table
     from lorafit.machine import memory_limit
 
     with importing():
-        from lorafit import evaluate
+        from lorafit import evaluate, fit
         from lorafit.data import prepare
 
     if args.limit is not None and args.limit < 1:
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         "base": host.base.name,
         "quant": str(host.base.quant or "none"),
         "scores": {},
+        "trained_on": {},
     }
     first = next(iter(host.adapters), None)
     sets: dict[str, Any] = {}  # rows by what decides their tokens: adapters of one chat share them
@@ -96,6 +98,9 @@ def run(args: argparse.Namespace) -> None:
                 )
                 scores = dataclasses.replace(scores, exact_match=exact, token_f1=f1, answers=n)
         result["scores"][label] = scores.to_json()
+        if name in session.folders:  # nothing is said where the run or its data is gone, or it was made by others
+            with contextlib.suppress(LorafitError):
+                result["trained_on"][name] = fit.trained_on(session.folders[name].parent, chat, rows)
         result |= {"left_out": len(data.report.faults) + data.report.skipped, "learn": learn}
     if args.json:
         print_json(result)
@@ -108,5 +113,8 @@ def run(args: argparse.Namespace) -> None:
     print(table(["model", "loss", "perplexity", "rows", "tokens"] + (["exact", "F1"] if args.answers else []), lines))
     stored = "its own precision" if host.base.quant is None else f"{host.base.quant}; --quant none scores it in 16 bits"
     print(f"the base is {host.base.name} in {stored}")
+    for name, seen in result["trained_on"].items():
+        if seen:
+            print(f"{name} learned from {count(seen)} of these rows, so its score says little of others; score held-out rows")
     if result["left_out"]:
         print(f"{result['left_out']} rows left out (bad, or longer than the context)")
