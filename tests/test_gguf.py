@@ -22,7 +22,10 @@ from tiny import randomize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit import cli, fit
+from lorafit.data import Chat
 from lorafit.errors import ModelError
+from lorafit.export import peft as export_peft
+from lorafit.export.base import Job
 from lorafit.export.merge import merge
 from lorafit.host import Host
 from lorafit.log import Terminal
@@ -322,6 +325,29 @@ def test_every_verb_takes_the_file(pair, data_file, tmp_path, capsys, monkeypatc
     plain = AutoModelForCausalLM.from_pretrained(pair[1])
     with torch.no_grad():
         assert (theirs(X).logits - plain(X).logits).abs().max() > 1e-3
+
+
+def test_peft_opens_an_adapter_on_the_file_as_the_docs_say(pair, tmp_path):
+    """With the words of the docs and of `lorafit export`; by the file's name PEFT can't."""
+    peft = pytest.importorskip("peft", reason="peft isn't installed")
+    host = Host(loaded(pair[0]))
+    randomize(host.add("a", r=3), 0.1)
+    (tmp_path / "adapter").mkdir()
+    host.save("a", tmp_path / "adapter")
+    again = Host(loaded(pair[0], streamed=True))
+    again.load(tmp_path / "adapter", "a")
+    (tmp_path / "out").mkdir()
+    job = Job(again, "a", tmp_path / "adapter", Chat.of(again.base.tokenizer), [[1, 2, 3]])
+    use = export_peft.write(job, tmp_path / "out").use
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": peft.PeftModel}
+    opening, _, last = use.replace("OUT", str(tmp_path / "out")).rpartition("; ")
+    exec(opening, names)
+    theirs = eval(last, names)
+    with host.route("a"), torch.no_grad():
+        off = host.base.logits(X[0], [len(X[0])]) - theirs(X).logits[0]
+    assert off.abs().max() < 1e-4
+    with pytest.raises(OSError):
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------

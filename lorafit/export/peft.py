@@ -8,6 +8,7 @@ from pathlib import Path
 from lorafit import peft_files
 from lorafit.errors import AdapterError
 from lorafit.export.base import LOGITS, Done, Job, said, same_logits
+from lorafit.model import gguf
 
 
 def write(job: Job, place: Path) -> Done:
@@ -23,4 +24,14 @@ def write(job: Job, place: Path) -> Done:
         if (job.folder / name).is_file():
             shutil.copyfile(job.folder / name, place / name)
     read = peft_files.load(place, job.host.sites, job.host.base.fingerprint)
-    return Done(LOGITS, said(same_logits(job, read)), use="PeftModel.from_pretrained(base, 'OUT')")
+    return Done(
+        LOGITS, said(same_logits(job, read)), use=f"{_opened(job.host.base.path)}PeftModel.from_pretrained(base, 'OUT')"
+    )
+
+
+def _opened(path: Path) -> str:
+    """How transformers opens a base that PEFT can't by its name: a GGUF file."""
+    if not gguf.is_folder(path):
+        return ""
+    file = gguf.origin(path)
+    return f"base = AutoModelForCausalLM.from_pretrained('{file.parent}', gguf_file='{file.name}'); "

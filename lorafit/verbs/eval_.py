@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"the base is {host.base.name} in {stored}")
     for name, seen in result["trained_on"].items():
         if seen:
-            print(f"{name} learned from {count(seen)} of these rows, so its score says little of others; score held-out rows")
+            print(
+                f"{name} learned from {count(seen)} of these rows, so its score says little of others; score held-out rows"
+            )
     if result["left_out"]:
         print(f"{result['left_out']} rows left out (bad, or longer than the context)")
