@@ -23,6 +23,13 @@ from lorafit.train.loop import watched
 from lorafit.train.loss import losses
 
 TOKENS = 2048  # of a forward, where memory allows
+SAMPLE_TOKENS = 48  # of an answer to a held-out prompt, at most
+EVALUATIONS = 8  # of a run, beside that of its start, where the user sets no number
+
+
+def spacing(steps: int) -> int:
+    """Steps between evaluations, where the user sets none."""
+    return max(1, math.ceil(steps / EVALUATIONS))
 
 
 @dataclass(frozen=True)

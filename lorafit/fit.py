@@ -22,7 +22,7 @@ from lorafit.batches import Plan, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
 from lorafit.errors import ConfigError, MissingExtra, ModelError, OutOfMemory, RunError, UserError
-from lorafit.evaluate import TOKENS, evaluate, prompt_of
+from lorafit.evaluate import SAMPLE_TOKENS, TOKENS, evaluate, prompt_of, spacing
 from lorafit.generate import answer
 from lorafit.host import Host
 from lorafit.log import Terminal, count, cut, size
@@ -54,7 +54,6 @@ from lorafit.train.watch import Watch
 
 MARGIN = 1.2  # of what is there, that an estimate may be above it
 NAME = "adapter"  # of the one adapter that a run trains
-SAMPLE_TOKENS = 48
 MOST_TOKENS = 4096  # of a row, where the user sets no limit
 
 # Tokens x parameters above which kernels save more time than waiting for their compilation takes, which has gone on beside
@@ -324,7 +323,7 @@ class _Fit:
         assert config.batch_tokens is not None and config.lr is not None
         plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
         steps = config.steps or plan.steps(config.epochs)
-        config.eval_every = config.eval_every or max(1, math.ceil(steps / 8))
+        config.eval_every = config.eval_every or spacing(steps)
         return Job(NAME, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
 
     def _wait_for_kernels(self) -> None:

@@ -11,6 +11,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lorafit.config import Config
 from lorafit.data import Tokens
 from lorafit.data.store import lengths_of
 from lorafit.errors import LorafitError, ModelError
-from lorafit.evaluate import TOKENS
+from lorafit.evaluate import TOKENS, prompt_of, spacing
 from lorafit.methods import Method, find
 from lorafit.model.body import Body
 from lorafit.model.load import blank, pick_device, pick_dtype
@@ -69,8 +70,12 @@ class Estimate:
     micro_batch_tokens: int
     longest: int
     steps: int
+    evaluations: int
+    scored_tokens: int  # of all evaluations
+    answers: int  # in all evaluations
     trainable_parameters: int
     total_parameters: int
+    coded_parameters: int  # stored in codes
     precision: str
     quant: str
 
@@ -196,8 +201,8 @@ def _saved(source: Path, sites: Mapping[str, Site]) -> Adapter:
         return peft_files.load(source, sites, shapes=True)
 
 
-def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
-    """What training `config` on these rows takes."""
+def estimate(config: Config, model: Model, rows: Sequence[Tokens], held_out: Sequence[Tokens] = ()) -> Estimate:
+    """What training `config` on these rows takes, with evaluations on those that are held out."""
     wide = model.dtype.itemsize
     batches = Batches(rows, config.batch_tokens or default_tokens(rows, config.share), config.accumulate, config.seed)
     steps = config.steps or batches.steps(config.epochs)
@@ -219,6 +224,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
     passing = int(air * scored * wide * (3 * model.width.h + 3 * model.width.inner))
     most = max((site.shape.numel() for site in model.sites), default=0)
     state = state_bytes(config.optimizer.removeprefix("paged_"), number)
+    evaluations = 1 + -(-steps // (config.eval_every or spacing(steps))) if len(held_out) else 0
     disk = 4 * model.stored + (KEEP + 1) * (4 * model.stored + state) + (mapped if quant else 0)
     return Estimate(
         runtime=beside,
@@ -238,8 +244,12 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:
         micro_batch_tokens=held,
         longest=longest,
         steps=steps,
+        evaluations=evaluations,
+        scored_tokens=evaluations * int(lengths_of(held_out).sum()),
+        answers=evaluations * _asked(held_out, config.samples),
         trainable_parameters=number,
         total_parameters=model.total,
+        coded_parameters=sum(shape.numel() for shape in _coded(model)) if quant else 0,
         precision="bf16" if model.dtype is torch.bfloat16 else "fp32",
         quant=config.quant,
     )
@@ -251,10 +261,21 @@ def _weights(model: Model, quant: Quant | None) -> tuple[int, int]:
     whole = model.total * wide
     if quant is None:
         return whole, 0
-    coded = [site.shape for site in model.sites if site.kind in ("linear", "conv1d") and not site.head]
+    coded = _coded(model)
     codes = sum(quant.size(shape) for shape in coded)
     rest = whole - sum(shape.numel() * wide for shape in coded)
     return codes + rest + _numbers_at_once(model, coded) * wide, codes
+
+
+def _coded(model: Model) -> list[torch.Size]:
+    """The weights that quantising takes."""
+    return [site.shape for site in model.sites if site.kind in ("linear", "conv1d") and not site.head]
+
+
+def _asked(held_out: Sequence[Tokens], most: int) -> int:
+    """Prompts of these rows that an evaluation answers."""
+    prompts = (row for row in held_out if prompt_of(row) is not None)
+    return sum(1 for _ in islice(prompts, most))
 
 
 def _numbers_at_once(model: Model, coded: Sequence[torch.Size]) -> int:
@@ -335,13 +356,20 @@ class Verdict:
         }
 
 
-def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int, streams: bool = True) -> Verdict:
+def judge(
+    config: Config,
+    model: Model,
+    rows: Sequence[Tokens],
+    memory: int,
+    streams: bool = True,
+    held_out: Sequence[Tokens] = (),
+) -> Verdict:
     """Whether it fits into `memory` bytes; else the first of what changes nothing (smaller micro-batches), what only
     costs time (checkpointing) and what costs a little exactness (4 bits) with which it does; else, with `streams`, the
     first with which all but the weights does. A limit on resident memory counts those too: without `streams` there."""
     tried: list[tuple[dict[str, Any], Estimate]] = []
     for change in _changes(config, rows, model.codable):  # most runs fit as asked: the others aren't estimated then
-        found = estimate(replace(config, **change), model, rows)
+        found = estimate(replace(config, **change), model, rows, held_out)
         if found.peak_bytes <= memory:
             return Verdict(not change, memory, found, change)
         tried.append((change, found))
@@ -349,6 +377,18 @@ def judge(config: Config, model: Model, rows: Sequence[Tokens], memory: int, str
         if found.peak_bytes - found.mapped <= memory:
             return Verdict(not change, memory, found, change, streams=True)
     return Verdict(False, memory, min((found for _, found in tried), key=lambda made: made.peak_bytes), {})
+
+
+def stored_otherwise(
+    config: Config, model: Model, rows: Sequence[Tokens], memory: int, held_out: Sequence[Tokens] = ()
+) -> tuple[Config, Estimate] | None:
+    """The same training with the base in nf4 where it was to be in 16 bits, or the other way round; None where that isn't
+    possible or doesn't fit."""
+    if find(config.method).needs_codes or not model.codable:
+        return None
+    other = replace(config, quant="nf4" if config.quant == "none" else "none")
+    found = estimate(other, model, rows, held_out)
+    return (other, found) if found.peak_bytes <= memory else None
 
 
 def least(config: Config, model: Model, rows: Sequence[Tokens]) -> Estimate:

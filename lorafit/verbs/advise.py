@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         from lorafit import advice, fit, places, plan
         from lorafit.config import byte_count
         from lorafit.model.load import shape_of
-        from lorafit.verbs.plan import seconds_of
+        from lorafit.verbs.plan import time_of
 
     out = terminal()
     _check(args, list(advice.TASKS))
@@ -74,10 +75,12 @@ def run(args: argparse.Namespace) -> None:
         advice.put(config, choice)
     with out.working("adding up"):
         model = plan.empty(config, path, place.gpu, source)
-        verdict = plan.judge(config, model, data.train, place.memory, streams=memory is None)
-        asked = plan.estimate(config, model, data.train)
+        verdict = plan.judge(config, model, data.train, place.memory, memory is None, data.held_out)
+        asked = plan.estimate(config, model, data.train, data.held_out)
     choices += _for_memory(config, verdict, asked.peak_bytes, place)
-    seconds = seconds_of(config, path, data, verdict, place, out, args.no_measure)
+    changed = replace(config, **verdict.change)
+    time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
+    seconds = time.total if time is not None else None
     loss = None if args.no_measure else _base_loss(config, data, source, out)
     notes = _notes(facts, data, loss)
     command = _command(args, choices)

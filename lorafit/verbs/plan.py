@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafit.errors import UserError
 from lorafit.verbs.common import add_json, given, importing, print_json, terminal
 
 if TYPE_CHECKING:
+    from lorafit.config import Config
+    from lorafit.data import Tokens
+    from lorafit.log import Terminal
+    from lorafit.pace import Time
     from lorafit.places import Place
     from lorafit.plan import Estimate, Verdict
 
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from lorafit import fit, places
         from lorafit.config import byte_count
-        from lorafit.plan import empty, estimate, judge, way_out
+        from lorafit.plan import empty, estimate, judge, stored_otherwise, way_out
 
     out = terminal()
     config = fit.read_config(args.source, given(args))
@@ -68,47 +74,75 @@ def run(args: argparse.Namespace) -> int:
     fit.advised(config, path, data)
     with out.working("adding up"):
         model = empty(config, path, place.gpu, source)
-        asked = estimate(config, model, data.train)
-        verdict = judge(config, model, data.train, place.memory, streams=memory is None)
+        asked = estimate(config, model, data.train, data.held_out)
+        verdict = judge(config, model, data.train, place.memory, memory is None, data.held_out)
+        plainly = verdict.fits and not verdict.streams
+        other = stored_otherwise(config, model, data.train, place.memory, data.held_out) if plainly else None
     # `lorafit plan … && lorafit train …`: smaller micro-batches are what training takes by itself.
     code = 0 if verdict.fits or set(verdict.change) == {"accumulate"} else UserError.exit_code
-    seconds = seconds_of(config, path, data, verdict, place, out, args.no_time)
+
+    def takes(config: Config, made: Estimate) -> Time | None:
+        return time_of(config, made, path, data.train, place, out, args.no_time)
+
+    time = takes(replace(config, **verdict.change), verdict.best)
+    # Measured for who asked for 4 bits; for who didn't, it isn't worth twice the time.
+    others = takes(*other) if other is not None and (place.gpu or config.quant != "none") else None
     if args.json:
         print_json(
             {
                 **asked.to_json(),
                 **verdict.to_json(),
                 "for": place.name,
-                "seconds": seconds,
+                "seconds": time.total if time is not None else None,
+                "seconds_of": time.to_json() if time is not None else None,
                 "seconds_are": "measured on a few layers" if place.here else "from the data sheet",
+                "otherwise": None
+                if other is None
+                else {
+                    "quant": other[0].quant,
+                    "peak_bytes": other[1].peak_bytes,
+                    "seconds": others.total if others is not None else None,
+                },
             }
         )
         return code
-    print(described(asked, verdict, place, seconds, way_out(config, verdict)))
+    lines = [described(asked, verdict, place, time, way_out(config, verdict))]
+    if other is not None:
+        lines.append(otherwise(asked, other[1], time, others))
+    print("\n".join(lines))
     return code
 
 
-def seconds_of(
-    config: Any, path: Path, data: Any, verdict: Verdict, place: Place, out: Any, skip: bool
-) -> float | None:
-    """Of the whole training, with the settings of the verdict; None where it isn't known."""
-    from dataclasses import replace
+def time_of(
+    config: Config, made: Estimate, path: Path, rows: Sequence[Tokens], place: Place, out: Terminal, skip: bool
+) -> Time | None:
+    """Of the whole training; None where it isn't known."""
+    from lorafit.pace import by_rate, measured
 
-    from lorafit.batches import default_tokens
-    from lorafit.pace import operations, seconds_a_token
-
-    config = replace(config, **verdict.change)
-    best = verdict.best
-    if place.rate is not None:
-        return operations(config, best) / place.rate
+    if place.rate is not None and place.bytes_a_second is not None:
+        return by_rate(config, made, place.rate, place.bytes_a_second)
     if skip or place.gpu or not place.here:
         return None
-    tokens = config.batch_tokens or default_tokens(data.train, config.share)
     with out.working("measuring steps of a few layers on this machine"):
-        return best.trained_tokens * seconds_a_token(config, path, data.train, tokens)
+        return measured(config, path, rows, made)
 
 
-def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> str:
+def otherwise(asked: Estimate, other: Estimate, time: Time | None, others: Time | None) -> str:
+    """A line on the base in 4 bits where 16 fit, or the other way round."""
+    from lorafit.log import duration, size
+
+    peaks = f"{size(other.peak_bytes)} instead of {size(asked.peak_bytes)}"
+    longer = f", {duration(others.total)} instead of {duration(time.total)}" if time and others else ""
+    if asked.quant == "none":
+        return (
+            f"quant={other.quant} would fit too ({peaks}{longer}): smaller, but slower, since numbers are made again for"
+            " each product, and somewhat less exact"
+        )
+    faster = "" if time and others and others.total > time.total else " faster and"
+    return f"quant=none fits too ({peaks}{longer}):{faster} exact; {asked.quant} is for where memory is short"
+
+
+def described(asked: Estimate, verdict: Verdict, place: Place, time: Time | None, way_out: str) -> str:
     """For people."""
     from lorafit.log import count, duration, size, table
 
@@ -136,9 +170,20 @@ def described(asked: Estimate, verdict: Verdict, place: Place, seconds: float | 
         lines.append(f"it fits with {verdict.words} (peak {peak})")
     else:
         lines.append(f"it doesn't fit: {peak} at least; {way_out}")
-    if seconds is not None and (verdict.fits or verdict.change):
-        how = "measured on a few layers" if place.here else "a quarter of the data sheet's rate"
-        lines.append(f"training takes about {duration(seconds)} ({how}; evaluation and answers come on top)")
+    if time is not None and (verdict.fits or verdict.change):
+        how = "measured on a few layers" if place.here else "by the data sheet, see docs/memory.md"
+        parts = [
+            f"{name} {duration(seconds)}"
+            for name, seconds in (
+                ("steps", time.steps),
+                ("held-out rows", time.evaluations),
+                ("answers", time.answers),
+                ("numbers from codes", time.dequantising),
+            )
+            if seconds
+        ]
+        rest = "; answers come on top" if time.answers is None and asked.answers else ""
+        lines.append(f"training takes about {duration(time.total)} ({how}{rest}): {', '.join(parts)}")
     elif place.rate is None and not place.here and (verdict.fits or verdict.change):
         lines.append("how long it takes isn't known of a size of memory; without --for it is measured here")
     return "\n".join(lines)
