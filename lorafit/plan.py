@@ -319,7 +319,7 @@ def _kept_by(site: Site, layer: Method, tokens: int, wide: int) -> int:
         numbers: int = sum(t.numel() for t in layer.state_dict().values())
         return wide * (numbers + tokens * width)
     r = 0 if made.low is None else -(-made.low[0].shape[0] // DEEP) * DEEP
-    more = 3 * tokens * wide * width if layer.train().draws else 0  # dropout: before, what fell out, after
+    more = 2 * tokens * wide * width if layer.train().draws else 0  # dropout: what fell out, and what is left
     return wide * tokens * (r + (0 if made.gain is None else out)) + more
 
 

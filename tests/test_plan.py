@@ -21,6 +21,7 @@ from lorafit.log import Terminal
 from lorafit.methods import METHODS
 from lorafit.model.load import load
 from lorafit.model.quant import Quant, QuantLinear
+from lorafit.native import build
 from lorafit.train.loop import Step
 
 LENGTHS = [20] * 10
@@ -114,6 +115,13 @@ def test_memory_follows_the_micro_batch(tiny_model, data_file):
     assert (whole.micro_batch_tokens, split.micro_batch_tokens) == (200, 40)
     assert 3 * split.activations < whole.activations < 6 * split.activations
     assert made(tiny_model, data_file, batch_tokens="200", checkpointing="true").activations < whole.activations
+
+
+def test_dropout_keeps_what_fell_out_and_what_is_left(tiny_model, data_file):
+    plain, dropped = (made(tiny_model, data_file, dropout=p, batch_tokens="200") for p in ("0", "0.1"))
+    widths = sum(site.shape[-1] for site, _ in plan.empty(settings(data_file), tiny_model).chosen)
+    air = 1.0 if build.pooled() else plan.AIR
+    assert dropped.activations - plain.activations == pytest.approx(air * 2 * 4 * 200 * widths, rel=1e-3)
 
 
 def test_the_largest_micro_batch_is_found_among_all_steps():
@@ -265,7 +273,13 @@ def test_steps_forwards_and_answers_are_measured_from_few_layers(tiny_model, dat
 @pytest.mark.parametrize("changes", [{}, {"eval_every": "3"}, {"samples": "0"}, {"held_out_share": "0"}])
 def test_evaluations_are_those_of_the_run(tiny_model, data_file, tmp_path, changes):
     """Held-out loss at the start and every so many steps, answers each time."""
-    values = {"model": str(tiny_model), "out": str(tmp_path / "run"), "steps": "10", "patience": "0", "precision": "fp32"}
+    values = {
+        "model": str(tiny_model),
+        "out": str(tmp_path / "run"),
+        "steps": "10",
+        "patience": "0",
+        "precision": "fp32",
+    }
     config = fit.read_config(str(data_file), {**values, **changes})
     path, _, data = fit.read_data(config, Terminal(quiet=True))
     found = plan.estimate(config, plan.empty(config, path), data.train, data.held_out)
