@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.errors import AdapterError
-from lorafit.methods import Method, Stepper, find
+from lorafit.methods import Method, Observer, Stepper, find
 from lorafit.model.sites import Site, matches, pattern_value
 
 
@@ -42,6 +42,14 @@ class Adapter(nn.Module):
     def numbers(self) -> int:
         """How many trainable numbers it has."""
         return sum(p.numel() for p in self.parameters())
+
+    def ranks(self) -> list[int]:
+        """Of the layers that add a product of low rank."""
+        return [found[0].shape[-2] for _, layer in self.items() if (found := layer.factors()) is not None]
+
+    def observer(self) -> Observer | None:
+        """See Method.observer."""
+        return find(self.method).observer(dict(self.items()))
 
     def penalty(self) -> Tensor | None:
         """See Method.penalty."""

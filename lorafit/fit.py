@@ -49,6 +49,7 @@ from lorafit.plan import Estimate
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_of, quant_of
 from lorafit.train import optim
+from lorafit.train.activations import study
 from lorafit.train.loop import Job, Step, train
 from lorafit.train.watch import Watch
 
@@ -386,6 +387,10 @@ class _Fit:
         self.tokens = 0
         self.peak = self.halvings = 0
         run.begin()
+        limit = gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit
+        if newest is None:
+            with limit(self.memory):
+                self._study()
         self.say_what(run)
         if parts := self.host.base.parts():
             errors = [{"path": path, "plain": part.plain, "after": part.after} for path, part in parts.items()]
@@ -408,7 +413,6 @@ class _Fit:
             if newest is not None:
                 self._restore(run, newest)
                 self.began -= self.seconds
-            limit = gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit
             with limit(self.memory), stop, self.terminal.progress() as progress:
                 if newest is None:
                     run.rewind(-1)
@@ -437,12 +441,23 @@ class _Fit:
 
     def check_shape(self, newest: Checkpoint) -> None:
         """RunError, before the run is touched, where a checkpoint's adapter isn't of this run's shape any more."""
-        saved, own = newest.adapter(), self.host.adapters[NAME].state_dict()
-        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in own.items()}:
+        try:  # into memory alone: a method may take its shape from what was saved
+            self.host.adapters[NAME].load_state_dict(newest.adapter())
+        except RuntimeError:
             raise RunError(
                 f"{newest.folder} holds an adapter of another shape; r, targets and patterns can't be changed by --force,"
                 f" start a new run instead"
-            )
+            ) from None
+
+    def _study(self) -> None:
+        """Let the method see what its sites are given, where it starts from that."""
+        job, most = self.job, math.ceil(self.config.batch_tokens or TOKENS)
+        with self.terminal.working(f"looking at what the sites are given, for method={self.config.method}") as spinner:
+            seen = study(self.host, NAME, job.plan.since(0), tokens=min(TOKENS, most), progress=spinner.update)
+        if seen:
+            found = self.host.adapters[NAME].ranks()
+            few, many = min(found, default=0), max(found, default=0)
+            self.terminal.say(f"start     {seen} batches looked at: ranks from {few} to {many}")
 
     def _restore(self, run: Run, newest: Checkpoint) -> None:
         adapter = self.host.adapters[NAME]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from lorafit.config import nearest
 from lorafit.errors import ConfigError
 from lorafit.methods.adalora import AdaLoRA
-from lorafit.methods.base import Matrix, Method, Scaled, Stepper, settings
+from lorafit.methods.base import Matrix, Method, Observer, Scaled, Stepper, settings
 from lorafit.methods.dora import DoRA
+from lorafit.methods.eva import EVA
 from lorafit.methods.full import Full
 from lorafit.methods.ia3 import IA3
 from lorafit.methods.loftq import LoftQ
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "pissa": PiSSA,
     "olora": OLoRA,
     "loftq": LoftQ,
+    "eva": EVA,
     "adalora": AdaLoRA,
     "reflora": RefLoRA,
     "reflora-s": RefLoRAS,
@@ -44,4 +46,4 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Matrix", "Method", "Scaled", "Stepper", "find", "settings"]
+__all__ = ["METHODS", "Matrix", "Method", "Observer", "Scaled", "Stepper", "find", "settings"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -62,6 +62,19 @@ class Stepper(Protocol):
     def rescale(self, parameter: Tensor, factor: Tensor) -> None:
         """Make the state what it would be had every gradient of this parameter so far been `factor` times itself; the factor's
         shape spreads over the parameter's."""
+
+
+class Observer(Protocol):
+    """What looks at the inputs of an adapter's sites before the first step."""
+
+    def see(self, path: str, x: Tensor) -> None:
+        """A site's input x (n, in), of learned tokens; the very same tensor at sites that have the same."""
+
+    def enough(self) -> bool:
+        """After each batch: no more are needed."""
+
+    def end(self) -> None:
+        """Start the layers from what was seen."""
 
 
 class Method(nn.Module):
@@ -143,6 +156,12 @@ class Method(nn.Module):
 
     # What training asks of the method, not of each of its layers. What it has to remember from step to step are buffers of
     # the layers: so a checkpoint holds it, and it is the adapter's own, whatever is trained beside.
+
+    @staticmethod
+    def observer(layers: Mapping[str, Method]) -> Observer | None:
+        """What wants to see the inputs of these sites before the first step; None for nothing. It may change the shapes of
+        parameters: optimisers come after it."""
+        return None
 
     @staticmethod
     def penalty(layers: Sequence[Method]) -> Tensor | None:
