@@ -1,4 +1,4 @@
-"""An adapter as an object: one method's layers by site path. Its files are in peft_files.py."""
+"""An adapter as an object: one method's layers by site path. Its files are in peft_files/."""
 
 from __future__ import annotations
 

@@ -1,0 +1,140 @@
+"""An adapter's files, in PEFT's format, so that every tool of the ecosystem reads them.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `lorafit.json` beside them holds what PEFT has no place
+for: the base's fingerprint, the chat template and stop tokens it was trained with, and the method's settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from lorafit.adapter import Adapter
+from lorafit.errors import AdapterError
+from lorafit.methods import Method
+from lorafit.model.sites import Site
+from lorafit.peft_files.settings import (
+    CONFIG,
+    INT8,
+    OWN,
+    PICKLED,
+    PREFIX,
+    WEIGHTS,
+    ancestor,
+    check_values,
+    method_of,
+    options_for,
+    promised,
+    read_config,
+    read_notes,
+)
+from lorafit.peft_files.tensors import (
+    LORAS,
+    by_site,
+    coded,
+    from_adalora,
+    from_peft,
+    numbers,
+    peft_path,
+    to_peft,
+    untied,
+)
+from lorafit.peft_files.written import as_lora, config_of, felt, peft_type
+
+__all__ = [
+    "CONFIG",
+    "INT8",
+    "OWN",
+    "PREFIX",
+    "WEIGHTS",
+    "ancestor",
+    "load",
+    "peft_type",
+    "read_config",
+    "read_notes",
+    "save",
+]
+
+
+def save(
+    adapter: Adapter,
+    folder: Path,
+    sites: Mapping[str, Site],
+    base_folder: str,
+    modules: Sequence[str],
+    int8: bool = False,
+) -> None:
+    """Write the adapter's files into `folder`, which must exist. `modules`: all module paths of the base. `int8`: a LoRA's
+    tensors in 8 bits with a scale for each row, which PEFT doesn't read.
+
+    The folder isn't swapped in whole here; a run does that (see run.py).
+    """
+    adapter = felt(adapter)
+    tensors, config = {}, config_of(adapter, sites, base_folder, modules)
+    for path, layer in adapter.items():
+        for name, tensor in to_peft(layer, sites[path]).items():
+            tensors[f"{PREFIX}{peft_path(sites[path], adapter)}.{name}"] = tensor
+    if int8:
+        if config["peft_type"] != "LORA":
+            raise AdapterError(f"method '{adapter.method}' can't be stored in int8; compress it to a rank as well")
+        config["peft_type"], tensors = INT8, coded(tensors)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
+    if (stored := as_lora(adapter)) is not None and adapter.method not in LORAS:
+        own |= {"method": "lora", "options": stored}
+        own.setdefault("trained_as", {"method": adapter.method, "options": adapter.options})
+    (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adapter:
+    """Read an adapter, strictly: every key must have a place of its shape, and the base must be the one it was made for.
+
+    AdapterError names the first of what is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
+    """
+    config, own = read_config(folder), read_notes(folder)
+    check_values(config, folder)
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise AdapterError(
+            f"{folder / PICKLED} is a pickle, which lorafit doesn't read; load the adapter in PEFT and save it anew as {WEIGHTS}"
+        )
+    made_for = own.get("fingerprint", "")
+    if fingerprint and made_for and fingerprint != made_for:
+        raise AdapterError(
+            f"{folder} was made for another base ({own.get('base', '?')}, fingerprint {made_for[:8]}, not"
+            f" {fingerprint[:8]}); load it on that one"
+        )
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{folder}: {key} holds numbers that aren't finite; the adapter is damaged")
+    if config.get("peft_type") == "ADALORA":
+        config, tensors = from_adalora(config, tensors, sites, folder)
+    method, options = method_of(config, own, folder)
+    if config.get("peft_type") == INT8:
+        tensors = numbers(tensors, folder)
+    if any(site.tied for site in sites.values()):
+        tensors = untied(config, tensors, sites, folder)
+    grouped, bad = by_site(tensors, sites, config.get("target_parameters") or [])
+    layers: dict[str, Method] = {}
+    for path, parts in grouped.items():
+        site = sites[path]
+        made, wrong = from_peft(parts, site, method, options_for(path, config, options))
+        bad += [f"{path}: {reason}" for reason in wrong]
+        if made is not None:
+            layers[path] = made
+    missing = [path for path in promised(config, sites) if path not in grouped]
+    bad += [f"{path}: named in {CONFIG}, but its tensors are missing" for path in missing]
+    if bad or not layers:
+        listed = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise AdapterError(f"{folder} doesn't fit this base: {listed or 'it holds no tensors'}")
+    adapter = Adapter(method, options, layers)
+    adapter.notes = {key: value for key, value in own.items() if key not in ("method", "options")}
+    return adapter
