@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.errors import AdapterError
+from lorafit.errors import AdapterError, ConfigError
 from lorafit.methods import Method, Observer, Stepper, find
-from lorafit.model.sites import Site, matches, pattern_value
+from lorafit.methods.full import Full, beside
+from lorafit.model.sites import Site, matches, pattern_value, select
 
 
 class Adapter(nn.Module):
@@ -38,6 +39,12 @@ class Adapter(nn.Module):
         for key, layer in self.layers.items():
             assert isinstance(layer, Method)
             yield key.replace("/", "."), layer
+
+    @property
+    def beside(self) -> list[str]:
+        """The sites whose layers aren't the method's: those trained whole."""
+        kind = find(self.method)
+        return [path for path, layer in self.items() if isinstance(layer, Full) and not issubclass(kind, Full)]
 
     def numbers(self) -> int:
         """How many trainable numbers it has."""
@@ -84,18 +91,21 @@ def create(
     *,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    whole: Sequence[Site] = (),
     seed: int | None = 0,
 ) -> Adapter:
-    """A fresh adapter for these sites; without a seed it is drawn as torch draws, also on the meta device. AdapterError where
-    the method can't adapt a kind of site."""
+    """A fresh adapter for these sites, and for those to be trained `whole`; without a seed it is drawn as torch draws, also
+    on the meta device. AdapterError where the method can't adapt a kind of site."""
     kind = find(method)
+    kept = {site.path for site in whole}
+    sites = [site for site in sites if site.path not in kept]
     for pattern in [*(rank_pattern or {}), *(alpha_pattern or {})]:
         if not any(matches(pattern, site.path) for site in sites):
             raise AdapterError(f"pattern '{pattern}' matches none of the {len(sites)} adapted sites")
     for given, option in ((rank_pattern, "r"), (alpha_pattern, "alpha")):
         if given and option not in options:
             raise AdapterError(f"method '{method}' has no {option}, so it takes no pattern for it")
-    layers = {}
+    layers: dict[str, Method] = {}
     for site in sites:
         if site.kind not in kind.kinds:
             raise AdapterError(f"method '{method}' can't adapt {site.path}, which is of kind '{site.kind}'")
@@ -108,4 +118,16 @@ def create(
         if seed is not None:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{site.path}".encode()))
         layers[site.path] = kind(site, generator, **own)
+    for site in whole:
+        layers[site.path] = beside(site, kind)
     return Adapter(method, options, layers)
+
+
+def whole_sites(sites: Mapping[str, Site], names: Sequence[str]) -> list[Site]:
+    """The sites to be trained whole that these names mean. ConfigError for one without a match, or for experts."""
+    found = select(sites, names) if names else []
+    if experts := [site.path for site in found if site.kind == "experts"]:
+        raise ConfigError(
+            f"whole={','.join(names)}: {experts[0]} are experts, which can't be trained whole beside a method"
+        )
+    return found

@@ -56,6 +56,10 @@ class Config:
 
     method: str = setting("lora", "how the weights are adapted; see `lorafit methods`")
     targets: list[str] = setting([], "sites to adapt: names, globs, attention, all-linear; default: the method's own")
+    whole: list[str] = setting(
+        [],
+        "sites trained whole beside the method's: names, globs, such as embed_tokens,lm_head (PEFT's modules_to_save)",
+    )
     rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")
     alpha_pattern: dict[str, float] = setting({}, "another alpha for sites that match a name or glob")
     start: str | None = setting(None, "run or adapter folder to start new training from (--from)")
@@ -142,6 +146,7 @@ _ELSEWHERE = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "targets",
+    "modules_to_save": "whole",
     "max_length": "max_tokens",
     "max_seq_length": "max_tokens",
     "gradient_accumulation_steps": "accumulate",

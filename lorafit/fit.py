@@ -103,7 +103,7 @@ def _without_shape(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     isn't ignored."""
     method, has = peft_files.settings_of(source)
     kinds = {key: kind for each in METHODS.values() for key, (kind, _) in method_settings(each).items()}
-    kinds |= {"method": str, "targets": list[str], "rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
+    kinds |= {"method": str, "targets": list[str], "whole": list[str], "rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
     has = {"method": method, **has}
     for key, value in values.items():
         asked = settings.coerce(key, kinds[key], value) if key in kinds else None
@@ -313,6 +313,7 @@ class _Fit:
                 config.targets,
                 rank_pattern=config.rank_pattern,
                 alpha_pattern=config.alpha_pattern,
+                whole=config.whole,
                 seed=config.seed,
                 **config.options,
             )

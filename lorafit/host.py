@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit import peft_files
-from lorafit.adapter import Adapter, create
+from lorafit.adapter import Adapter, create, whole_sites
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.methods import Scaled, find, settings
 from lorafit.model import experts, gguf
@@ -50,12 +50,14 @@ class Host:
         method: str = "lora",
         targets: Sequence[str] = (),
         *,
+        whole: Sequence[str] = (),
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         seed: int = 0,
         **options: Any,
     ) -> Adapter:
-        """A fresh adapter on the sites that `targets` mean (the method's own by default). A fresh one changes nothing."""
+        """A fresh adapter on the sites that `targets` mean (the method's own by default), with those of `whole` trained as they
+        are. A fresh one changes nothing."""
         kind = find(method)
         made_for = self.base.quant.start if self.base.quant else None
         if kind.needs_codes and (made_for is None or made_for.method != method):
@@ -73,6 +75,7 @@ class Host:
             own | options,
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
+            whole=whole_sites(self.sites, whole),
             seed=seed,
         )
         return self.attach(name, made)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorafit import log, peft_files
-from lorafit.adapter import Adapter, create
+from lorafit.adapter import Adapter, create, whole_sites
 from lorafit.batches import Plan as Batches
 from lorafit.batches import default_tokens, spared
 from lorafit.config import Config
@@ -190,6 +190,7 @@ def _fresh(config: Config, sites: Mapping[str, Site]) -> Adapter:
             config.options,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
+            whole=whole_sites(sites, config.whole),
             seed=None,
         )
 

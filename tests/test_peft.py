@@ -150,7 +150,6 @@ def test_another_base_is_an_error(tmp_path):
         {"init_lora_weights": "olora"},
         {"lora_bias": True},
         {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
         {"peft_type": "LOHA"},
     ],
 )

@@ -64,8 +64,8 @@ def low_rank(job: Job, what: str) -> dict[str, Pair]:
         factors = layer.factors()
         if factors is None:
             raise AdapterError(
-                f"{what} holds products of low rank, and what method '{job.adapter.method}' adds isn't one; merge it with"
-                " --format hf, gguf or ollama"
+                f"{what} holds products of low rank, and what is added to {path} isn't one (method '{job.adapter.method}'"
+                f"{', trained whole' if path in job.adapter.beside else ''}); merge it with --format hf, gguf or ollama"
             )
         a, b, scale = factors
         found[path] = a.detach().float(), b.detach().float() * scale

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
-from lorafit.methods import Method
+from lorafit.methods import Method, find
 from lorafit.model.sites import Site
+from lorafit.peft_files.beside import from_beside, meant, to_beside
 from lorafit.peft_files.settings import (
     CONFIG,
     INT8,
@@ -74,19 +76,28 @@ def save(
     The folder isn't swapped in whole here; a run does that (see run.py).
     """
     adapter = felt(adapter)
-    tensors, config = {}, config_of(adapter, sites, base_folder, modules)
+    beside = adapter.beside
+    tensors: dict[str, Tensor] = {}
+    config = config_of(adapter, sites, base_folder, modules)
     for path, layer in adapter.items():
+        if path in beside:
+            tensors |= {f"{PREFIX}{name}": tensor for name, tensor in to_beside(layer, sites[path]).items()}
+            continue
         for name, tensor in to_peft(layer, sites[path]).items():
             tensors[f"{PREFIX}{peft_path(sites[path], adapter)}.{name}"] = tensor
     if int8:
+        if beside:
+            raise AdapterError(
+                f"{beside[0]} is trained whole, and can't be stored in int8; compress it to a rank as well"
+            )
         if config["peft_type"] != "LORA":
             raise AdapterError(f"method '{adapter.method}' can't be stored in int8; compress it to a rank as well")
         config["peft_type"], tensors = INT8, coded(tensors)
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     own = {"method": adapter.method, "options": adapter.options, **adapter.notes}
-    if (stored := as_lora(adapter)) is not None and adapter.method not in LORAS:
-        own |= {"method": "lora", "options": stored}
+    if (as_it_is := as_lora(adapter)) is not None and adapter.method not in LORAS:
+        own |= {"method": "lora", "options": as_it_is}
         own.setdefault("trained_as", {"method": adapter.method, "options": adapter.options})
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -122,15 +133,19 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
         tensors = numbers(tensors, folder)
     if any(site.tied for site in sites.values()):
         tensors = untied(config, tensors, sites, folder)
-    grouped, bad = by_site(tensors, sites, config.get("target_parameters") or [])
+    whole = meant(config, sites, folder)
+    grouped, bad = by_site(tensors, sites, config.get("target_parameters") or [], whole)
     layers: dict[str, Method] = {}
     for path, parts in grouped.items():
         site = sites[path]
-        made, wrong = from_peft(parts, site, method, options_for(path, config, options))
+        if path in whole:
+            made, wrong = from_beside(parts, site, find(method))
+        else:
+            made, wrong = from_peft(parts, site, method, options_for(path, config, options))
         bad += [f"{path}: {reason}" for reason in wrong]
         if made is not None:
             layers[path] = made
-    missing = [path for path in promised(config, sites) if path not in grouped]
+    missing = [path for path in [*promised(config, sites), *whole] if path not in grouped]
     bad += [f"{path}: named in {CONFIG}, but its tensors are missing" for path in missing]
     if bad or not layers:
         listed = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")

@@ -64,7 +64,6 @@ _UNSUPPORTED = [
     "use_bdlora",
     "lora_bias",
     "layer_replication",
-    "modules_to_save",
     "trainable_token_indices",
     "alora_invocation_tokens",
     "velora_config",
@@ -94,7 +93,7 @@ def check_values(config: Mapping[str, Any], folder: Path) -> None:
             number(v) and 0 < v <= most and _compiles(pattern) for pattern, v in found.items()
         ):
             bad.append(key)
-    for key in ("target_modules", "target_parameters"):
+    for key in ("target_modules", "target_parameters", "modules_to_save"):
         found = config.get(key) or []
         if not isinstance(found, str) and not (isinstance(found, list) and all(isinstance(v, str) for v in found)):
             bad.append(key)
@@ -144,9 +143,8 @@ def method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -
 
 def _feedforward_of(config: Mapping[str, Any], folder: Path) -> list[str]:
     named = config.get("feedforward_modules") or []
-    if not isinstance(named, list) or config.get("modules_to_save"):
-        wrong = "modules_to_save" if config.get("modules_to_save") else f"feedforward_modules={named}"
-        raise AdapterError(f"{folder} uses {wrong}, which can't be loaded yet")
+    if not isinstance(named, list):
+        raise AdapterError(f"{folder} uses feedforward_modules={named}, which can't be loaded yet")
     return [str(name) for name in named]
 
 

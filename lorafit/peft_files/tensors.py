@@ -120,12 +120,17 @@ def from_peft(
 
 
 def by_site(
-    tensors: Mapping[str, Tensor], sites: Mapping[str, Site], parameters: Sequence[str]
+    tensors: Mapping[str, Tensor], sites: Mapping[str, Site], parameters: Sequence[str], whole: Sequence[str] = ()
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """The tensors of each site by short name, and a line for each key without a site."""
     nested: dict[str, list[int]] = {}  # experts' module -> how deep its keys are wrapped
     parsed, bad = [], []
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        path, _, name = key.removeprefix(PREFIX).rpartition(".")
+        if path in whole and name in ("weight", "bias"):
+            found.setdefault(path, {})[name] = tensor
+            continue
         match = re.fullmatch(
             re.escape(PREFIX)
             + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|lorafit_\w+)",
@@ -141,7 +146,6 @@ def by_site(
         path, depth, name = match[1], match[2].count(".base_layer"), match[3]
         nested.setdefault(path, []).append(depth)
         parsed.append((key, path, depth, name, tensor))
-    found: dict[str, dict[str, Tensor]] = {}
     for key, path, depth, name, tensor in parsed:
         site = _site_of(path, max(nested[path]) - depth, sites, parameters)
         if site is None:
@@ -175,17 +179,26 @@ def untied(
     for site in (s for s in sites.values() if s.tied):
         names = [site.path, *(path for path, _ in site.tied)]
         touched = [n for n in names if any(key.startswith(f"{PREFIX}{n}.lora_") for key in tensors)]
-        if touched and not config.get("ensure_weight_tying"):
+        whole = [tensors.get(f"{PREFIX}{name}.weight") for name in names] if config.get("modules_to_save") else []
+        there = [name for name, tensor in zip(names, whole, strict=False) if tensor is not None]
+        if (touched and not config.get("ensure_weight_tying")) or (there and not _equal(whole)):
             raise AdapterError(
-                f"{folder} changes {' and '.join(touched)} alone, but this base uses one weight for"
+                f"{folder} changes {' and '.join(touched or there)} alone, but this base uses one weight for"
                 f" {' and '.join(names)}; make it with ensure_weight_tying"
             )
         for name in names[1:]:
+            if there:
+                del kept[f"{PREFIX}{name}.weight"]
             for ours, theirs in (("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")):
                 source, repeated = tensors.get(f"{PREFIX}{site.path}.{ours}"), tensors.get(f"{PREFIX}{name}.{theirs}")
                 if source is not None and repeated is not None and torch.equal(source.t(), repeated):
                     del kept[f"{PREFIX}{name}.{theirs}"]
     return kept
+
+
+def _equal(tensors: Sequence[Tensor | None]) -> bool:
+    first = tensors[0]
+    return first is not None and all(tensor is not None and torch.equal(first, tensor) for tensor in tensors)
 
 
 def from_adalora(

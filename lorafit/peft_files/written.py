@@ -11,6 +11,7 @@ from lorafit.adapter import Adapter
 from lorafit.methods import Method
 from lorafit.methods.ia3 import IA3
 from lorafit.model.sites import Site
+from lorafit.peft_files.beside import settings_of
 from lorafit.peft_files.tensors import LORAS, pair
 
 
@@ -23,7 +24,7 @@ def peft_type(kind: type[Method]) -> str | None:
 
 def config_of(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, modules: Sequence[str]) -> dict[str, Any]:
     """What is written of an adapter. `modules`: all module paths of the base."""
-    paths = [path for path, _ in adapter.items()]
+    paths = [path for path, _ in adapter.items() if path not in adapter.beside]
     plain = [p for p in paths if sites[p].kind != "experts"]
     experts = [p for p in paths if sites[p].kind == "experts"]
     conv1d = bool(plain) and all(sites[p].kind == "conv1d" for p in plain)
@@ -35,7 +36,7 @@ def config_of(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, mod
         "inference_mode": True,
         "target_modules": _short(plain, modules),
         "target_parameters": experts or None,
-        "modules_to_save": None,
+        **settings_of(adapter, sites, modules),
     }
     if adapter.method == "ia3":
         inputs = {p for p, layer in adapter.items() if isinstance(layer, IA3) and layer.inputs}
@@ -46,7 +47,7 @@ def config_of(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, mod
         )
     if options is None:
         return config
-    found = {p: factors for p, layer in adapter.items() if (factors := pair(layer)) is not None}
+    found = {p: factors for p in paths if (factors := pair(adapter[p])) is not None}
     ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
     alphas = {p: alpha_of(ranks[p], s, options["rslora"]) for p, (_, _, s) in found.items()}
     return config | {
@@ -60,7 +61,7 @@ def config_of(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, mod
         "init_lora_weights": True,
         "rank_pattern": {re.escape(p): r for p, r in ranks.items() if r != options["r"]},
         "alpha_pattern": {re.escape(p): alpha for p, alpha in alphas.items() if abs(alpha - options["alpha"]) > 1e-6},
-        "ensure_weight_tying": any(sites[p].tied for p in paths),
+        "ensure_weight_tying": any(sites[p].tied for p, _ in adapter.items()),
     }
 
 
@@ -79,7 +80,8 @@ def as_lora(adapter: Adapter) -> dict[str, Any] | None:
     alpha as most of its sites have them."""
     if adapter.method in LORAS:
         return adapter.options
-    found = [layer.stored() for _, layer in adapter.items()]
+    beside = adapter.beside
+    found = [layer.stored() for path, layer in adapter.items() if path not in beside]
     if not found or None in found:
         return None
     root = adapter.method == "rslora"
