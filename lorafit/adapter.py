@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.methods import Method, Observer, Stepper, find
 from lorafit.methods.full import Full, beside
+from lorafit.methods.rows import Rows
 from lorafit.model.sites import Site, matches, pattern_value, select
 
 
@@ -42,9 +43,9 @@ class Adapter(nn.Module):
 
     @property
     def beside(self) -> list[str]:
-        """The sites whose layers aren't the method's: those trained whole."""
+        """The sites whose layers aren't the method's: those trained whole, and rows of new tokens."""
         kind = find(self.method)
-        return [path for path, layer in self.items() if isinstance(layer, Full) and not issubclass(kind, Full)]
+        return [path for path, layer in self.items() if isinstance(layer, Full | Rows) and not isinstance(layer, kind)]
 
     def numbers(self) -> int:
         """How many trainable numbers it has."""
@@ -92,10 +93,13 @@ def create(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     whole: Sequence[Site] = (),
+    tables: Sequence[Site] = (),
+    tokens: Sequence[int] = (),
     seed: int | None = 0,
 ) -> Adapter:
-    """A fresh adapter for these sites, and for those to be trained `whole`; without a seed it is drawn as torch draws, also
-    on the meta device. AdapterError where the method can't adapt a kind of site."""
+    """A fresh adapter for these sites, and for those to be trained `whole`; with rows for `tokens` in those `tables` that
+    aren't. Without a seed it is drawn as torch draws, also on the meta device. AdapterError where the method can't adapt a kind
+    of site."""
     kind = find(method)
     kept = {site.path for site in whole}
     sites = [site for site in sites if site.path not in kept]
@@ -120,7 +124,20 @@ def create(
         layers[site.path] = kind(site, generator, **own)
     for site in whole:
         layers[site.path] = beside(site, kind)
+    for site in tables if tokens else ():
+        there = layers.get(site.path)
+        if there is not None and not isinstance(there, Full):
+            raise ConfigError(
+                f"new_tokens trains rows of {site.path}, which method={method} adapts too; leave it out of targets, or train"
+                f" it whole={site.path}"
+            )
+        layers.setdefault(site.path, Rows(site, tokens))
     return Adapter(method, options, layers)
+
+
+def tables(sites: Mapping[str, Site]) -> list[Site]:
+    """Those that have a row for each token: the embedding, and an output head that doesn't share its weight."""
+    return [site for site in sites.values() if site.lookup or site.head]
 
 
 def whole_sites(sites: Mapping[str, Site], names: Sequence[str]) -> list[Site]:

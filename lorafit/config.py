@@ -60,6 +60,9 @@ class Config:
         [],
         "sites trained whole beside the method's: names, globs, such as embed_tokens,lm_head (PEFT's modules_to_save)",
     )
+    new_tokens: list[str] = setting(
+        [], "texts that become tokens of their own, with rows that are trained; or a file with one a line"
+    )
     rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")
     alpha_pattern: dict[str, float] = setting({}, "another alpha for sites that match a name or glob")
     start: str | None = setting(None, "run or adapter folder to start new training from (--from)")

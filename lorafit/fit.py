@@ -41,6 +41,7 @@ from lorafit.methods import settings as method_settings
 from lorafit.model.base import Base
 from lorafit.model.body import Body
 from lorafit.model.load import context_of, load, load_tokenizer, locate, pick_device, shape_of, stop_ids, stored_bytes
+from lorafit.model.new_tokens import extend
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native import build as kernels
@@ -103,7 +104,8 @@ def _without_shape(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     isn't ignored."""
     method, has = peft_files.settings_of(source)
     kinds = {key: kind for each in METHODS.values() for key, (kind, _) in method_settings(each).items()}
-    kinds |= {"method": str, "targets": list[str], "whole": list[str], "rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
+    kinds |= {"method": str, "targets": list[str], "whole": list[str], "new_tokens": list[str]}
+    kinds |= {"rank_pattern": dict[str, int], "alpha_pattern": dict[str, float]}
     has = {"method": method, **has}
     for key, value in values.items():
         asked = settings.coerce(key, kinds[key], value) if key in kinds else None
@@ -245,6 +247,8 @@ class _Fit:
         source = start_of(config)
         if config.model != Config().model and Path(config.model).expanduser().exists():
             config.model = str(Path(config.model).expanduser().absolute())  # the run may be used from another folder
+        if source is not None:
+            config.new_tokens = list(peft_files.read_notes(source).get("new_tokens") or {})
         kernels.switch(config.native)
         on_cpu = pick_device(config.device).type == "cpu"
         if on_cpu:
@@ -272,6 +276,7 @@ class _Fit:
                 device=config.device,
                 quant=quant_for(config, source),
                 tokenizer=tokenizer,
+                tokens=config.new_tokens,
                 working=spinner.rename,
             )
         config.precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
@@ -813,9 +818,27 @@ def _chat_of(config: Config, terminal: Terminal, weights: bool = True) -> tuple[
     """The model's folder and its chat; `max_tokens` becomes the model's, where the user set none."""
     with terminal.working("loading the tokenizer") as spinner:
         path = locate(config.model, spinner.rename, weights)
-        chat = Chat.of(load_tokenizer(path), system=config.system, generation_eos=stop_ids(path))
+        tokenizer = load_tokenizer(path)
+        config.new_tokens = _texts(config.new_tokens)
+        extend(tokenizer, config.new_tokens)
+        chat = Chat.of(tokenizer, system=config.system, generation_eos=stop_ids(path))
     config.max_tokens = config.max_tokens or min(context_of(path), MOST_TOKENS)
     return path, chat
+
+
+def _texts(given: Sequence[str]) -> list[str]:
+    """New tokens as they were given, or as a file holds them, one a line."""
+    file = Path(given[0]).expanduser() if len(given) == 1 else None
+    if file is None or not (file.is_file() or file.suffix == ".txt"):
+        return list(given)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"new_tokens={given[0]} can't be read: {error}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"new_tokens={given[0]} holds no tokens; write one a line")
+    return found
 
 
 def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit import peft_files
-from lorafit.adapter import Adapter, create, whole_sites
+from lorafit.adapter import Adapter, create, tables, whole_sites
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.methods import Scaled, find, settings
 from lorafit.model import experts, gguf
@@ -76,6 +76,8 @@ class Host:
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             whole=whole_sites(self.sites, whole),
+            tables=tables(self.sites),
+            tokens=self.base.new.ids if self.base.new is not None else (),
             seed=seed,
         )
         return self.attach(name, made)
@@ -92,6 +94,14 @@ class Host:
 
     def load(self, path: str | Path, name: str) -> Adapter:
         """Read an adapter's folder (PEFT format) and attach it; strict, see peft_files.load."""
+        found = peft_files.read_notes(Path(path)).get("new_tokens") or {}
+        if there := self.base.new.to_json() if self.base.new is not None else {}:
+            there = {text: i for text, i in there.items() if text in found}
+        if found != there:
+            raise AdapterError(
+                f"{path} was trained with new tokens ({', '.join(found)}), which this base hasn't; load the base with"
+                f" tokens={list(found)}"
+            )
         return self.attach(name, peft_files.load(Path(path), self.sites, self.base.fingerprint))
 
     def save(self, name: str, folder: Path) -> None:
@@ -100,6 +110,8 @@ class Host:
         made = self.adapters[name]
         made.notes.pop("quant_start", None)
         made.notes |= {"fingerprint": self.base.fingerprint, "base": self.base.name}
+        if self.base.new is not None:
+            made.notes["new_tokens"] = self.base.new.to_json()
         made.notes |= self.base.quant.notes() if self.base.quant else {"quant": "none"}
         peft_files.save(made, folder, self.sites, str(gguf.origin(self.base.path)), modules)
 
@@ -232,7 +244,7 @@ class Host:
 
     def _after_tied(self, site: Site, module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         x = args[0].reshape(-1, args[0].shape[-1])
-        return self._add(site.path, x, y, lambda layer, x, y: x @ layer.delta_weight(site.weight()).to(x.dtype))
+        return self._add(site.path, x, y, lambda layer, x, y: layer.turned(x, site.weight))
 
     def _add(self, path: str, x: Tensor, y: Tensor, delta: Any) -> Tensor | None:
         """y with the deltas of the open route added, or None where there are none."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorafit import log, peft_files
-from lorafit.adapter import Adapter, create, whole_sites
+from lorafit.adapter import Adapter, create, tables, whole_sites
 from lorafit.batches import Plan as Batches
 from lorafit.batches import default_tokens, spared
 from lorafit.config import Config
@@ -167,7 +167,10 @@ def empty(config: Config, path: Path, gpu: bool | None = None, source: Path | No
 def _empty(config: Config, path: Path, gpu: bool | None, source: Path | None) -> Model:
     place = torch.device("cuda" if gpu else "cpu") if gpu is not None else pick_device(config.device)
     dtype = torch.bfloat16 if gpu and config.precision == "auto" else pick_dtype(config.precision, place)
-    model = blank(path, dtype)
+    new = len(config.new_tokens)
+    model = blank(path, dtype, _rows_of(source) if source else 0)
+    if new:
+        model = blank(path, dtype, model.get_input_embeddings().weight.shape[0] + new)
     sites = find_sites(model)
     adapter = _fresh(config, sites) if source is None else _saved(source, sites)
     chosen = [(sites[path], layer) for path, layer in adapter.items()]
@@ -191,8 +194,15 @@ def _fresh(config: Config, sites: Mapping[str, Site]) -> Adapter:
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
             whole=whole_sites(sites, config.whole),
+            tables=tables(sites),
+            tokens=range(len(config.new_tokens)),
             seed=None,
         )
+
+
+def _rows_of(folder: Path) -> int:
+    """Rows that an adapter's new tokens need."""
+    return 1 + max((peft_files.read_notes(folder).get("new_tokens") or {}).values(), default=-1)
 
 
 def _saved(source: Path, sites: Mapping[str, Site]) -> Adapter:

@@ -95,6 +95,19 @@ def quant_of(folder: Path) -> Quant | None:
         raise AdapterError(f"{folder} was trained on codes that aren't known here: {error}") from None
 
 
+def tokens_of(folders: Sequence[Path]) -> list[str]:
+    """The new tokens that a base needs for these adapters. AdapterError where they don't have them in one order."""
+    lists = [list(read_notes(folder).get("new_tokens") or {}) for folder in folders]
+    longest = max(lists, key=len, default=[])
+    for folder, texts in zip(folders, lists, strict=True):
+        if texts != longest[: len(texts)]:
+            raise AdapterError(
+                f"{folder} was trained with other new tokens ({', '.join(texts)}, not {', '.join(longest)}) than an adapter"
+                " beside it; use them one at a time"
+            )
+    return longest
+
+
 def open_session(
     paths: Sequence[str],
     *,
@@ -128,6 +141,7 @@ def open_session(
             precision=precision,
             device=device,
             quant=stored,
+            tokens=tokens_of(list(folders.values())),
             streamed=streamed,
             working=working,
         )

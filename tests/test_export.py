@@ -17,7 +17,7 @@ from gguf_files import alternating
 from peft import PeftModel
 from tiny import ids, model, randomize
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.cli import main
 from lorafit.data import Chat, Message
@@ -29,6 +29,7 @@ from lorafit.methods import METHODS, settings
 from lorafit.model.load import load
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
+from lorafit.session import tokens_of
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
@@ -56,7 +57,7 @@ def trained(tmp_path: Path, place: Path, method: str = "lora", targets=SQUARE, *
     quant = None
     if kind.needs_codes:
         quant = Quant("nf4", start=Start(method, own["r"], own[kind.codes], tuple(targets)))
-    host = opened(place, quant=quant)
+    host = opened(place, quant=quant, tokens=options.pop("tokens", ()))
     randomize(host.add("a", method, targets, **options), 0.05)
     to = tmp_path / f"adapter-{method}-{len(list(tmp_path.iterdir()))}"
     to.mkdir()
@@ -65,14 +66,14 @@ def trained(tmp_path: Path, place: Path, method: str = "lora", targets=SQUARE, *
 
 
 def job(place: Path, adapter: Path, **options) -> Job:
-    host = opened(place, streamed=True)
+    host = opened(place, streamed=True, tokens=tokens_of([adapter]))
     host.load(adapter, "a")
     return Job(host, "a", adapter, Chat.of(host.base.tokenizer), PROMPTS, **options)
 
 
 @torch.no_grad()
 def logits(place: Path, adapter: Path) -> torch.Tensor:
-    host = opened(place)
+    host = opened(place, tokens=tokens_of([adapter]))
     host.load(adapter, "a")
     with host.route("a"):
         return host.logits(X, [len(X)])
@@ -87,6 +88,8 @@ def theirs(name: str, out: Path, place: Path) -> torch.Tensor:
         return opened(out if name == "gguf" else out / ollama.MODEL).logits(X, [len(X)])
     plain = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     if name in ("peft", "peft-portable"):
+        if (out / "tokenizer.json").is_file():  # with more tokens than the base has
+            plain.resize_token_embeddings(max(plain.config.vocab_size, len(AutoTokenizer.from_pretrained(out))))
         return PeftModel.from_pretrained(plain, out).eval()(input_ids=X[None]).logits[0]
     if name == "minimind":
         with_pairs(plain, torch.load(out, weights_only=True))
@@ -153,6 +156,10 @@ ROUNDED = {
     "gguf": 0.003,
     "ollama": 0.003,
 }  # the fixture's base is bf16, merged folders are too; GGUF is f16
+BESIDE = {  # what an adapter of any method may have beside it
+    "whole=lm_head": ("lora", {"whole": ["lm_head"]}),
+    "new_tokens": ("lora", {"tokens": ("<tool>", "</tool>")}),
+}
 WORDS = {"docs/export.md": ("method", "same", "merged"), "docs/zh/export.md": ("方法", "相同", "合并")}
 
 
@@ -162,22 +169,21 @@ def matrix(tmp_path_factory) -> dict[str, dict[str, bool]]:
     alone."""
     tmp_path = tmp_path_factory.mktemp("matrix")
     place, found = folder(tmp_path), {}
-    for method, kind in METHODS.items():
-        if "linear" not in kind.kinds:
-            continue
-        adapter, found[method] = trained(tmp_path, place, method), {}
+    rows = {method: (method, {}) for method, kind in METHODS.items() if "linear" in kind.kinds}
+    for label, (method, options) in (rows | BESIDE).items():
+        adapter, found[label] = trained(tmp_path, place, method, **options), {}
         want = logits(place, adapter)
         for name, format in FORMATS.items():
-            out = tmp_path / f"{method}-{name}{format.suffix}"
+            out = tmp_path / f"{label}-{name}{format.suffix}"
             try:
                 export(name, job(place, adapter), out)
             except AdapterError as error:
                 assert "merge it with --format hf" in str(error) and name not in MERGED, error
                 assert not out.exists()
-                found[method][name] = False
+                found[label][name] = False
                 continue
             agree(theirs(name, out, place), want, ROUNDED.get(name, 1e-5))
-            found[method][name] = True
+            found[label][name] = True
     return found
 
 

@@ -110,7 +110,8 @@ def open_adapter(given: str, model: str | None = None, working: Working = lambda
     if place is None:
         sites, modules = sites_of(_shapes(folder)), []
     else:
-        skeleton = blank(place)
+        new = peft_files.read_notes(folder).get("new_tokens") or {}
+        skeleton = blank(place, rows=1 + max(new.values(), default=-1))
         sites, modules = find_sites(skeleton), [path for path, _ in skeleton.named_modules()]
     adapter = _without_weights(folder, sites, identity(place) if place is not None else "")
     if adapter is None:

@@ -15,7 +15,9 @@ from lorafit.data import Chat
 from lorafit.errors import AdapterError, LorafitError
 from lorafit.export.merge import Proof, compare, effect_of, logits_of
 from lorafit.host import Host
+from lorafit.methods import Method
 from lorafit.methods.lora import given
+from lorafit.methods.rows import Rows
 from lorafit.model.sites import Site
 
 Pair = tuple[Tensor, Tensor]  # a (*lead, r, in) and b (*lead, out, r), fp32, the scale in b
@@ -65,11 +67,15 @@ def low_rank(job: Job, what: str) -> dict[str, Pair]:
         if factors is None:
             raise AdapterError(
                 f"{what} holds products of low rank, and what is added to {path} isn't one (method '{job.adapter.method}'"
-                f"{', trained whole' if path in job.adapter.beside else ''}); merge it with --format hf, gguf or ollama"
+                f"{_words(layer) if path in job.adapter.beside else ''}); merge it with --format hf, gguf or ollama"
             )
         a, b, scale = factors
         found[path] = a.detach().float(), b.detach().float() * scale
     return found
+
+
+def _words(layer: Method) -> str:
+    return ", rows of new tokens" if isinstance(layer, Rows) else ", trained whole"
 
 
 def only(pairs: Mapping[str, Pair], sites: Mapping[str, Site], kinds: Container[str], why: str) -> None:

@@ -143,7 +143,10 @@ def write_model(host: Host, spec: StackLike, place: Path, kind: str, chat: Any) 
         _settings(writer, arch, base)
         gguf_vocabulary.add(writer, base.tokenizer, chat, _rows(base))
     else:
-        _taken_over(writer, source)
+        _taken_over(writer, source, base.new is not None)
+        if base.new is not None:
+            gguf_vocabulary.add(writer, base.tokenizer, chat, _rows(base))
+            writer.add_vocab_size(_rows(base))
     if chat is not None:
         writer.add_chat_template(chat.template)
     writer.add_file_type(_FILE[kind][1])
@@ -297,10 +300,12 @@ def _rope_factors(base: Base, source: Path | None) -> Any:
     return (1 / ((1 - smooth) / rope["factor"] + smooth)).float().numpy()
 
 
-def _taken_over(writer: Any, source: Path) -> None:
-    """The metadata of the file that the base is, but for what this file has otherwise."""
+def _taken_over(writer: Any, source: Path, grown: bool) -> None:
+    """The metadata of the file that the base is, but for what this file has otherwise: its tokens too, where it has `grown`."""
     own = {"general.architecture", "general.file_type", "general.quantization_version", "tokenizer.chat_template"}
     for key, value in gguf.GGUFReader(source).fields.items():
+        if grown and (key.startswith("tokenizer.") or key.endswith(".vocab_size")):
+            continue
         if key not in own and not key.startswith(("GGUF.", "split.", "quantize.")):
             kinds = value.types
             writer.add_key_value(key, value.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)

@@ -24,9 +24,12 @@ def write(job: Job, place: Path) -> Done:
         if (job.folder / name).is_file():
             shutil.copyfile(job.folder / name, place / name)
     read = peft_files.load(place, job.host.sites, job.host.base.fingerprint)
-    return Done(
-        LOGITS, said(same_logits(job, read)), use=f"{_opened(job.host.base.path)}PeftModel.from_pretrained(base, 'OUT')"
-    )
+    base = job.host.base
+    use = f"{_opened(base.path)}PeftModel.from_pretrained(base, 'OUT')"
+    if base.new is not None:
+        base.tokenizer.save_pretrained(place)
+        use = f"base.resize_token_embeddings({base.model.get_input_embeddings().weight.shape[0]}); {use}"
+    return Done(LOGITS, said(same_logits(job, read)), use=use)
 
 
 def _opened(path: Path) -> str:

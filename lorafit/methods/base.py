@@ -127,6 +127,14 @@ class Method(nn.Module):
         a, b, scale = factors
         return mm(mm(self.dropped(x), a), b) * scale
 
+    def turned(self, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        """What a layer of an embedding adds to the output of a head that shares its weight: x·ΔW, (n, in), for x (n, out)."""
+        factors = self.factors()
+        if factors is None:
+            return x @ self.delta_weight(weight()).to(x.dtype)
+        a, b, scale = factors
+        return (x @ b.to(x.dtype)) @ a.to(x.dtype) * scale
+
     def dropped(self, x: Tensor) -> Tensor:
         """x as training with dropout sees it; x itself otherwise."""
         if not self.draws or not x.is_floating_point():

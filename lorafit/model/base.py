@@ -18,6 +18,7 @@ from torch import Tensor
 from lorafit.errors import ModelError
 from lorafit.model.attention import UNREAD_MASK
 from lorafit.model.body import Added, Body, Products, plain_products
+from lorafit.model.new_tokens import NewTokens
 from lorafit.model.quant import Quant, QuantLinear
 from lorafit.model.starts import Part
 from lorafit.model.streamed import Source
@@ -28,7 +29,8 @@ from lorafit.packing import Packing
 class Base:
     """A loaded base. `packs`: documents may share a row. `plain_head`: logits are the head's product with the hidden state.
     `body`: our own run through its layers, where its family is known. `quant`: how its linear weights are stored, if not in
-    its own type. `source`: where its weights lie, where it was read tensor by tensor."""
+    its own type. `source`: where its weights lie, where it was read tensor by tensor. `new`: tokens that its files
+    don't know."""
 
     model: Any
     tokenizer: Any
@@ -40,6 +42,7 @@ class Base:
     body: Body | None = None
     quant: Quant | None = None
     source: Source | None = None
+    new: NewTokens | None = None
 
     @property
     def streamed(self) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lorafit.model import attention, embedded, experts, gguf, gguf_folder, quant
 from lorafit.model.base import Base, probe
 from lorafit.model.body import Body
 from lorafit.model.fingerprint import fingerprint
+from lorafit.model.new_tokens import NewTokens, extend, grow
 from lorafit.model.quant import Quant
 from lorafit.model.shards import Shards
 from lorafit.model.streamed import Source, watched
@@ -169,11 +170,14 @@ def shape_of(path: Path) -> Any:
         raise ModelError(f"{path} isn't a causal language model: {_first_line(error)}") from None
 
 
-def blank(path: Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model of a folder's config.json, without weights. ModelError where there is no such model."""
+def blank(path: Path, dtype: torch.dtype | None = None, rows: int = 0) -> Any:
+    """The transformers model of a folder's config.json, without weights; with at least so many `rows` for tokens.
+    ModelError where there is no such model."""
     from transformers import AutoModelForCausalLM
 
     config = shape_of(path)
+    if rows > config.get_text_config().vocab_size:
+        config.vocab_size = config.get_text_config().vocab_size = rows
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
@@ -189,11 +193,13 @@ def load(
     quant: Quant | None = None,
     streamed: bool = False,
     tokenizer: Any = None,
+    tokens: Sequence[str] = (),
     working: Callable[[str], object] = lambda text: None,
 ) -> Base:
     """A frozen base in evaluation mode: its own dropout is never active, in training either. With `quant`, its linear weights
     are codes, quantised on first use and mapped from the cache after that. `streamed`, on a CPU: its modules read their
-    weights for each forward, see streamed.py; an architecture that can't be run so is loaded whole."""
+    weights for each forward, see streamed.py; an architecture that can't be run so is loaded whole. `tokens`: texts that the
+    tokenizer is given as tokens of their own, see new_tokens.py; then a given `tokenizer` isn't used."""
     place = pick_device(device)
     if place.type == "cpu":
         build.prepare()
@@ -208,14 +214,19 @@ def load(
     source: Source | None = None
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if tokens:
+            tokenizer = load_tokenizer(path)
+        new = extend(tokenizer, tokens)
+        if new is not None:
+            grow(config, new)
         if streamed:
-            base = _streamed(path, config, dtype, quant, tokenizer, name, working)
+            base = _streamed(path, config, dtype, quant, tokenizer, name, working, new)
             if base is not None:
                 return base
         if not pooled:
             keep_memory()
-        if quant is not None or gguf.is_folder(path):
-            model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working)
+        if quant is not None or new is not None or gguf.is_folder(path):
+            model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working, new=new)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -226,7 +237,7 @@ def load(
         if out_of_memory(error):
             raise
         raise ModelError(f"{path} can't be loaded as a causal language model: {_first_line(error)}") from None
-    return prepare(model.to(place), tokenizer or load_tokenizer(path), path, name, quant, source)
+    return prepare(model.to(place), tokenizer or load_tokenizer(path), path, name, quant, source, new)
 
 
 def _streamed(
@@ -237,12 +248,13 @@ def _streamed(
     tokenizer: Any,
     name: str,
     working: Callable[[str], object],
+    new: NewTokens | None,
 ) -> Base | None:
     """None where the model can't be run so: a module reads another one's weights, or the files hold them another way. What
     is wrong with the files themselves is said where the whole model is loaded."""
     try:
-        model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working, streamed=True)
-        return prepare(model, tokenizer or load_tokenizer(path), path, name, quant, source)
+        model, source = quant_load.load(path, config, dtype, quant, fingerprint(path), working, True, new)
+        return prepare(model, tokenizer or load_tokenizer(path), path, name, quant, source, new)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -257,9 +269,10 @@ def prepare(
     name: str = "",
     quant: Quant | None = None,
     source: Source | None = None,
+    new: NewTokens | None = None,
 ) -> Base:
     """A Base around a transformers model that is already in memory: frozen, probed, its files fingerprinted. `quant` says how
-    its linear weights are stored, `source` where all of them lie."""
+    its linear weights are stored, `source` where all of them lie, `new` which tokens it has on top."""
     model.eval().requires_grad_(False)
     with contextlib.suppress(ValueError, KeyError, AttributeError):  # no pluggable attention: the probe finds out
         model.set_attn_implementation(attention.NAME)
@@ -267,7 +280,7 @@ def prepare(
         model.set_experts_implementation(experts.NAME)
     has_files = any(path.glob("*.safetensors")) or gguf.is_folder(path)
     base = Base(model, tokenizer, path, name or str(path), fingerprint(path) if has_files else "")
-    base.quant, base.source = quant, source
+    base.quant, base.source, base.new = quant, source, new
     base.body = None if base.streamed else Body.of(model)
     try:
         with watched() if base.streamed else contextlib.nullcontext():

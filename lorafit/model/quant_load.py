@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.errors import ModelError
 from lorafit.files import cache_folder, write_folder
 from lorafit.model import gguf
+from lorafit.model.new_tokens import Grown, NewTokens
 from lorafit.model.quant import Quant, QuantLinear, linears, put, stored
-from lorafit.model.shards import Entry, Shards, write_file
+from lorafit.model.shards import Entry, Files, Shards, write_file
 from lorafit.model.sites import ranks
 from lorafit.model.starts import Part
 from lorafit.model.streamed import Source, stream
@@ -44,9 +45,11 @@ def load(
     fingerprint: str,
     working: Callable[[str], object],
     streamed: bool = False,
+    new: NewTokens | None = None,
 ) -> tuple[Any, Source]:
     """The transformers model of a folder on the CPU, with `quant` its linear modules QuantLinear, all else in `dtype`; and
-    where its weights lie. `streamed`: what isn't codes is read by each module for its forward, see streamed.py.
+    where its weights lie. `streamed`: what isn't codes is read by each module for its forward, see streamed.py. `new`: tokens
+    that `config` has rows for already, and the files not.
 
     ModelError where a tensor is missing or of another shape, or the cache can't be written; ConfigError where a start is for
     weights that the model hasn't.
@@ -55,7 +58,8 @@ def load(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     found = list(linears(model)) if quant is not None else []
     fill_buffers(model)
-    source = Source(model, gguf.of(path) or Shards(path))
+    files: Files = gguf.of(path) or Shards(path)
+    source = Source(model, files if new is None else Grown(files, model, new))
     if quant is not None:
         beside = ranks(model, quant.start) if quant.start is not None else {}
         codes = _cached(folder(path, fingerprint, quant), found, source, quant, beside, working)

@@ -18,7 +18,7 @@ from lorafit.adapter import Adapter
 from lorafit.errors import AdapterError
 from lorafit.methods import Method, find
 from lorafit.model.sites import Site
-from lorafit.peft_files.beside import from_beside, meant, to_beside
+from lorafit.peft_files.beside import from_beside, from_rows, indices, meant, to_beside
 from lorafit.peft_files.settings import (
     CONFIG,
     INT8,
@@ -88,7 +88,7 @@ def save(
     if int8:
         if beside:
             raise AdapterError(
-                f"{beside[0]} is trained whole, and can't be stored in int8; compress it to a rank as well"
+                f"{beside[0]} has more than a product of low rank, and can't be stored in int8; compress it to a rank as well"
             )
         if config["peft_type"] != "LORA":
             raise AdapterError(f"method '{adapter.method}' can't be stored in int8; compress it to a rank as well")
@@ -133,19 +133,21 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
         tensors = numbers(tensors, folder)
     if any(site.tied for site in sites.values()):
         tensors = untied(config, tensors, sites, folder)
-    whole = meant(config, sites, folder)
+    whole, rows = meant(config, sites, folder), indices(config, sites, folder)
     grouped, bad = by_site(tensors, sites, config.get("target_parameters") or [], whole)
     layers: dict[str, Method] = {}
     for path, parts in grouped.items():
         site = sites[path]
-        if path in whole:
+        if path in rows:
+            made, wrong = from_rows(parts, site, rows[path])
+        elif path in whole:
             made, wrong = from_beside(parts, site, find(method))
         else:
             made, wrong = from_peft(parts, site, method, options_for(path, config, options))
         bad += [f"{path}: {reason}" for reason in wrong]
         if made is not None:
             layers[path] = made
-    missing = [path for path in [*promised(config, sites), *whole] if path not in grouped]
+    missing = [path for path in [*promised(config, sites), *whole, *rows] if path not in grouped]
     bad += [f"{path}: named in {CONFIG}, but its tensors are missing" for path in missing]
     if bad or not layers:
         listed = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")

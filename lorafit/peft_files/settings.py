@@ -35,6 +35,8 @@ def read_notes(folder: Path) -> dict[str, Any]:
     for key, kind in _NOTES.items():
         if found.get(key) is not None and not isinstance(found[key], kind):
             raise AdapterError(f"{folder / OWN}: {key}={found[key]!r} can't be meant; the file is damaged")
+    if not all(isinstance(i, int) and i >= 0 for i in (found.get("new_tokens") or {}).values()):
+        raise AdapterError(f"{folder / OWN}: new_tokens={found['new_tokens']!r} can't be meant; the file is damaged")
     return found
 
 
@@ -46,6 +48,7 @@ _NOTES = {
     "chat": dict,
     "lineage": dict,
     "trained_as": dict,
+    "new_tokens": dict,
 }
 
 
@@ -64,7 +67,6 @@ _UNSUPPORTED = [
     "use_bdlora",
     "lora_bias",
     "layer_replication",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "velora_config",
     "kasa_config",

@@ -17,6 +17,7 @@ from lorafit.methods.dora import DoRA
 from lorafit.methods.ia3 import IA3
 from lorafit.methods.lora import LoRA
 from lorafit.model.sites import Site
+from lorafit.peft_files.beside import ROWS
 from lorafit.peft_files.settings import CONFIG, PREFIX, SCALE, WEIGHTS, promised
 
 _OURS = {"ia3_l": "scale"}
@@ -119,6 +120,10 @@ def from_peft(
     return layer, []
 
 
+_NAME = r"lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|lorafit_\w+|" + re.escape(ROWS)
+_KEY = re.compile(re.escape(PREFIX) + rf"(.+?)((?:\.base_layer)*)\.({_NAME})")
+
+
 def by_site(
     tensors: Mapping[str, Tensor], sites: Mapping[str, Site], parameters: Sequence[str], whole: Sequence[str] = ()
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -131,11 +136,7 @@ def by_site(
         if path in whole and name in ("weight", "bias"):
             found.setdefault(path, {})[name] = tensor
             continue
-        match = re.fullmatch(
-            re.escape(PREFIX)
-            + r"(.+?)((?:\.base_layer)*)\.(lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|lorafit_\w+)",
-            key,
-        )
+        match = _KEY.fullmatch(key)
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
             own = {p: site for site in sites.values() for p in (site.path, *(name for name, _ in site.tied))}

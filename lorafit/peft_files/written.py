@@ -40,10 +40,10 @@ def config_of(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, mod
     }
     if adapter.method == "ia3":
         inputs = {p for p, layer in adapter.items() if isinstance(layer, IA3) and layer.inputs}
+        kind = "LORAFIT_IA3" if config["trainable_token_indices"] else "IA3"  # which in PEFT has no rows of new tokens
+        known = {key: value for key, value in config.items() if value is not None}
         return (
-            config
-            | _feedforward(config["target_modules"], plain, inputs)
-            | {"peft_type": "IA3", "fan_in_fan_out": conv1d}
+            known | _feedforward(known["target_modules"], plain, inputs) | {"peft_type": kind, "fan_in_fan_out": conv1d}
         )
     if options is None:
         return config
