@@ -130,12 +130,15 @@ def write_file(path: Path, fill: Callable[[Path], None], again: str) -> None:
 
 @contextlib.contextmanager
 def _aside(path: Path, again: str) -> Iterator[Path]:
-    """An empty folder beside `path` to write in, which is gone afterwards; what the disk refuses inside is a RunError."""
+    """An empty folder beside `path` to write in, which is gone afterwards, as are the folders above it that were made for it
+    where that came to nothing; what the disk refuses inside is a RunError."""
     scratch = None
+    above = [folder for folder in path.absolute().parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         yield scratch
+        above = []
     except OSError as error:
         raise refused(path, error, again) from None
     except Exception as error:  # safetensors wraps the operating system's errors in its own
@@ -145,6 +148,9 @@ def _aside(path: Path, again: str) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):  # of someone else's, who has put something there
+                folder.rmdir()
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import warnings
@@ -495,7 +496,8 @@ def test_mlx_adapters_with_a_scale(bases, tmp_path):
     for path, w in dense(host, "a").items():
         a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
         assert near(x @ w.T.float(), 20.0 * ((x @ a) @ b))
-    for change in ({"fine_tune_type": "dora"}, {"lora_parameters": {}}):
+    bad = [{"lora_parameters": {"scale": scale}} for scale in (math.nan, math.inf, "20", True)]
+    for change in ({"fine_tune_type": "dora"}, {"lora_parameters": {}}, *bad):
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         assert call("adapter", "convert", folder, tmp_path / "other", "--model", bases["llama"]) == 2
     assert not (tmp_path / "other").exists() and not (tmp_path / "none").exists()
@@ -537,6 +539,59 @@ def test_minimind_adapters(bases, tmp_path, capsys):
         error = capsys.readouterr().err.strip()
         assert len(error.splitlines()) == 1 and f"{name}.pth" in error
     assert not (tmp_path / "owned").exists() and not (tmp_path / "no").exists()
+
+
+def crafted() -> dict[str, dict]:
+    """What a `.pth` may hold beside honest tensors: by name, its contents."""
+    key = "model.layers.0.self_attn.q_proj.lora."
+    good = {f"{key}A.weight": torch.ones(4, 16), f"{key}B.weight": torch.ones(16, 4)}
+
+    def like(**changed):
+        return good | {f"{key}{name}.weight": tensor for name, tensor in changed.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(torch.ones(4, 16), 0.1, 0, torch.qint8)
+    return {
+        "ranks": like(B=torch.ones(16, 5)),
+        "narrow": like(A=torch.ones(4, 15)),
+        "vector": like(A=torch.ones(16)),
+        "empty": like(A=torch.ones(0, 16), B=torch.ones(16, 0)),
+        "nan": like(A=torch.full((4, 16), torch.nan)),
+        "stretched": like(A=torch.ones(1).expand(4, 16)),
+        "huge": like(A=torch.ones(1).expand(1 << 40, 16)),
+        "sparse": like(A=torch.ones(4, 16).to_sparse()),
+        "complex": like(A=torch.ones(4, 16, dtype=torch.complex64)),
+        "quantised": like(A=quantised),
+        "number": good | {"epoch": 3},
+        "half": {f"{key}A.weight": torch.ones(4, 16)},
+        "elsewhere": {name.replace("layers.0", "layers.9"): tensor for name, tensor in good.items()},
+        "experts": {name.replace("q_proj", "nothing"): tensor for name, tensor in good.items()},
+    }
+
+
+@pytest.mark.parametrize("name", crafted())
+@pytest.mark.filterwarnings("ignore")
+def test_a_crafted_pth_is_one_line(bases, tmp_path, capsys, name):
+    file = tmp_path / f"{name}.pth"
+    torch.save(crafted()[name], file)
+    assert call("adapter", "convert", file, tmp_path / "new" / "no", "--model", bases["llama"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("lorafit: ") and len(error.splitlines()) == 1 and f"{name}.pth" in error, error
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_pth_that_was_cut_or_changed_is_one_line(bases, tmp_path, capsys):
+    whole = tmp_path / "whole.pth"
+    torch.save(crafted()["narrow"], whole)
+    data = whole.read_bytes()
+    for number, wrong in enumerate((data[: len(data) // 2], data[:20] + bytes(40) + data[60:], b"", b"PK\x03\x04")):
+        file = tmp_path / f"{number}.pth"
+        file.write_bytes(wrong)
+        assert call("adapter", "convert", file, tmp_path / "no", "--model", bases["llama"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and f"{number}.pth is refused" in error, error
+    assert not (tmp_path / "no").exists()
 
 
 def test_minimind_weights_as_qwen3(tmp_path):

@@ -309,6 +309,21 @@ def doubled(pairs):
     return {path: (a, b * 2) for path, (a, b) in pairs.items()}
 
 
+def test_folders_above_a_refused_export_are_not_left(tmp_path):
+    place = folder(tmp_path)
+    adapter = trained(tmp_path, place, "dora")
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "new" / "deeper" / "out", tmp_path / "there" / "new" / "out"):
+        with pytest.raises(AdapterError):
+            export("peft-portable", job(place, adapter), out)
+        with pytest.raises(AdapterError):
+            export("gguf-adapter", job(place, adapter), out.with_suffix(".gguf"))
+    assert sorted(tmp_path.rglob("*")) == before
+    export("peft", job(place, adapter), tmp_path / "new" / "deeper" / "out")
+    assert (tmp_path / "new" / "deeper" / "out" / "adapter_config.json").is_file()
+
+
 def test_a_merged_file_that_forgets_a_layer_is_refused(tmp_path, monkeypatch):
     place = folder(tmp_path)
     given = job(place, trained(tmp_path, place))

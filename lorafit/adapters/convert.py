@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def _mlx(folder: Path) -> Foreign:
         raise AdapterError(f"{folder} is of mlx-lm's kind '{kind}'; only lora can be converted")
     if not isinstance(given, dict) or not isinstance(given.get("scale"), int | float):
         raise AdapterError(f"{folder / CONFIG} has no lora_parameters with a scale; it isn't mlx-lm's")
+    if isinstance(given["scale"], bool) or not math.isfinite(given["scale"]):
+        raise AdapterError(f"{folder / CONFIG}: scale={given['scale']} can't be meant; the file is damaged")
     try:
         tensors = safetensors.torch.load_file(folder / MLX_WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -96,6 +99,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path} is refused: {line} ({type(error).__name__})") from None
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise AdapterError(f"{path} is refused: it must hold tensors by name and nothing else")
+    for key, tensor in held.items():
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise AdapterError(f"{path} is refused: {key} isn't a plain tensor of numbers")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise AdapterError(f"{path} is refused: {key} says {tuple(tensor.shape)}, and the file holds fewer numbers")
     return {str(key).removeprefix("module.").removeprefix("_orig_mod."): tensor for key, tensor in held.items()}
 
 
