@@ -310,6 +310,10 @@ def test_from_training_to_every_format(folders, name, rows_file, tmp_path, capsy
         assert "rows of new tokens); merge it with --format hf" in capsys.readouterr().err
         assert not (tmp_path / out).exists()
     assert main(["adapter", "compress", run, str(tmp_path / "c"), "--int8"]) == 2
+    for how in ("cat", "svd"):
+        assert main(["adapter", "combine", str(tmp_path / "c"), run, f"{run}:0.5", "--how", how]) == 2
+    assert "has new tokens, whose rows no sum has a place for" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
     more = str(tmp_path / "more")
     assert main(["train", str(rows_file), "--from", run, "--out", more, "steps=2", "samples=0"]) == 0

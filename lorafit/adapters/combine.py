@@ -100,6 +100,8 @@ def combine(
 
 def _check(sources: Sequence[Opened], how: str, rank: int | None, density: float | None, exact: bool) -> None:
     first = sources[0]
+    if given := next((source.given for source in sources if source.notes.get("new_tokens")), None):
+        raise AdapterError(f"{given} has new tokens, whose rows no sum has a place for; merge it, or use it by itself")
     for other in sources[1:]:
         if same_base(first, other) is False:
             raise AdapterError(
