@@ -28,11 +28,13 @@ from lorafit.peft_files.settings import (
     WEIGHTS,
     ancestor,
     check_values,
+    method_in,
     method_of,
     options_for,
     promised,
     read_config,
     read_notes,
+    settings_of,
 )
 from lorafit.peft_files.tensors import (
     LORAS,
@@ -42,6 +44,7 @@ from lorafit.peft_files.tensors import (
     from_peft,
     numbers,
     peft_path,
+    shapes_of,
     to_peft,
     untied,
 )
@@ -55,10 +58,12 @@ __all__ = [
     "WEIGHTS",
     "ancestor",
     "load",
+    "method_of",
     "peft_type",
     "read_config",
     "read_notes",
     "save",
+    "settings_of",
 ]
 
 
@@ -102,8 +107,9 @@ def save(
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adapter:
+def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes: bool = False) -> Adapter:
     """Read an adapter, strictly: every key must have a place of its shape, and the base must be the one it was made for.
+    `shapes`: without its numbers, on the meta device; of the file only the header is read.
 
     AdapterError names the first of what is wrong. An adapter without `lorafit.json` (made by PEFT) has no fingerprint to check.
     """
@@ -120,15 +126,15 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "") -> Adap
             f" {fingerprint[:8]}); load it on that one"
         )
     try:
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        tensors = shapes_of(folder / WEIGHTS) if shapes else safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
             raise AdapterError(f"{folder}: {key} holds numbers that aren't finite; the adapter is damaged")
     if config.get("peft_type") == "ADALORA":
         config, tensors = from_adalora(config, tensors, sites, folder)
-    method, options = method_of(config, own, folder)
+    method, options = method_in(config, own, folder)
     if config.get("peft_type") == INT8:
         tensors = numbers(tensors, folder)
     if any(site.tied for site in sites.values()):

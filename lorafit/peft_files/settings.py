@@ -111,7 +111,7 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+def method_in(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
     """The method and its settings. AdapterError where the tensors would mean something else here."""
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind.startswith("LORAFIT_") and kind != INT8:
@@ -141,6 +141,26 @@ def method_of(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG}: {type(error).__name__} at {error}") from None
     return "dora" if config.get("use_dora") else "lora", options
+
+
+def method_of(folder: Path) -> str:
+    """The method of a saved adapter, told without its tensors."""
+    return settings_of(folder)[0]
+
+
+def settings_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """An adapter's method and its settings, with targets and patterns as adapter_config.json has them."""
+    config, own = read_config(folder), read_notes(folder)
+    check_values(config, folder)
+    named = {"targets": "target_modules", "whole": "modules_to_save"}
+    named |= {"rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
+    found = {ours: config[theirs] for ours, theirs in named.items() if config.get(theirs)}
+    if own.get("new_tokens"):
+        found["new_tokens"] = list(own["new_tokens"])
+    if config.get("peft_type") == "ADALORA":  # loaded as a LoRA with a rank for each weight
+        return "lora", found
+    method, options = method_in(config, own, folder)
+    return method, {**found, **options}
 
 
 def _feedforward_of(config: Mapping[str, Any], folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from lorafit.methods import Method, find
 from lorafit.methods.dora import DoRA
 from lorafit.methods.ia3 import IA3
 from lorafit.methods.lora import LoRA
+from lorafit.model.shards import DAMAGED, TYPES, read_header
 from lorafit.model.sites import Site
 from lorafit.peft_files.beside import ROWS
 from lorafit.peft_files.settings import CONFIG, PREFIX, SCALE, WEIGHTS, promised
@@ -70,6 +71,20 @@ def peft_path(site: Site, adapter: Adapter) -> str:
 
 def _wrap_order(path: str) -> int:
     return 1 if path.endswith("down_proj") else 0
+
+
+def shapes_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file without their numbers, on the meta device. AdapterError where its header can't be read."""
+    try:
+        start, entries = read_header(file)
+        if start + max((entry["data_offsets"][1] for entry in entries.values()), default=0) > file.stat().st_size:
+            raise ValueError("it is cut off")
+        return {
+            name: torch.empty(entry["shape"], dtype=TYPES.get(entry["dtype"], torch.float32), device="meta")
+            for name, entry in entries.items()
+        }
+    except DAMAGED as error:
+        raise AdapterError(f"{file} can't be read: {error}") from None
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------
@@ -140,7 +155,7 @@ def by_site(
         if match is None:
             copied = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
             own = {p: site for site in sites.values() for p in (site.path, *(name for name, _ in site.tied))}
-            if copied in own and torch.equal(own[copied].stored.cpu().to(tensor.dtype), tensor):
+            if copied in own and _same(own[copied].stored, tensor):
                 continue  # PEFT adds the base's own embedding or head when they are adapted
             bad.append(f"{key}: not a key of a LoRA adapter" if copied not in own else f"{key}: differs from this base")
             continue
@@ -192,14 +207,19 @@ def untied(
                 del kept[f"{PREFIX}{name}.weight"]
             for ours, theirs in (("lora_embedding_B", "lora_A.weight"), ("lora_embedding_A", "lora_B.weight")):
                 source, repeated = tensors.get(f"{PREFIX}{site.path}.{ours}"), tensors.get(f"{PREFIX}{name}.{theirs}")
-                if source is not None and repeated is not None and torch.equal(source.t(), repeated):
+                if source is not None and repeated is not None and _same(source.t(), repeated):
                     del kept[f"{PREFIX}{name}.{theirs}"]
     return kept
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Of one shape and, as far as their numbers are there, the same."""
+    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a.cpu().to(b.dtype), b))
+
+
 def _equal(tensors: Sequence[Tensor | None]) -> bool:
     first = tensors[0]
-    return first is not None and all(tensor is not None and torch.equal(first, tensor) for tensor in tensors)
+    return first is not None and all(tensor is not None and _same(first, tensor) for tensor in tensors)
 
 
 def from_adalora(
