@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -301,6 +302,10 @@ class _Fit:
             "chat template": template,
         }
 
+    def _limited(self) -> AbstractContextManager[object]:
+        """Within it, no more than `memory` can be taken where the base is."""
+        return (gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit)(self.memory)
+
     def _used(self) -> int:
         """Bytes in use where the base is: what `memory` limits."""
         return gpu_memory() if self.host.base.device.type == "cuda" else memory()
@@ -393,9 +398,8 @@ class _Fit:
         self.tokens = 0
         self.peak = self.halvings = 0
         run.begin()
-        limit = gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit
         if newest is None:
-            with limit(self.memory):
+            with self._limited():
                 self._study()
         self.say_what(run)
         if parts := self.host.base.parts():
@@ -419,7 +423,7 @@ class _Fit:
             if newest is not None:
                 self._restore(run, newest)
                 self.began -= self.seconds
-            with limit(self.memory), stop, self.terminal.progress() as progress:
+            with self._limited(), stop, self.terminal.progress() as progress:
                 if newest is None:
                     run.rewind(-1)
                     self._first(run)
