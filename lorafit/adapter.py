@@ -25,7 +25,10 @@ class Adapter(nn.Module):
         self.options = dict(options)
         self.notes: dict[str, Any] = {}  # travels in lorafit.json
         self.layers = nn.ModuleDict({_key(path): layer for path, layer in layers.items()})
-        self._random = [(path, layer) for path, layer in layers.items() if layer.dropout]
+        told = [
+            (path, layer) for path, layer in layers.items() if layer.dropout or type(layer).train is not Method.train
+        ]
+        self._told = told  # when training begins and ends
 
     def __contains__(self, path: str) -> bool:
         return _key(path) in self.layers
@@ -69,15 +72,15 @@ class Adapter(nn.Module):
             find(self.method).update([layer for _, layer in self.items()], optimizer, step, steps)
 
     def train(self, mode: bool = True) -> Adapter:
-        """As torch's, but only layers that make random choices are told: hundreds of them take a tenth of a small step."""
+        """As torch's, but only layers that make something of it are told: hundreds of them take a tenth of a small step."""
         self.training = mode
-        for _, layer in self._random:
+        for _, layer in self._told:
             layer.train(mode)
         return self
 
     def reseed(self, seed: int) -> None:
         """Draw the random choices of the next forwards from `seed`; see Method.seed."""
-        for path, layer in self._random:
+        for path, layer in self._told:
             layer.seed = zlib.crc32(f"{seed}:{path}".encode())
 
 

@@ -224,4 +224,4 @@ def test_a_run_with_a_shared_embedding_trained_whole(tmp_path, tiny_model, data_
     more = ["--from", run, "--out", str(tmp_path / "more"), "steps=2", "batch_tokens=128", "samples=0"]
     assert main(["train", str(data_file), *more]) == 0
     assert main(["train", str(data_file), *more[:2], "whole=lm_head"]) == 2
-    assert "--from keeps the old adapter's shape, so whole can't be set" in capsys.readouterr().err
+    assert "--from keeps the old adapter's shape, so whole=lm_head can't be set" in capsys.readouterr().err
