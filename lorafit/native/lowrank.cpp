@@ -29,8 +29,7 @@ struct Low {
     double scale;
 };
 
-// x (rows, in) and what the backward needs besides: xa, for each run its x·Aᵀ side by side (its rows, its width). `thin` is for
-// what `pack` makes.
+// x (rows, in) and what the backward needs besides: xa, for each run its x·Aᵀ side by side (its rows, its width).
 struct Group {
     const Base* bases;
     int64_t count;
@@ -40,7 +39,6 @@ struct Group {
     const bf16* x;
     int64_t ldx, in;
     bf16* xa;
-    bf16* thin;
 };
 }
 
@@ -65,14 +63,17 @@ struct Run {
 
 struct Layout {
     Run* runs = nullptr;
+    bf16* thin = nullptr;  // for what `pack` makes
     int64_t count = 0, rows = 0, numbers = 0;  // of rows, and of xa
     bool lows = false;
 };
 
-// None where memory ran out. What Python allocates is measured alike, see lowrank.py.
+// False where memory ran out. Scratch is kept between calls: given back, every page of it would be cleared and mapped anew at
+// each of hundreds of calls a step. What Python allocates for xa is measured alike, see lowrank.py.
 bool lay(const Group& g, Layout& found) {
     static thread_local Buffer<Run> runs_;
     static thread_local Buffer<Place> places_;
+    static thread_local Buffer<bf16> thin_;
     Run* runs = runs_.of(g.runs + 1);
     Place* places = places_.of(g.runs * g.count + 1);
     if (!runs || !places) return false;
@@ -95,12 +96,13 @@ bool lay(const Group& g, Layout& found) {
         xa += (run.last - run.first) * run.width;
     }
     found.runs = runs, found.count = g.runs, found.rows = row, found.numbers = xa;
-    return true;
+    found.thin = thin_.of(thin + 1);
+    return found.thin;
 }
 
 // Thread t's share of a run's A's, one under another, and of each scale·B (out, whole steps); in bf16, zeros after them.
-void pack(const Group& g, const Run& run, int t, int threads) {
-    bf16* as = g.thin + run.thin;
+void pack(const Group& g, const Run& run, bf16* thin, int t, int threads) {
+    bf16* as = thin + run.thin;
     for (int64_t i = 0; i < g.count; i++) {
         const Low& low = run.lows[i];
         for (int64_t row = low.r * t / threads; row < low.r * (t + 1) / threads; row++) {
@@ -110,7 +112,7 @@ void pack(const Group& g, const Run& run, int t, int threads) {
         int64_t wide = whole(low.r), out = g.bases[i].out;
         float scale = low.scale;
         for (int64_t row = out * t / threads; wide && row < out * (t + 1) / threads; row++) {
-            bf16* to = g.thin + run.at[i].b + row * wide;
+            bf16* to = thin + run.at[i].b + row * wide;
             const float* from = low.b + row * low.r;
             int64_t k = 0;
             for (; k + 16 <= low.r; k += 16) narrow(widen(from + k) * scale, to + k);
@@ -151,7 +153,7 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
         if (layout.lows) {
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
-                for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], t, threads);
+                for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], layout.thin, t, threads);
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
                 for (int64_t n = 0; n < layout.count; n++) {
@@ -160,7 +162,7 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
                     int64_t first = std::max(run.first, begin(layout, t, threads));
                     int64_t last = std::min(run.last, begin(layout, t + 1, threads));
                     if (!run.ranks || first >= last) continue;
-                    Part part{g.x + run.first * g.ldx, g.ldx, g.thin + run.thin, g.in, g.in, 1};
+                    Part part{g.x + run.first * g.ldx, g.ldx, layout.thin + run.thin, g.in, g.in, 1};
                     fine = block({&part, 1, run.last - run.first, run.width, g.xa + run.xa, run.width, nullptr},
                                  first - run.first, last - run.first, 0, run.width) && fine;
                 }
@@ -177,7 +179,7 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
                     const Run& run = layout.runs[n];
                     int64_t wide = whole(run.lows[i].r);
                     if (wide && run.first < run.last)
-                        parts[used++] = {g.xa + run.xa + run.at[i].start, run.width, g.thin + run.at[i].b, wide, wide, 1,
+                        parts[used++] = {g.xa + run.xa + run.at[i].start, run.width, layout.thin + run.at[i].b, wide, wide, 1,
                                          run.first, run.last};
                 }
                 fine = share({parts, used, layout.rows, base.out, base.y, base.ldy, base.bias}, t, threads) && fine;
@@ -207,9 +209,9 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     }
     // d(x·Aᵀ), a turned chunk of each thread, and its sums.
     int64_t flat_each = bands_of(most) * STEPS * TILE;
-    Buffer<bf16> dxas, flats;
-    Buffer<float> all_sums;
-    Buffer<Part> all_parts;
+    static thread_local Buffer<bf16> dxas, flats;
+    static thread_local Buffer<float> all_sums;
+    static thread_local Buffer<Part> all_parts;
     bf16 *dxa = dxas.of(layout.numbers + 1), *flats_ = flats.of(threads * flat_each + 1);
     float* sums_ = all_sums.of(numbers + 1);
     Part* parts = all_parts.of(g.count + layout.count + 1);
@@ -219,7 +221,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
             parts[used++] = {base.y, base.ldy, base.weight, base.ldw, base.out, !base.across};
     for (int64_t n = 0; n < layout.count; n++)
         if (const Run& run = layout.runs[n]; run.ranks && run.first < run.last)
-            parts[used++] = {dxa + run.xa, run.width, g.thin + run.thin, g.in, run.width, 0, run.first, run.last};
+            parts[used++] = {dxa + run.xa, run.width, layout.thin + run.thin, g.in, run.width, 0, run.first, run.last};
     // Rows first..last of a run: d(x·Aᵀ), and what they add to the gradients.
     auto rows = [&](const Run& run, int64_t first, int64_t last, bf16* flat, float* sums) {
         bool fine = true;
@@ -232,7 +234,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
                 const Base& base = g.bases[i];
                 const Low& low = run.lows[i];
                 if (base.y && low.r) {
-                    Part part{base.y + row * base.ldy, base.ldy, g.thin + run.at[i].b, whole(low.r), base.out, 0};
+                    Part part{base.y + row * base.ldy, base.ldy, layout.thin + run.at[i].b, whole(low.r), base.out, 0};
                     fine = block({&part, 1, many, low.r, made + run.at[i].start, run.width, nullptr}, 0, many, 0, low.r) && fine;
                     turn(g.xa + run.xa + own * run.width + run.at[i].start, run.width, many, low.r, flat);
                     outer(flat, low.r, base.y + row * base.ldy, base.ldy, many, base.out, to, row == first);
@@ -268,7 +270,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
         if (layout.lows) {  // packed anew: kept from the forward they would be a copy of the adapter
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
-                for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], t, threads);
+                for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], layout.thin, t, threads);
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
                 for (int64_t n = 0; n < layout.count; n++) {

@@ -250,28 +250,25 @@ def _low(pair: Pair, da: Tensor | None = None, db: Tensor | None = None) -> _Low
 def _call(kernel: Kernel, bases: Any, lows: Any, shape: Shape, x: Tensor, xa: Tensor, *more: Any) -> None:
     """x (rows, in) may have no rows where nothing is added to its products."""
     rows = (ctypes.c_int64 * len(shape.rows))(*shape.rows)
-    thin = x.new_empty(_room(bases, lows, shape, x.shape[1])[1])
     addresses = [ctypes.addressof(part) for part in (bases, lows, rows)]
     group = _Group(
         *(addresses[0], len(bases), *addresses[1:], len(rows)),
-        *(x.data_ptr(), x.stride(0), x.shape[1], xa.data_ptr(), thin.data_ptr()),
+        *(x.data_ptr(), x.stride(0), x.shape[1], xa.data_ptr()),
     )
     kernel(x.dtype, ctypes.addressof(group), *more)
 
 
-def _room(bases: Any, lows: Any, shape: Shape, inner: int) -> tuple[int, int]:
-    """How many numbers x·Aᵀ has, for each run all additions side by side, and the A's and B's as they are packed."""
-    numbers = room = 0
-    count = len(bases)
+def _thin(pairs: Sequence[Pair], shape: Shape) -> int:
+    """How many numbers x·Aᵀ has: for each run all additions side by side."""
+    numbers, count = 0, len(pairs) // len(shape.rows)
     for number, rows in enumerate(shape.rows):
         start, width = 0, 0
-        for base, low in zip(bases, lows[number * count : (number + 1) * count], strict=True):
-            if low.r:
-                span = -(-low.r // DEEP) * DEEP
-                width, start, room = max(width, start + span), start + low.r, room + base.out * span
-        width = -(-width // DEEP) * DEEP
-        numbers, room = numbers + rows * width, room + width * inner
-    return numbers, room
+        for pair in pairs[number * count : (number + 1) * count]:
+            if pair is not None:
+                r = len(pair[0])
+                width, start = max(width, start + -(-r // DEEP) * DEEP), start + r
+        numbers += rows * -(-width // DEEP) * DEEP
+    return numbers
 
 
 class _Tiled(torch.autograd.Function):
@@ -285,8 +282,9 @@ class _Tiled(torch.autograd.Function):
         made = [x.new_empty(len(x), base.weight.shape[0 if base.across else 1]) for base in frozen]
         weights = _numbers(frozen, x.dtype)
         bases = (_Base * len(made))(*map(_base, frozen, weights, made))
-        lows = (_Low * len(shape.scales))(*map(_low, shape.paired(trained)))
-        xa = x.new_empty(_room(bases, lows, shape, x.shape[1])[0])
+        pairs = shape.paired(trained)
+        lows = (_Low * len(pairs))(*map(_low, pairs))
+        xa = x.new_empty(_thin(pairs, shape))
         _call(_forward, bases, lows, shape, x, xa)
         ctx.frozen, ctx.shape = frozen, shape
         ctx.set_materialize_grads(False)

@@ -18,6 +18,7 @@ namespace {
 
 constexpr size_t SMALLEST = size_t(1) << 17;  // the C library serves smaller ones: those of a micro-batch are larger
 constexpr size_t STEP = size_t(1) << 14;
+constexpr size_t LARGEST = size_t(1) << 26;  // that is mapped at once
 
 struct Block {
     void* place;
@@ -130,14 +131,27 @@ private:
     static void* resized(Block block, size_t size) {
         if (block.size == size) return block.place;
         void* place = mremap(block.place, block.size, size, MREMAP_MAYMOVE);
-        if (place != MAP_FAILED) return place;
+        if (place != MAP_FAILED) {
+            if (size > block.size) present((char*)place + block.size, size - block.size);
+            return place;
+        }
         munmap(block.place, block.size);
         return nullptr;
     }
 
     static void* mapped(size_t size) {
         void* place = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        return place == MAP_FAILED ? nullptr : place;
+        if (place == MAP_FAILED) return nullptr;
+        present(place, size);
+        return place;
+    }
+
+    // Have the system map these pages at once: one by one, as they are first written, they take several times as long. What
+    // is large may never be written to its end, and pages that aren't there by then come by themselves.
+    static void present(void* place, size_t size) {
+#ifdef MADV_POPULATE_WRITE
+        if (size <= LARGEST) madvise(place, size, MADV_POPULATE_WRITE);
+#endif
     }
 
     void shrink() { drop(keeps_ ? most_ - in_use_ : 0); }
