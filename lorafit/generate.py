@@ -15,7 +15,10 @@ from lorafit.route import StackLike
 
 @torch.no_grad()
 def _logits(host: Host, ids: Tensor, cache: DynamicCache, spec: StackLike) -> Tensor:
-    with host.route(spec):  # opened for each forward, so that a caller may stop listening between tokens
+    with (
+        host.route(spec),
+        host.base.remembering(),
+    ):  # opened for each forward, so that a caller may stop listening between tokens
         out = host.base.model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits: Tensor = out.logits[0, -1].float()
     return logits

@@ -7,6 +7,7 @@ import torch
 from test_train import distance, host_with, loss_and_gradients, rows
 from tiny import base, randomize
 
+from lorafit.generate import generate
 from lorafit.host import Host
 from lorafit.model.base import alone, probe
 from lorafit.model.body import Body
@@ -198,3 +199,13 @@ def test_bf16_is_no_farther_from_fp32_than_the_modules_are():
     loss, found = loss_and_gradients(host, DOCUMENTS, 1)
     assert abs(loss - want) < 2 * abs(plain_loss - want) + 1e-3
     assert distance(found, exact) < 2 * distance(plain, exact)  # either is a draw of bf16's rounding
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2", "mixtral"])
+def test_answers_while_training_are_those_without_checkpointing(shape):
+    host = host_with(shape)
+    want = list(generate(host, list(range(5, 12)), "a", max_new=12))
+    host.base.checkpointing(True)
+    assert list(generate(host, list(range(5, 12)), "a", max_new=12)) == want
+    assert len(set(want)) > 1
+    assert all(module.training for module in host.base.recomputed) and host.base.recomputed

@@ -7,8 +7,9 @@ logits further (a cap, a scale) is run document by document and through its own 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Base:
     quant: Quant | None = None
     source: Source | None = None
     new: NewTokens | None = None
+    recomputed: list[Any] = field(default_factory=list)  # modules that keep no activations, see `checkpointing`
 
     @property
     def streamed(self) -> bool:
@@ -88,20 +90,33 @@ class Base:
             self.body.checkpointing = on
         if not on:
             self.model.activation_checkpointing_disable()
+            self.recomputed = []
             return
         if not self.packs or not self.model.supports_gradient_checkpointing:
             raise ModelError(f"{self.name}: activation checkpointing isn't available for this architecture")
         self.model.activation_checkpointing_enable({"use_reentrant": False})
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # transformers asks for it; set on these modules alone, not on what they hold
+        self.recomputed = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for module in self.recomputed:
+            module.training = True  # transformers asks for it; set on these modules alone, not on what they hold
         ids = torch.arange(8, device=self.device)
         with torch.no_grad():
             off, again = self.hidden(ids, [8]), self.hidden(ids, [8])
         if not torch.equal(off, again):  # a layer that drops out by its own `training`
             self.model.activation_checkpointing_disable()
             self.model.eval()
+            self.recomputed = []
             raise ModelError(f"{self.name}: activation checkpointing would turn on this architecture's own dropout")
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within it the model's modules take part in a cache of keys and values: with checkpointing on, transformers drops it."""
+        for module in self.recomputed:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in self.recomputed:
+                module.training = True
 
     def fast(
         self, ids: Tensor, packing: Packing, products: Products = plain_products, added: Added | None = None
