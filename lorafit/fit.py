@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ from lorafit.train.loop import Job, Step, train
 from lorafit.train.watch import Watch
 
 MARGIN = 1.2  # of what is there, that an estimate may be above it
-NAME = "adapter"  # of the one adapter that a run trains
+NAME = "adapter"  # of the one adapter that a run trains, beside which a search has others
 MOST_TOKENS = 4096  # of a row, where the user sets no limit
 
 # Tokens x parameters above which kernels save more time than waiting for their compilation takes, which has gone on beside
@@ -165,7 +166,7 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
     folder = Path(config.out) if config.out else next_folder(config.data)
     if folder.exists():
         Run.create(folder)  # says at once what is in the way, before minutes of work
-    made = _Fit(config, terminal)
+    made = Training(config, terminal)
     run = Run.create(folder)
     config.out = str(folder)
     if config.start:  # the run keeps what it started from, so that it can be resumed whatever becomes of the old one
@@ -199,7 +200,7 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     elif newest.state.get("finished") and not changes and _is_complete(run):
         raise RunError(f"{run.folder} is finished ({newest.state['finished']}); --from {run.folder} trains on from it")
     # The chat that the run began with: a template may show the date, which must not move while a run is on.
-    made = _Fit(after, terminal, files.load_json(run.folder / "chat.json", RunError))
+    made = Training(after, terminal, files.load_json(run.folder / "chat.json", RunError))
     changes += [
         f"{what}: {newest.state['identity'].get(what, '?')[:12]} -> {now[:12]}"
         for what, now in made.identity.items()
@@ -238,11 +239,11 @@ def _refusal(run: Run, changes: list[str]) -> str:
     )
 
 
-class _Fit:
-    """What a run needs in memory, made once: base, chat, rows, host, job."""
+class Training:
+    """What a run needs in memory, made once: base, chat, rows, host, and the job of the adapter `name`."""
 
     def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
-        self.config, self.terminal = config, terminal
+        self.config, self.terminal, self.name = config, terminal, NAME
         _check_files(config)
         _check_extras(config)
         source = start_of(config)
@@ -306,6 +307,25 @@ class _Fit:
         """Within it, no more than `memory` can be taken where the base is."""
         return (gpu_memory_limit if self.host.base.device.type == "cuda" else memory_limit)(self.memory)
 
+    def beside(self, name: str, config: Config) -> Training:
+        """A further adapter over the same base, to be trained on the same rows as `config` says: it may differ from this one's
+        in what neither base nor rows depend on."""
+        other = copy.copy(self)
+        same = ("model", "data", "held_out", "max_tokens", "precision", "device")  # resolved when they were loaded
+        other.config, other.name = replace(config, **{key: getattr(self.config, key) for key in same}), name
+        other._add_adapter(None)
+        other.job = other._job()
+        other._start()
+        return other
+
+    def _start(self) -> None:
+        """Nothing is done yet."""
+        self.watch = Watch(self.config.patience)
+        self.seconds = self.busy = 0.0
+        self.tokens = 0
+        self.peak = self.halvings = 0
+        self.began = time.monotonic()
+
     def _used(self) -> int:
         """Bytes in use where the base is: what `memory` limits."""
         return gpu_memory() if self.host.base.device.type == "cuda" else memory()
@@ -313,12 +333,12 @@ class _Fit:
     def _add_adapter(self, source: Path | None) -> None:
         config = self.config
         if source is not None:
-            adapter = self.host.load(source, NAME)
+            adapter = self.host.load(source, self.name)
             config.method, config.options = adapter.method, dict(adapter.options)
             return
         with self.terminal.working("making the adapter"):
             self.host.add(
-                NAME,
+                self.name,
                 config.method,
                 config.targets,
                 rank_pattern=config.rank_pattern,
@@ -336,7 +356,7 @@ class _Fit:
         plan = Plan(self.data.train, config.batch_tokens, config.accumulate, config.seed)
         steps = config.steps or plan.steps(config.epochs)
         config.eval_every = config.eval_every or spacing(steps)
-        return Job(NAME, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
+        return Job(self.name, plan, steps, config.lr, config.schedule, config.warmup, config.clip, config.weight_decay)
 
     def _wait_for_kernels(self) -> None:
         """Compiling goes on beside loading; a run that is over sooner than it would pay doesn't wait for its end. On a GPU
@@ -377,11 +397,11 @@ class _Fit:
 
     def _small_gradient(self) -> torch.Tensor:
         """The adapter's gradient, flat, of a sum of hidden states of two short documents."""
-        adapter, base = self.host.adapters[NAME], self.host.base
+        adapter, base = self.host.adapters[self.name], self.host.base
         ids = torch.arange(64, device=base.device) % base.model.get_input_embeddings().weight.shape[0]
         try:
             adapter.train()
-            with self.host.route(NAME):
+            with self.host.route(self.name):
                 self.host.hidden(ids, [40, 24])[:, ::2].float().sum().backward()
             return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
         finally:
@@ -393,14 +413,11 @@ class _Fit:
     def run(self, run: Run, newest: Checkpoint | None, changed: bool = False) -> Run:
         """Train from `newest` (or the start) to the end, and write what a finished run holds. `changed`: it isn't the same
         training any more, so an end that was recorded isn't its end."""
-        self.watch = Watch(self.config.patience)
-        self.seconds = self.busy = 0.0
-        self.tokens = 0
-        self.peak = self.halvings = 0
+        self._start()
         run.begin()
         if newest is None:
             with self._limited():
-                self._study()
+                self.look()
         self.say_what(run)
         if parts := self.host.base.parts():
             errors = [{"path": path, "plain": part.plain, "after": part.after} for path, part in parts.items()]
@@ -410,18 +427,18 @@ class _Fit:
         except Exception as error:
             run.broke_off(error)
             raise
-        return self._finish(run, reason)
+        return self.finish(run, reason)
 
     def _to_its_end(self, run: Run, newest: Checkpoint | None, changed: bool) -> str:
         """Train; returns why it ended early, or ''."""
         self.began = time.monotonic()
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
-        job, kind = self.job, self.config.optimizer
+        job = self.job
         try:
-            job.optimizer = optim.optimizer(self.host.adapters[NAME], job.lr, job.weight_decay, kind, run.pages)
+            job.optimizer = self.optimizer(run)
             if newest is not None:
-                self._restore(run, newest)
+                self.restore(run, newest)
                 self.began -= self.seconds
             with self._limited(), stop, self.terminal.progress() as progress:
                 if newest is None:
@@ -438,6 +455,11 @@ class _Fit:
         finally:
             pool.give_back()
 
+    def optimizer(self, run: Run) -> optim.Optimizer:
+        """Of the kind that is set; what is paged lies in the run's folder."""
+        job, adapter = self.job, self.host.adapters[self.name]
+        return optim.optimizer(adapter, job.lr, job.weight_decay, self.config.optimizer, run.pages)
+
     def _too_little(self, run: Run, error: str) -> str:
         """What to say, and to try, when there isn't enough memory for anything less."""
         config, newest = self.config, run.newest()
@@ -452,25 +474,26 @@ class _Fit:
     def check_shape(self, newest: Checkpoint) -> None:
         """RunError, before the run is touched, where a checkpoint's adapter isn't of this run's shape any more."""
         try:  # into memory alone: a method may take its shape from what was saved
-            self.host.adapters[NAME].load_state_dict(newest.adapter())
+            self.host.adapters[self.name].load_state_dict(newest.adapter())
         except RuntimeError:
             raise RunError(
                 f"{newest.folder} holds an adapter of another shape; r, targets and patterns can't be changed by --force,"
                 f" start a new run instead"
             ) from None
 
-    def _study(self) -> None:
+    def look(self) -> None:
         """Let the method see what its sites are given, where it starts from that."""
         job, most = self.job, math.ceil(self.config.batch_tokens or TOKENS)
         with self.terminal.working(f"looking at what the sites are given, for method={self.config.method}") as spinner:
-            seen = study(self.host, NAME, job.plan.since(0), tokens=min(TOKENS, most), progress=spinner.update)
+            seen = study(self.host, self.name, job.plan.since(0), tokens=min(TOKENS, most), progress=spinner.update)
         if seen:
-            found = self.host.adapters[NAME].ranks()
+            found = self.host.adapters[self.name].ranks()
             few, many = min(found, default=0), max(found, default=0)
             self.terminal.say(f"start     {seen} batches looked at: ranks from {few} to {many}")
 
-    def _restore(self, run: Run, newest: Checkpoint) -> None:
-        adapter = self.host.adapters[NAME]
+    def restore(self, run: Run, newest: Checkpoint) -> None:
+        """Go back to a checkpoint, and the run's records with it."""
+        adapter = self.host.adapters[self.name]
         adapter.load_state_dict(newest.adapter())
         assert self.job.optimizer is not None
         try:
@@ -495,7 +518,7 @@ class _Fit:
         if self.data.held_out:
             self._evaluate(run, 0)
         if self.config.start or self.data.held_out:
-            self._checkpoint(run)
+            self.checkpoint(run)
 
     def _steps(self, run: Run, progress: Any, stop: Stop, writer: Any) -> str:
         config, job = self.config, self.job
@@ -503,7 +526,7 @@ class _Fit:
         last = time.monotonic()
         for step in self._train(run):
             now = time.monotonic()
-            figures = step.jobs[NAME]
+            figures = step.jobs[self.name]
             if figures.failed:
                 return figures.failed
             self.halvings = step.halvings
@@ -514,7 +537,7 @@ class _Fit:
                     f" {step.too_large[0]} from here on; the result is the same but for rounding{draws}"
                 )
             self.busy, self.tokens = self.busy + now - last, self.tokens + step.tokens
-            self._record(run, step, now - last, writer)
+            self.record(run, step, now - last, writer)
             reason = self.watch.loss(figures.loss)
             progress.update(
                 step.number,
@@ -528,10 +551,10 @@ class _Fit:
                 loss, enough = self._evaluate(run, step.number, writer)
                 progress.update(step.number, job.steps, held_out_loss=loss)
                 if enough:
-                    self._checkpoint(run, enough)
+                    self.checkpoint(run, enough)
                     return enough if step.number < job.steps else ""
             if due or step.number % config.checkpoint_every == 0 or stop.asked or reason:
-                self._checkpoint(run, "all steps done" if step.number == job.steps else "")
+                self.checkpoint(run, "all steps done" if step.number == job.steps else "")
             if reason:
                 job.failed = reason
                 return reason
@@ -547,11 +570,12 @@ class _Fit:
         try:
             yield from train(self.host, [self.job], self.halvings)
         except OutOfMemory:  # the adapter is as the last step left it, and that step may have no checkpoint yet
-            self._checkpoint(run)
+            self.checkpoint(run)
             raise
 
-    def _record(self, run: Run, step: Step, seconds: float, writer: Any) -> None:
-        figures = step.jobs[NAME]
+    def record(self, run: Run, step: Step, seconds: float, writer: Any = None) -> None:
+        """What a step told, in the run's metrics."""
+        figures = step.jobs[self.name]
         values: dict[str, Any] = {
             "step": step.number,
             "loss": figures.loss,
@@ -570,15 +594,17 @@ class _Fit:
             for key in ("loss", "lr", "tokens_per_second", "grad_norm"):
                 writer.add_scalar(f"train/{key}", values[key], step.number)
 
-    def _evaluate(self, run: Run, step: int, writer: Any = None) -> tuple[float, str]:
-        """Held-out loss and sample answers; whether to stop, and why."""
+    def held_out_loss(self, progress: Callable[[int, int], object] | None = None) -> float:
+        """The mean loss of the held-out rows' learned tokens, as the adapter is now."""
         # No larger than a training forward, so that it never needs more memory than training does.
         assert self.config.batch_tokens is not None
-        tokens = math.ceil(self.config.batch_tokens / self.config.accumulate / 2**self.halvings)
+        tokens = min(TOKENS, math.ceil(self.config.batch_tokens / self.config.accumulate / 2**self.halvings))
+        return evaluate(self.host, self.data.held_out, self.name, tokens=tokens, progress=progress).loss
+
+    def _evaluate(self, run: Run, step: int, writer: Any = None) -> tuple[float, str]:
+        """Held-out loss and sample answers; whether to stop, and why."""
         with self.terminal.working("scoring the held-out rows") as spinner:
-            loss = evaluate(
-                self.host, self.data.held_out, NAME, tokens=min(TOKENS, tokens), progress=spinner.update
-            ).loss
+            loss = self.held_out_loss(spinner.update)
         if step == 0:
             self.watch.before = loss
         best, stop = self.watch.evaluation(step, loss)
@@ -599,15 +625,20 @@ class _Fit:
                 "prompt": messages[-1].content,
                 "expected": expected,
                 "answer": answer(
-                    self.host, self.chat, self.chat.prompt_ids(messages, row.example.tools), NAME, max_new=SAMPLE_TOKENS
+                    self.host,
+                    self.chat,
+                    self.chat.prompt_ids(messages, row.example.tools),
+                    self.name,
+                    max_new=SAMPLE_TOKENS,
                 ),
             }
             for row, (messages, expected) in rows
         ]
 
-    def _checkpoint(self, run: Run, finished: str = "") -> None:
+    def checkpoint(self, run: Run, finished: str = "") -> None:
+        """Save everything that going on needs. `finished`: why nothing comes after it."""
         assert self.job.optimizer is not None
-        adapter = self.host.adapters[NAME]
+        adapter = self.host.adapters[self.name]
         self.seconds = time.monotonic() - self.began
         self.peak = max(self.peak, peak_memory())
         state = {
@@ -627,10 +658,11 @@ class _Fit:
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
-    def _finish(self, run: Run, reason: str) -> Run:
+    def finish(self, run: Run, reason: str) -> Run:
+        """Write the best adapter, the summary and the report. Failed where training went wrong."""
         went_wrong = bool(self.job.failed)
         best = self.watch.best_step if self.data.held_out else self.job.done
-        adapter = self.host.adapters[NAME]
+        adapter = self.host.adapters[self.name]
         if best != self.job.done:
             adapter.load_state_dict(run.at(best).adapter())
         if not went_wrong or best > 0:
@@ -647,18 +679,18 @@ class _Fit:
         return run
 
     def _save_adapter(self, run: Run, step: int) -> None:
-        self.host.adapters[NAME].notes |= {
+        self.host.adapters[self.name].notes |= {
             "lorafit": lorafit.__version__,
             "chat": self.chat.to_json(),
             "learn": self.config.learn,
             "step": step,
         }
-        files.write_folder(run.adapter, lambda place: self.host.save(NAME, place))
+        files.write_folder(run.adapter, lambda place: self.host.save(self.name, place))
 
     def summary(self, run: Run, best: int, reason: str) -> dict[str, Any]:
         """What summary.json holds."""
         watch, base = self.watch, self.host.base
-        number = self.host.adapters[NAME].numbers()
+        number = self.host.adapters[self.name].numbers()
         weights = run.adapter / "adapter_model.safetensors"
         return {
             "base": self.config.model,
@@ -689,7 +721,7 @@ class _Fit:
     def say_what(self, run: Run) -> None:
         """What is about to happen, before it does."""
         config, job, base = self.config, self.job, self.host.base
-        adapter = self.host.adapters[NAME]
+        adapter = self.host.adapters[self.name]
         share = adapter.numbers() / base.parameters()
         stored_numbers = sum(t.numel() for t in adapter.state_dict().values())
         options = " ".join(f"{k}={v}" for k, v in config.options.items())
@@ -731,7 +763,7 @@ class _Fit:
             f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {len(first)} rows), lr"
             f" {config.lr:.2g} {config.schedule},{optimizer}{evaluation} run folder {run.folder}"
         )
-        if self.host.shares({NAME}) and (again := spared(first)):
+        if self.host.shares({self.name}) and (again := spared(first)):
             say(f"          rows begin alike: of the first step's tokens {count(again)} needn't be computed again")
         most = f", at most {size(self.memory)}" if self.memory is not None else ""
         about = f"about {size(self.expected.peak_bytes)} are" if self.expected else "not known how much is"

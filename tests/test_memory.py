@@ -326,7 +326,7 @@ def limit():  # over what is taken now; the same limit that `prlimit --data` wou
     resource.setrlimit(resource.RLIMIT_DATA, (machine.private_memory() + abs(room),) * 2)
 
 
-plain = fit._Fit.run
+plain = fit.Training.run
 
 
 def run(self, *args):
@@ -337,7 +337,7 @@ def run(self, *args):
 if room > 0:
     limit()
 elif room < 0:  # only once the base and the rows are there
-    fit._Fit.run = run
+    fit.Training.run = run
 try:
     if resume:
         fit.resume(values["out"], values, terminal=Terminal(stream=sys.stderr))

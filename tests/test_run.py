@@ -101,7 +101,7 @@ elif where == "hash":   # between the two files of a checkpoint
 elif where == "sync":
     files._sync = killing(files._sync)
 elif where == "adapter":
-    fit._Fit._save_adapter = killing(fit._Fit._save_adapter)
+    fit.Training._save_adapter = killing(fit.Training._save_adapter)
 elif where == "report":
     fit.report.write = killing(fit.report.write)
 elif where == "config":
