@@ -72,6 +72,91 @@ def columns(bars: Sequence[tuple[str, float]], caption: str) -> str:
     return _bars([(label, f"{label}: {value:.4g}", value) for label, value in bars], caption, caption)
 
 
+@dataclass(frozen=True)
+class Axis:
+    """An upright axis of `parallel`: its name, and marks as (0 to 1 from below, label)."""
+
+    name: str
+    marks: Sequence[tuple[float, str]]
+
+
+def scatter(
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float, str]]]], label: str, x_label: str, high: int
+) -> str:
+    """Points (x > 0, y, title) of each (name, style), x by its logarithm; those of a series are joined."""
+    series = [one for one in series if one[2]]
+    xs = [math.log10(a) for _, _, points in series for a, _, _ in points]
+    ys = [b for _, _, points in series for _, b, _ in points]
+    beside = max(0.1, (0.8 - (max(xs) - min(xs))) / 2)  # so that there is a round number in between
+    left, right = min(xs) - beside, max(xs) + beside
+    y_ticks = ticks(min(ys), max(ys), high // 50)
+    floor, top = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+
+    def x(value: float) -> str:
+        return f"{LEFT + (math.log10(value) - left) / (right - left) * (WIDE - LEFT - RIGHT):.1f}"
+
+    def y(value: float) -> str:
+        return f"{high - BOTTOM - (value - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
+
+    rates = [m * 10.0**p for p in range(math.floor(left), math.ceil(right) + 1) for m in (1, 2, 5)]
+    marks = [rate for rate in rates if left <= math.log10(rate) <= right]
+    parts = _axes(
+        [(x(v), f"{v:.0e}".replace("e-0", "e-")) for v in marks[:: -(-len(marks) // 10)]],
+        [(y(v), _tick(v)) for v in y_ticks],
+        high,
+    )
+    parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">{x_label}</text>')
+    for _, style, points in series:
+        places = [(x(a), y(b), title) for a, b, title in sorted(points)]
+        if len(places) > 1:
+            path = "L".join(f"{a} {b}" for a, b, _ in places)
+            parts.append(f'<path class="{style}" d="M{path}"/>')
+        parts += [
+            f'<circle class="{style}" cx="{a}" cy="{b}" r="4"><title>{title}</title></circle>' for a, b, title in places
+        ]
+    parts += [
+        f'<text class="{style}" x="{WIDE - RIGHT}" y="{TOP + 12 + 15 * i}" text-anchor="end">{name}</text>'
+        for i, (name, style, _) in enumerate(series)
+    ]
+    return _svg(parts, high, label)
+
+
+def parallel(axes: Sequence[Axis], lines: Sequence[tuple[str, str, Sequence[float]]], label: str, high: int) -> str:
+    """A line for each (title, style, where it crosses each axis, 0 to 1 from below); later lines lie on earlier ones."""
+    top, foot, gap = TOP + 22, high - 14, (WIDE - LEFT - 2 * RIGHT) / max(1, len(axes) - 1)
+
+    def place(i: int, share: float) -> tuple[str, str]:
+        return f"{LEFT + i * gap:.1f}", f"{foot - share * (foot - top):.1f}"
+
+    parts = []
+    for i, axis in enumerate(axes):
+        at = place(i, 0)[0]
+        parts.append(f'<path class="grid" d="M{at} {top}V{foot}"/>')
+        anchor = "end" if i == len(axes) - 1 and i else "middle"
+        parts.append(f'<text x="{at}" y="{TOP + 8}" text-anchor="{anchor}">{axis.name}</text>')
+        dx, side = (-6, "end") if i in (0, len(axes) - 1) else (6, "start")
+        parts += [
+            f'<text x="{at}" y="{place(i, share)[1]}" dx="{dx}" dy=".35em" text-anchor="{side}">{text}</text>'
+            for share, text in axis.marks
+        ]
+    for title, style, shares in lines:
+        path = "L".join(" ".join(place(i, share)) for i, share in enumerate(shares))
+        parts.append(f'<path class="{style}" d="M{path}"><title>{title}</title></path>')
+    return _svg(parts, high, label)
+
+
+def alone(drawn: Sequence[tuple[str, str]], style: str) -> str:
+    """Charts (title, SVG) below each other as one SVG file with a style sheet of its own."""
+    parts, at = [], 0
+    for title, svg in drawn:
+        high = int(svg.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
+        parts.append(f'<text x="{LEFT}" y="{at + 18}">{title}</text>')
+        parts.append(svg.replace("<svg ", f'<svg y="{at + 26}" width="{WIDE}" height="{high}" ', 1))
+        at += high + 34
+    sheet = f"<style>{style}</style>" + f'<rect width="{WIDE}" height="{at}" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {at}">{sheet}{"".join(parts)}</svg>\n'
+
+
 def _bars(bars: Sequence[tuple[str, str, float]], caption: str, label: str, whole: bool = False, unit: str = "") -> str:
     """A bar for each (label, hover title, value); `whole`: values are counts."""
     high = 190

@@ -24,6 +24,7 @@ from lorafit.verbs import (
     plan,
     runs,
     train,
+    tune,
 )
 
 VERBS = {
@@ -32,6 +33,7 @@ VERBS = {
     "plan": plan,
     "advise": advise,
     "train": train,
+    "tune": tune,
     "doctor": doctor,
     "eval": eval_,
     "chat": chat,

@@ -49,6 +49,7 @@ from lorafit.model.starts import Start
 from lorafit.native import build as kernels
 from lorafit.native import pool
 from lorafit.plan import Estimate
+from lorafit.route import StackLike
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_of, quant_of
 from lorafit.train import optim
@@ -618,7 +619,9 @@ class Training:
             self.terminal.say(f"    {_line(sample['prompt'], 40)} -> {_line(sample['answer'], 70)}")
         return loss, stop
 
-    def _samples(self) -> list[dict[str, str]]:
+    def _samples(self, spec: StackLike = None) -> list[dict[str, str]]:
+        """Answers to held-out prompts through a stack of adapters; None: the one in training."""
+        name = self.name if spec is None else spec
         rows = [(row, found) for row in self.data.held_out if (found := prompt_of(row))][: self.config.samples]
         return [
             {
@@ -628,7 +631,7 @@ class Training:
                     self.host,
                     self.chat,
                     self.chat.prompt_ids(messages, row.example.tools),
-                    self.name,
+                    name,
                     max_new=SAMPLE_TOKENS,
                 ),
             }
@@ -658,13 +661,25 @@ class Training:
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
+    def go_to(self, run: Run, step: int) -> None:
+        """Make the adapter what it was after `step`, the last or one with a checkpoint."""
+        if step != self.job.done:
+            self.host.adapters[self.name].load_state_dict(run.at(step).adapter())
+
+    def answer_again(self, run: Run, step: int) -> None:
+        """Record answers for evaluations that were made without: the base's, and those after `step`."""
+        after = {"step": step, "held_out_loss": self.watch.best_loss, "best": True}
+        self.go_to(run, step)
+        if step:
+            before = {"step": 0, "held_out_loss": self.watch.before, "best": True}
+            run.record("evaluations", {**before, "samples": self._samples(())})
+        run.record("evaluations", {**after, "samples": self._samples()})
+
     def finish(self, run: Run, reason: str) -> Run:
         """Write the best adapter, the summary and the report. Failed where training went wrong."""
         went_wrong = bool(self.job.failed)
         best = self.watch.best_step if self.data.held_out else self.job.done
-        adapter = self.host.adapters[self.name]
-        if best != self.job.done:
-            adapter.load_state_dict(run.at(best).adapter())
+        self.go_to(run, best)
         if not went_wrong or best > 0:
             self._save_adapter(run, best)
         files.write_json(run.folder / "summary.json", self.summary(run, best, reason))

@@ -133,6 +133,7 @@ class Progress:
         self._eta = Eta()
         self._step = self._steps = 0
         self._figures: dict[str, float] = {}
+        self._state = ""
         self._printed = -math.inf
         self._pending = False
 
@@ -146,8 +147,9 @@ class Progress:
         if self._pending:
             self._plain()
 
-    def update(self, step: int, steps: int, **figures: float | None) -> None:
-        """Shows that `step` of `steps` is done. A figure that is None keeps its last value.
+    def update(self, step: int, steps: int, state: str = "", **figures: float | None) -> None:
+        """Shows that `step` of `steps` is done. A figure that is None keeps its last value. With a `state` in words that is
+        shown instead of the step.
 
         Figures: loss, held_out_loss, tokens_per_second, memory_bytes.
         """
@@ -156,7 +158,7 @@ class Progress:
             raise TypeError(f"unknown figures: {', '.join(sorted(unknown))}; known: {', '.join(_FIGURES)}")
         now = self._clock()
         self._eta.update(step, now)
-        self._step, self._steps = step, steps
+        self._step, self._steps, self._state = step, steps, state
         self._figures = {**self._figures, **{name: value for name, value in figures.items() if value is not None}}
         self._pending = True
         if not self._terminal.live:
@@ -172,7 +174,7 @@ class Progress:
     def line(self, width: int | None = None) -> str:
         """The figures as one line: all of them, or with a `width` a bar and as many as fit, by importance."""
         left = None if self._step >= self._steps else self._eta.left(self._steps, self._clock())
-        parts = [f"step {self._step}/{self._steps}"]
+        parts = [self._state or f"step {self._step}/{self._steps}"]
         parts += [label(self._figures[name]) for name, label in _FIGURES.items() if name in self._figures]
         if left is not None:
             parts.insert(2, f"{duration(left)} left")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafit import charts, doctor
+from lorafit import charts, doctor, tried
 from lorafit.charts import Point
 from lorafit.config import read_yaml
 from lorafit.doctor import Finding, number
@@ -39,6 +39,7 @@ def write(run: Path) -> Path:
             ("Verdict", _verdict(steps, evaluations, summary, best)),
             ("Diagnosis", _diagnosis(findings)),
             ("Curves", _curves(steps, evaluations, best, findings)),
+            ("Search", _search(read_json(run / "tune.json"))),
             ("Samples", _samples(evaluations, best)),
             ("Data", _data(data)),
             ("Summary", _summary(summary)),
@@ -194,6 +195,15 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
     return _table(heads, rows) + (f"<details><summary>Other evaluations</summary>{others}</details>" if others else "")
 
 
+def _search(found: dict[str, Any]) -> str:
+    """What `lorafit tune` tried, for a run that is its winner."""
+    rows = tried.rows(found)
+    if not rows:
+        return ""
+    drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in tried.pictures(found))
+    return _table(tried.HEADS, rows) + drawn
+
+
 def _data(data: dict[str, Any]) -> str:
     if not data:
         return ""
@@ -309,7 +319,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "eve
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}'
 
 
-_STYLE = """
+_STYLE = (
+    """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #667079; --rule: #e3e5e8;
   --blue: #2166c0; --orange: #c8590a; --green: #15803d; --red: #b42318; --mark: #cfe6d4; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea; --soft: #98a2ab;
@@ -346,8 +357,13 @@ path.raw { stroke: var(--blue); stroke-width: 1; opacity: .45; } path.smooth, pa
 path.held { stroke: var(--orange); stroke-width: 1.2; stroke-dasharray: 4 3; } circle.held { fill: var(--orange); }
 circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
 circle.trouble { fill: var(--red); stroke: var(--card); stroke-width: 1.5; } span.trouble::before { color: var(--red); }
+"""
+    + tried.style("path.{0} {{ stroke: {1}; }} svg text.{0} {{ fill: {1}; }} circle.{0} {{ fill: {1}; }}")
+    + """
+path.cut { stroke: var(--soft); stroke-width: 1; opacity: .5; } path.won { stroke: var(--green); stroke-width: 3; }
 circle.ghost { fill: transparent; } circle.ghost:hover { fill: var(--blue); } .bar { fill: var(--blue); opacity: .8; }
 """
+)
 
 
 def _page(title: str, body: str) -> str:

@@ -48,7 +48,7 @@ def test_train_takes_what_advise_shows(tiny_model, tmp_path, capsys, rows):
     data = file(tmp_path, [conversation(i) for i in range(rows)])
     found = shown(capsys, data, "--model", tiny_model)["settings"]
     config = fit.read_config(str(data), {"model": str(tiny_model), "out": str(tmp_path / "run")})
-    made = fit._Fit(config, Terminal(quiet=True))
+    made = fit.Training(config, Terminal(quiet=True))
     now = fit.settings.flat(config)
     assert {key: now[key] for key in ADVISED} == {key: found[key]["value"] for key in ADVISED}
     assert (made.job.lr, made.job.plan.tokens) == (found["lr"]["value"], found["batch_tokens"]["value"])

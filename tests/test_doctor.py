@@ -210,18 +210,18 @@ def test_a_killed_run_and_one_that_goes_on(tiny_model, data_file, tmp_path, caps
 
 def test_a_stopped_run(tiny_model, data_file, tmp_path, monkeypatch):
     given = {"model": str(tiny_model), "out": str(tmp_path / "run"), "steps": 12, "samples": 0}
-    step = fit._Fit._record
+    step = fit.Training.record
 
     def stopping(self, run, *rest):
         step(self, run, *rest)
         if len(run.records("metrics")) == 3:
             raise fit.Interrupted("stopped after step 3 of 12")
 
-    monkeypatch.setattr(fit._Fit, "_record", stopping)
+    monkeypatch.setattr(fit.Training, "record", stopping)
     with pytest.raises(fit.Interrupted):
         fit.fit(fit.read_config(str(data_file), given), QUIET)
     assert "interrupted" in names(tmp_path / "run", "fault")
-    monkeypatch.setattr(fit._Fit, "_record", step)
+    monkeypatch.setattr(fit.Training, "record", step)
     fit.resume(tmp_path / "run", {}, terminal=QUIET)
     assert not (tmp_path / "run" / "stopped.json").exists()
     assert "interrupted" not in names(tmp_path / "run")

@@ -1,0 +1,1 @@
+"""Searching for settings: many adapters trained at once over one base."""

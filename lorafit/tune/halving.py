@@ -1,0 +1,99 @@
+"""Successive halving (arXiv 1502.07943, 1810.05834): who goes on is decided from held-out losses at rungs.
+
+Candidates are compared after an eighth and three eighths of their steps, each by its own count, so batches of any size meet at
+the same share of the data. A third of them goes on, and at least two do from the first rung. Nobody waits longer than the
+result needs: who can't be overtaken any more goes on at once, who can't make it is cut at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+ETA = 3
+EIGHTHS = (1, 3)  # of its steps, after which a candidate is compared
+SHARES = (*(part / 8 for part in EIGHTHS), 1.0)
+
+
+def rungs(steps: int) -> tuple[int, ...]:
+    """The steps after which a candidate with so many is compared: those of `train`'s own evaluations, eight a run."""
+    eighth = max(1, math.ceil(steps / 8))
+    return tuple(min(steps, part * eighth) for part in EIGHTHS)
+
+
+def keeps(size: int, finalists: int = 1) -> tuple[int, int]:
+    """How many of `size` candidates go on from each rung."""
+    first = max(math.ceil(size / ETA), min(size, 2))
+    return first, max(math.ceil(first / ETA), min(first, finalists))
+
+
+def cost(size: int, finalists: int = 1) -> float:
+    """What a search over `size` candidates takes, in whole trainings."""
+    first, last = keeps(size, finalists)
+    return SHARES[0] * size + (SHARES[1] - SHARES[0]) * first + (SHARES[2] - SHARES[1]) * last
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Why a candidate is out: its place among `of` at a rung, of which `keep` go on."""
+
+    rung: int
+    place: int
+    of: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Who goes on from which rung, and who is out."""
+
+    passed: Mapping[int, frozenset[int]]  # rung -> candidates
+    cut: Mapping[int, Cut]
+
+
+@dataclass
+class Heat:
+    """Candidates that are compared with each other. `size`: how many there will be; None: not known yet, nobody is judged.
+
+    `losses` by rung and candidate; infinite for one that has failed. Equal losses: the earlier candidate is the better.
+    """
+
+    size: int | None
+    finalists: int = 1
+    losses: tuple[dict[int, float], ...] = field(default_factory=lambda: tuple({} for _ in EIGHTHS))
+
+    def verdicts(self) -> Verdicts:
+        """What can be said by now, whatever the losses that are still to come."""
+        passed: dict[int, frozenset[int]] = {}
+        cut: dict[int, Cut] = {}
+        if self.size is None:
+            return Verdicts(passed, cut)
+        entering = self.size
+        for rung, keep in enumerate(keeps(self.size, self.finalists)):
+            there = {n: loss for n, loss in self.losses[rung].items() if rung == 0 or n in passed[rung - 1]}
+            missing = entering - len(there)
+            passed[rung] = frozenset(n for n, ahead in ranked(there) if ahead + missing < keep and _finite(there[n]))
+            cut |= {
+                n: Cut(rung, ahead + 1, entering, keep)
+                for n, ahead in ranked(there)
+                if ahead >= keep or not _finite(there[n])
+            }
+            entering = keep if missing else len(passed[rung])
+        return Verdicts(passed, cut)
+
+    def complete(self) -> bool:
+        """Everybody who goes on from the rung before has reached the last one, or failed."""
+        if self.size is None or len(self.losses[0]) < self.size:
+            return False
+        return self.verdicts().passed[0] <= set(self.losses[-1])
+
+
+def ranked(losses: Mapping[int, float]) -> list[tuple[int, int]]:
+    """Candidates by loss, each with how many are better."""
+    order: Sequence[int] = sorted(losses, key=lambda n: (losses[n] if _finite(losses[n]) else math.inf, n))
+    return [(n, ahead) for ahead, n in enumerate(order)]
+
+
+def _finite(loss: float) -> bool:
+    return math.isfinite(loss)

@@ -1,0 +1,343 @@
+"""The engine: candidates trained together over one base, compared at rungs, cut, replaced. A generator of `Round`, one for each
+step; it does no input or output. Whoever drives it records, saves and shows.
+
+Candidates share the forward of a step and nothing else (train/loop.py), so one that wins is what it would be alone: its own
+evaluations, early stop and schedule are those of `lorafit train` with its settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lorafit.fit import Training
+from lorafit.train.loop import Step, train
+from lorafit.tune.halving import EIGHTHS, Cut, rungs
+from lorafit.tune.space import Values
+from lorafit.tune.strategy import Strategy
+
+State = Literal["training", "waiting", "cut", "failed", "done"]
+RANGE_STEPS = 32  # of a range test, or a quarter of a training's where that is less
+FEWEST = 8  # with fewer a range test tells nothing
+SPAN = 30.0  # it goes from the baseline's rate divided by this to that rate times this
+BELOW = 4.0  # the rate with the lowest loss there is this much above the best one for a whole training
+FARTHEST = 10.0  # from the baseline's rate, that a range test may move the centre
+
+
+def name_of(number: int) -> str:
+    """A candidate's adapter in the host, and its folder."""
+    return f"{number:03d}"
+
+
+@dataclass
+class Candidate:
+    """One set of settings, and how far it has come. `training` is None when it is out: only its figures are left."""
+
+    number: int
+    values: Values
+    training: Training | None
+    steps: int
+    state: State = "training"
+    why: str = ""
+    losses: list[float] = field(default_factory=list)  # at the rungs
+    taken: int = 0  # steps
+    best_loss: float = math.inf
+    best_step: int = 0
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The steps after which it is compared."""
+        return rungs(self.steps)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a candidate (0: to the search)."""
+
+    kind: Literal["range", "budget", "joined", "evaluated", "rung", "cut", "failed", "done"]
+    candidate: int
+    figures: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON types, but for infinite figures."""
+        return {"event": self.kind, "candidate": self.candidate or None, **self.figures}
+
+
+@dataclass(frozen=True)
+class Round:
+    """A step of all that were training, and what came of it. `step` is None where candidates were only put in or judged."""
+
+    step: Step | None
+    events: tuple[Event, ...]
+    testing: bool = False  # of the range test: nothing that a search could be taken up from
+
+
+Make = Callable[[int, Values], Training]
+
+
+class Search:
+    """`make` makes a candidate's adapter and job; `places` is how many train at once, `room` the bytes that all adapters may
+    take with their gradients and optimisers. `time_for` says, from the trainings done so far (whole and parts), how many
+    candidates there is time for; it is asked where the strategy has no size.
+
+    Everything that a search is taken up from lies in `candidates`, `calls` (those of the strategy, in order), `halvings` and
+    `before`.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        make: Make,
+        *,
+        places: int,
+        room: int | None = None,
+        time_for: Callable[[float], int] = lambda done: 8,
+    ) -> None:
+        self.strategy, self.make = strategy, make
+        self.places, self.room, self.time_for = places, room, time_for
+        self.candidates: dict[int, Candidate] = {}
+        self.calls: list[list[Any]] = []
+        self.halvings = 0
+        self.before = math.nan  # held-out loss before training: a fresh adapter changes nothing, so it is everybody's
+        self._jobs: list[Any] = []
+        self._events: list[Event] = []
+        self._idle = False  # the strategy had nothing when it was asked, and was told nothing since
+
+    # --- what the strategy was asked and told ----------------------------------------------------------------------------
+
+    def call(self, what: str, *arguments: Any) -> Any:
+        """Call the strategy, and remember that."""
+        self.calls.append([what, *arguments])
+        answer = getattr(self.strategy, what)(*arguments)
+        self._idle = what == "ask" and answer is None
+        return answer
+
+    # --- the rounds ------------------------------------------------------------------------------------------------------
+
+    def rounds(self) -> Iterator[Round]:
+        """Until nobody is left to train. May be dropped after any round that isn't `testing`, and taken up from there."""
+        if self.strategy.wants_rate:
+            yield from self._range_test()
+        while True:
+            self._fill()
+            if self._events:
+                yield self._round(None)
+            if not self._jobs:
+                return
+            host = next(c.training.host for c in self.candidates.values() if c.training)
+            for step in train(host, self._jobs, self.halvings):
+                self.halvings = step.halvings
+                for candidate in self._training():
+                    self._after(candidate, step)
+                self._judge()
+                self._fill()
+                yield self._round(step)
+
+    def _round(self, step: Step | None) -> Round:
+        events, self._events = tuple(self._events), []
+        return Round(step, events)
+
+    def _training(self) -> list[Candidate]:
+        return [c for c in self.candidates.values() if c.state == "training"]
+
+    def _say(self, kind: Any, candidate: int, **figures: Any) -> None:
+        self._events.append(Event(kind, candidate, figures))
+
+    # --- one step later --------------------------------------------------------------------------------------------------
+
+    def _after(self, candidate: Candidate, step: Step) -> None:
+        """What a step has made of a candidate: it fails, is evaluated, stops early, reaches a rung, or its end."""
+        training = candidate.training
+        assert training is not None and training.config.eval_every is not None
+        training.halvings = self.halvings
+        job, figures = training.job, step.jobs[candidate_name(candidate)]
+        candidate.taken = job.done
+        job.failed = job.failed or training.watch.loss(figures.loss)
+        if job.failed:
+            self._fail(candidate, job.failed)
+            return
+        at = job.done
+        due = at % training.config.eval_every == 0 or at == job.steps
+        reached = len(candidate.losses) < len(EIGHTHS) and at >= candidate.rungs[len(candidate.losses)]
+        if not due and not reached:
+            return
+        loss, enough = training.held_out_loss(), ""
+        if (
+            due
+        ):  # at a rung between `train`'s own evaluations nothing is to be learned from it that `train` doesn't know
+            best, enough = training.watch.evaluation(at, loss)
+            candidate.best_loss, candidate.best_step = training.watch.best_loss, training.watch.best_step
+            self._say("evaluated", candidate.number, step=at, held_out_loss=loss, best=best)
+        if not math.isfinite(loss):
+            job.failed = enough or f"the held-out loss is {loss}"
+            self._fail(candidate, job.failed)
+            return
+        if reached:
+            candidate.state = "waiting"
+            self._reach(candidate, loss)
+        if enough or at == job.steps:
+            candidate.state, candidate.why = "done", enough if at < job.steps else ""
+            while len(candidate.losses) < len(EIGHTHS):
+                self._reach(candidate, candidate.best_loss)
+            self._say("done", candidate.number, step=at, held_out_loss=candidate.best_loss, why=candidate.why)
+        self._leave(candidate)
+
+    def _reach(self, candidate: Candidate, loss: float) -> None:
+        rung = len(candidate.losses)
+        candidate.losses.append(loss)
+        self.call("report", candidate.number, rung, loss)
+        self._say("rung", candidate.number, rung=rung, step=candidate.taken, held_out_loss=loss)
+
+    def _fail(self, candidate: Candidate, why: str) -> None:
+        candidate.state, candidate.why = "failed", why
+        for rung in range(len(candidate.losses), len(EIGHTHS)):
+            self.call("report", candidate.number, rung, math.inf)
+        self._say("failed", candidate.number, step=candidate.taken, why=why)
+        self._leave(candidate)
+        self._forget(candidate)
+
+    def _leave(self, candidate: Candidate) -> None:
+        """Take no further part, unless it is still training."""
+        if candidate.state != "training" and candidate.training is not None:
+            job = candidate.training.job
+            self._jobs[:] = [other for other in self._jobs if other is not job]
+
+    def _forget(self, candidate: Candidate) -> None:
+        """Its adapter, its gradients and its optimiser are free for others."""
+        if candidate.training is not None:
+            candidate.training.host.remove(candidate_name(candidate))
+            candidate.training = None
+
+    def _judge(self) -> None:
+        for number, out in self.strategy.verdicts().cut.items():
+            candidate = self.candidates[number]
+            if candidate.state in ("waiting", "done"):
+                candidate.state, candidate.why = "cut", reason(candidate, out)
+                self._say("cut", number, step=candidate.taken, rung=out.rung, why=candidate.why)
+                self._forget(candidate)
+
+    # --- who trains ------------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Give free places to those who go on, the farthest first, then to new candidates."""
+        while len(self._jobs) < self.places:
+            if (candidate := self._next()) is None:
+                return
+            assert candidate.training is not None
+            candidate.state = "training"
+            self._jobs.append(candidate.training.job)
+            self._jobs.sort(key=lambda job: job.name)
+
+    def _next(self) -> Candidate | None:
+        """Who takes a free place."""
+        if (ready := self._ready()) is not None:
+            return ready
+        if not self._idle and self._has_room():
+            values = self.call("ask")
+            return self._join(values) if values is not None else self._ready()  # the last stage may just have ended
+        if self._idle and self.strategy.size is None and not self._jobs:
+            size = self.time_for(self.done())
+            self.call("resize", size)
+            self._say("budget", 0, candidates=size)
+            self._judge()
+            return self._next()
+        return None
+
+    def _ready(self) -> Candidate | None:
+        """Of those who may go on, the farthest, and the best of these."""
+        passed = self.strategy.verdicts().passed
+        ready = [
+            c
+            for c in self.candidates.values()
+            if c.state == "waiting" and c.number in passed.get(len(c.losses) - 1, frozenset())
+        ]
+        return max(ready, key=lambda c: (len(c.losses), -c.losses[-1], -c.number), default=None)
+
+    def _join(self, values: Values) -> Candidate:
+        number = len(self.candidates) + 1
+        training = self.make(number, values)
+        if math.isnan(self.before):
+            self.before = training.held_out_loss()
+        self.begin(training)
+        made = Candidate(number, values, training, training.job.steps, best_loss=self.before)
+        self.candidates[number] = made
+        self._say("joined", number, settings=values, steps=made.steps, lr=training.job.lr)
+        return made
+
+    def begin(self, training: Training) -> None:
+        """What `train` does before the first step."""
+        training.watch.before = self.before
+        training.watch.evaluation(0, self.before)
+
+    def _has_room(self) -> bool:
+        """Whether another adapter like the largest fits into memory; the first one always may."""
+        held = [bytes_of(c.training) for c in self.candidates.values() if c.training is not None]
+        return self.room is None or not held or sum(held) + max(held) <= self.room
+
+    def done(self) -> float:
+        """Trainings done so far, whole and parts."""
+        return sum(c.taken / c.steps for c in self.candidates.values())
+
+    def put_back(self, candidate: Candidate) -> None:
+        """A candidate of a search that is taken up again, restored."""
+        self.candidates[candidate.number] = candidate
+        if candidate.state == "training":
+            assert candidate.training is not None
+            self._jobs.append(candidate.training.job)
+            self._jobs.sort(key=lambda job: job.name)
+
+    # --- the range test --------------------------------------------------------------------------------------------------
+
+    def _range_test(self) -> Iterator[Round]:
+        """Train the baseline for a few steps while its rate rises from far too low to far too high (arXiv 1506.01186), and tell
+        the strategy where the loss was lowest before it rose."""
+        training = self.make(0, {})
+        job = training.job
+        usual, count = job.lr, min(RANGE_STEPS, job.steps // 4)
+        rate, curve = usual, []
+        if count >= FEWEST:
+            job.schedule, job.warmup, job.steps = "constant", 0.0, count
+            job.lr = usual / SPAN
+            for step in train(training.host, [job], self.halvings):
+                self.halvings = step.halvings
+                figures = step.jobs[job.name]
+                curve.append((figures.lr, figures.loss))
+                yield Round(step, (), testing=True)
+                job.lr = usual / SPAN * SPAN ** (2 * job.done / (count - 1))
+            rate = centre_of(curve, usual)
+        training.host.remove(job.name)
+        self.call("centre", rate)
+        self._say("range", 0, lr=rate, usual=usual, curve=curve)
+
+
+def candidate_name(candidate: Candidate) -> str:
+    """Of its adapter."""
+    return name_of(candidate.number)
+
+
+def bytes_of(training: Training) -> int:
+    """What an adapter takes while it is trained: itself, its gradients, and two averages of AdamW, in fp32."""
+    return 16 * training.host.adapters[training.name].numbers()
+
+
+def reason(candidate: Candidate, out: Cut) -> str:
+    """Why a candidate was cut, in words."""
+    return (
+        f"held-out loss {candidate.losses[out.rung]:.4f} after step {candidate.rungs[out.rung]} of {candidate.steps}:"
+        f" place {out.place} of {out.of}, {out.keep} {'goes' if out.keep == 1 else 'go'} on"
+    )
+
+
+def centre_of(curve: list[tuple[float, float]], usual: float) -> float:
+    """The rate to search around: BELOW under the one where the smoothed loss of a range test was lowest, no farther than
+    FARTHEST from the usual one."""
+    mean, lowest, at = math.nan, math.inf, usual
+    for lr, loss in curve:
+        if not math.isfinite(loss):
+            break
+        mean = loss if math.isnan(mean) else mean + (loss - mean) / 3
+        if mean < lowest:
+            lowest, at = mean, lr
+    return min(usual * FARTHEST, max(usual / FARTHEST, at / BELOW))

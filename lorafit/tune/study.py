@@ -1,0 +1,600 @@
+"""The folder of a search, and the way from settings to it.
+
+    tune/search.json   what was asked for        tune/state.json   how far it is; names each candidate's checkpoint
+    tune/001/ …        a run folder for each candidate: config.yaml, metrics.jsonl, evaluations.jsonl, checkpoints/
+    tune.jsonl         every event               tune.json, tune.svg   the table and the pictures, at the end
+    and what a run folder holds, of the winner, at the end
+
+state.json is replaced as one file after the checkpoints it names are there, so a search is taken up from one whole moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafit import config as settings
+from lorafit import files, fit, places, plan, tried
+from lorafit.batches import Plan
+from lorafit.config import Config
+from lorafit.errors import ConfigError, ModelError, OutOfMemory, RunError
+from lorafit.evaluate import score_answers
+from lorafit.fit import Training
+from lorafit.log import Progress, Terminal, duration
+from lorafit.machine import Stop, gpu_memory_limit, memory_limit, out_of_memory
+from lorafit.methods import find
+from lorafit.methods import settings as method_settings
+from lorafit.native import build as kernels
+from lorafit.native import pool
+from lorafit.run import Run, next_folder
+from lorafit.train.loop import Step
+from lorafit.tune import together
+from lorafit.tune.samplers import sampler
+from lorafit.tune.search import Candidate, Event, Search, name_of
+from lorafit.tune.space import Choice, Range, Space, Values, edges, settled, space
+from lorafit.tune.stages import Staged
+from lorafit.tune.strategy import AllTogether, Strategy
+
+Objective = Literal["loss", "token_f1", "exact_match"]
+OBJECTIVES: tuple[Objective, ...] = ("loss", "token_f1", "exact_match")
+SEARCHES = ("staged", "grid", "random", "tpe")
+FINALISTS = 3  # that are trained to their end where not the loss decides
+ANSWERS = 64  # held-out rows that are answered for another objective
+CANDIDATES = 8  # where no budget is given
+QUIET = Terminal(quiet=True)
+RANKS = (32, 8, 64)
+SHAPING = {"method", "targets", "rank_pattern", "alpha_pattern"}  # settings that an adapter may not be possible with
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a search, beside the settings that all candidates share."""
+
+    search: str = "staged"
+    budget: str | None = None  # 8: candidates; 30m: time
+    objective: str = "loss"
+    together: int | None = None
+    space: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """ConfigError for a word that isn't known."""
+        for key, value, known in (("search", self.search, SEARCHES), ("objective", self.objective, OBJECTIVES)):
+            if value not in known:
+                raise ConfigError(f"--{key} {value}: must be one of {', '.join(known)}")
+        if self.together is not None and self.together < 1:
+            raise ConfigError(f"--together {self.together}: must be at least 1")
+        if self.budget is not None:
+            budget_of(self.budget)
+
+
+def budget_of(text: str) -> int | float:
+    """A number of candidates (int), or seconds (float)."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|min)?\s*", text.lower())
+    amount = float(found[1]) if found else 0.0
+    if not found or amount <= 0 or (not found[2] and not amount.is_integer()):
+        raise ConfigError(f"--budget {text}: must be a number of candidates, such as 8, or a time: 90s, 30m, 2h")
+    return int(amount) if not found[2] else amount * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
+
+
+def tune(source: str | None, given: Mapping[str, Any], options: Options, terminal: Terminal | None = None) -> Run:
+    """Search, and return the run that the best candidate has become. Errors are those of `fit`."""
+    options.check()
+    terminal = terminal or Terminal()
+    config = fit.read_config(source, given)
+    if not config.data:
+        raise ConfigError("no data; give a file: lorafit tune DATA")
+    if config.start:
+        raise ConfigError("--from can't be searched: candidates start from fresh adapters; leave it out")
+    written = settings.read_yaml(Path(source)) if source and Path(source).suffix in (".yaml", ".yml") else {}
+    asked = {**written, **given}
+    asked.pop("out", None)
+    if options.space is not None:
+        space(options.space, asked)  # before minutes of work
+    folder = Path(config.out) if config.out else next_folder(config.data)
+    if folder.exists():
+        Run.create(folder)
+    base = Training(config, terminal)
+    made = Study(Run(folder), asked, options, base, terminal)
+    Run.create(folder)
+    asked |= {key: value for key in ("data", "model", "held_out") if (value := getattr(config, key))}
+    made.begin(asked)
+    return made.run_to_its_end()
+
+
+def resume(folder: str | Path, terminal: Terminal | None = None) -> Run:
+    """Go on with a search from its last whole moment. RunError if rows or base are others now, or it is finished."""
+    terminal = terminal or Terminal()
+    run = Run(Path(folder))
+    saved = files.load_json(run.folder / "tune" / "search.json", RunError)
+    if saved is None:
+        raise RunError(f"{run.folder} is not a search (it has no tune/search.json); lorafit tune DATA --out makes one")
+    if (run.folder / "tune.json").exists() and (run.folder / "report.html").exists():
+        raise RunError(f"{run.folder} is finished; its winner trains on with: lorafit train DATA --from {run.folder}")
+    asked = saved["settings"]
+    config = fit.read_config(None, {**asked, "out": str(run.folder)})
+    base = Training(config, terminal, files.load_json(run.folder / "chat.json", RunError))
+    made = Study(run, asked, Options(**saved["options"]), base, terminal)
+    made.take_up()
+    return made.run_to_its_end()
+
+
+class Study:
+    """A search with its folder. `base` is prepared with the settings that all candidates share; its adapter isn't trained."""
+
+    def __init__(
+        self, run: Run, asked: Mapping[str, Any], options: Options, base: Training, terminal: Terminal
+    ) -> None:
+        self.run, self.asked, self.options, self.base, self.terminal = run, asked, options, base, terminal
+        if not base.data.held_out:
+            raise ConfigError("a search compares candidates on held-out rows, and there are none; see held_out_share")
+        if base.host.base.quant is not None and base.host.base.quant.start is not None:
+            raise ConfigError(
+                f"method={base.config.method} has codes of its own made of the base; others can't share them"
+            )
+        self.start: Values = {**settings.flat(base.config), "lr": base.job.lr}
+        base.host.remove(base.name)
+        self.space = self._space()
+        self._try_edges()
+        if base.config.native and base.host.base.device.type == "cpu" and not kernels.on():
+            kernels.switch(True)
+            with terminal.working("compiling the kernels, once"):
+                kernels.library()
+        amount = budget_of(options.budget) if options.budget else CANDIDATES
+        self.limit = amount if isinstance(amount, float) else None
+        size = amount if isinstance(amount, int) else None
+        self.search = Search(
+            self._strategy(size),
+            self.make,
+            places=min(options.together or together.MOST, together.MOST),
+            room=self._room(),
+            time_for=self._time_for,
+        )
+        self.trainings: dict[int, Training] = {}
+        self.sizes: dict[int, Iterator[int]] = {}
+        self.saved: dict[int, tuple[int, str]] = {}  # candidate -> the step and state of its checkpoint
+        self.events = self.done_rounds = 0
+        self.seconds = 0.0  # of earlier parts of a search that was taken up
+        self.began = time.monotonic()
+
+    # --- what is searched ------------------------------------------------------------------------------------------------
+
+    def _space(self) -> Space:
+        if self.options.space is not None:
+            return space(self.options.space, self.asked)
+        config, rate = self.base.config, self.base.job.lr
+        kind, staged = find(config.method), self.options.search == "staged"
+        wide = 30.0 if staged else 10.0
+        found: dict[str, Range | Choice] = {"lr": Range(rate / wide, rate * wide, log=True)}
+        if "r" in config.options:
+            found["r"] = Choice(RANKS if staged else tuple(sorted({*RANKS, config.options["r"]})))
+        if self.options.search != "grid":
+            sites: list[list[str]] = [["attention"]] if kind.targets == ("all-linear",) else [["all-linear"]]
+            found["targets"] = Choice(tuple(sites if staged else [[], *sites]))
+        found = {key: one for key, one in found.items() if key not in self.asked}
+        if not found:
+            raise ConfigError(
+                "lr, r and targets are all set, so nothing is left to search; leave one out or give --space"
+            )
+        return found
+
+    def _try_edges(self) -> None:
+        """An adapter that can't be made is an error before anything is trained."""
+        own = SHAPING | set(method_settings(find(self.base.config.method)))
+        for key, value in edges(self.space):
+            config = self.config_of({key: value})
+            if key in own or key in config.options:
+                with contextlib.suppress(ModelError):
+                    plan.empty(config, self.base.host.base.path, self.base.host.base.device.type != "cpu")
+
+    def _strategy(self, size: int | None) -> Strategy:
+        finalists = 1 if self.options.objective == "loss" else FINALISTS
+        if self.options.search == "staged":
+            return Staged(self.space, self.start, size, finalists)
+        kind: Any = self.options.search
+        made = sampler(kind, self.space, self.base.config.seed)
+        if size is not None and kind == "grid" and self.options.budget is None:
+            size = made.most
+        return AllTogether(made, size, finalists)
+
+    def config_of(self, values: Values) -> Config:
+        """A candidate's settings: all that were chosen for the baseline stay, but for what follows from `values`."""
+        flat = settled(values, {key: value for key, value in self.start.items() if value is not None})
+        for key in ("eval_every", "out"):
+            flat.pop(key, None)
+        kind = find(str(flat["method"]))
+        if "method" in values and "lr" not in values and "lr" not in self.asked:
+            flat["lr"] = self.start["lr"] * kind.lr_factor / find(self.base.config.method).lr_factor
+        known = {*settings.defaults(), *method_settings(kind)}
+        config = fit.build({key: value for key, value in flat.items() if key in known})
+        config.eval_every = self.base.config.eval_every if "eval_every" in self.asked else None
+        if kind.codes and config.quant != "none":
+            raise ConfigError(f"method={config.method} makes codes of its own of a quantised base; it can't share one")
+        return config
+
+    def make(self, number: int, values: Values) -> Training:
+        """A new candidate's adapter, job and run folder."""
+        if number:
+            shutil.rmtree(self.of(number).folder, ignore_errors=True)  # of a part that was killed before it was saved
+        return self._made(number, values)
+
+    def _made(self, number: int, values: Values) -> Training:
+        training = self.base.beside(name_of(number), self.config_of(values))
+        training.terminal = QUIET
+        training.expected = None
+        run = self.of(number)
+        if number:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            training.config.out = str(run.folder)
+            files.write_text(run.folder / "config.yaml", settings.to_yaml(training.config))
+            self.trainings[number] = training
+        training.job.optimizer = training.optimizer(run if number else self.run)
+        return training
+
+    def of(self, number: int) -> Run:
+        """A candidate's run folder."""
+        return Run(self.run.folder / "tune" / name_of(number))
+
+    def _room(self) -> int | None:
+        """Bytes for adapters; None where the model can't be planned for."""
+        base, place = self.base, self.base.host.base
+        try:
+            model = plan.empty(base.config, place.path, place.device.type != "cpu")
+        except ModelError:
+            return None
+        here = places.here(base.config.device, base.memory)
+        left = here.memory + (sum(p.numel() * p.element_size() for p in place.model.parameters()) if here.gpu else 0)
+        return together.room(base.config, model, base.data.train, left)
+
+    def _time_for(self, done: float) -> int:
+        """How many candidates there is time for, from what those so far have taken."""
+        assert self.limit is not None
+        spent = self.spent()
+        whole = self.limit / (spent / max(done, 1e-9))
+        size = max(2, len(self.search.candidates))
+        while self.search.strategy.cost(size + 1) <= whole and size < 1000:
+            size += 1
+        return size
+
+    def spent(self) -> float:
+        """Seconds, of all parts."""
+        return self.seconds + time.monotonic() - self.began
+
+    # --- beginning and taking up -----------------------------------------------------------------------------------------
+
+    def begin(self, asked: Mapping[str, Any]) -> None:
+        """What the folder holds before the first step."""
+        base, place = self.base, self.run.folder
+        (place / "tune").mkdir(exist_ok=True)
+        files.write_json(place / "data.json", base.data.report.to_json())
+        files.write_json(place / "chat.json", base.chat.to_json())
+        files.write_json(place / "tune" / "search.json", {"settings": asked, "options": asdict(self.options)})
+
+    def take_up(self) -> None:
+        """Put everything back as state.json says. RunError if the search isn't the same any more."""
+        place = self.run.folder / "tune"
+        state = files.load_json(place / "state.json", RunError)
+        if state is None:
+            self.terminal.say(f"{self.run.folder} has nothing saved yet; starting from its beginning")
+            for part in place.iterdir():
+                if part.is_dir():
+                    shutil.rmtree(part)
+            (self.run.folder / "tune.jsonl").unlink(missing_ok=True)
+            return
+        changed = [key for key, now in self.base.identity.items() if state["identity"].get(key) != now]
+        if changed:
+            raise RunError(
+                f"{self.run.folder} began with another {' and '.join(changed)}; bring it back, or search anew"
+            )
+        self._replay(state)
+        events = self.run.records("tune")[: state["events"]]
+        files.write_text(self.run.folder / "tune.jsonl", "".join(_line(event) for event in events))
+        self.events, self.seconds, self.done_rounds = state["events"], state["seconds"], state["rounds"]
+        self.search.halvings, self.search.before = state["halvings"], state["before"]
+        for saved in state["candidates"]:
+            self._put_back(saved)
+        out = len([c for c in self.search.candidates.values() if c.training is None])
+        self.terminal.say(
+            f"going on with {len(self.search.candidates)} candidates, {out} of them out, after {duration(self.seconds)}"
+        )
+
+    def _replay(self, state: Mapping[str, Any]) -> None:
+        """Ask and tell the strategy again what it was asked and told."""
+        values = []
+        for what, *arguments in state["calls"]:
+            answer = self.search.call(what, *(math.inf if a is None else a for a in arguments))
+            if what == "ask" and answer is not None:
+                values.append(answer)
+        if json.dumps(values) != json.dumps([saved["values"] for saved in state["candidates"]]):
+            raise RunError(
+                f"{self.run.folder} had other candidates; another version of Optuna, or of lorafit, began it"
+            )
+
+    def _put_back(self, saved: Mapping[str, Any]) -> None:
+        values = {**saved, "losses": [math.inf if loss is None else loss for loss in saved["losses"]]}
+        values["best_loss"] = math.inf if saved["best_loss"] is None else saved["best_loss"]
+        candidate = Candidate(**{**values, "training": None})
+        if candidate.state in ("training", "waiting", "done"):
+            training = self._made(candidate.number, candidate.values)
+            run = self.of(candidate.number)
+            for stale in (run.folder / "checkpoints").iterdir():
+                if stale.name > f"step-{candidate.taken:06d}" or stale.name.startswith("."):
+                    shutil.rmtree(stale)
+            training.restore(run, run.at(candidate.taken))
+            training.began = time.monotonic() - training.seconds
+            candidate.training = training
+            self.saved[candidate.number] = (candidate.taken, candidate.state)
+        self.search.put_back(candidate)
+
+    # --- the search ------------------------------------------------------------------------------------------------------
+
+    def run_to_its_end(self) -> Run:
+        """Go through the rounds, saving what they tell; then finish. Interrupted on Ctrl-C, with everything saved."""
+        self.say_what()
+        self.began = time.monotonic()
+        limit = gpu_memory_limit if self.base.host.base.device.type == "cuda" else memory_limit
+        stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
+        try:
+            with limit(self.base.memory), stop, self.terminal.progress() as progress:
+                self._rounds(progress, stop)
+                return self._finish()
+        except Exception as error:
+            if not isinstance(error, OutOfMemory) and not out_of_memory(error):
+                raise
+            line = next(iter(str(error).splitlines()), "out of memory")
+            raise OutOfMemory(
+                f"{line}; go on with more memory: lorafit tune --resume --out {self.run.folder}; or search anew with a smaller"
+                " --together, batch_tokens or max_tokens, or with checkpointing=true"
+            ) from None
+        finally:
+            pool.give_back()
+
+    def _rounds(self, progress: Progress, stop: Stop) -> None:
+        last = time.monotonic()
+        for found in self.search.rounds():
+            now = time.monotonic()
+            if found.testing:
+                progress.update(1, 2, state="finding a learning rate to search around")
+            if found.step is not None and not found.testing:
+                self.done_rounds += 1
+                self._record(found.step, now - last)
+            for event in found.events:
+                self._take(event)
+            due = bool(found.events) or self.done_rounds % self.base.config.checkpoint_every == 0
+            if not found.testing and (due or stop.asked):
+                self.save()
+            self._show(progress)
+            if stop.asked:
+                what = "the range test isn't over, so nothing is saved yet" if found.testing else "all saved"
+                raise fit.Interrupted(
+                    f"stopped after {self.done_rounds} steps, {what}; go on with:"
+                    f" lorafit tune --resume --out {self.run.folder}"
+                )
+            last = time.monotonic()
+
+    def _record(self, step: Step, seconds: float) -> None:
+        """A line of metrics for every candidate that took part in the step."""
+        for candidate in self.search.candidates.values():
+            number = candidate.number
+            if name_of(number) in step.jobs and candidate.state != "failed":
+                training = self.trainings[number]
+                if number not in self.sizes:
+                    self.sizes[number] = sizes(training.job.plan, candidate.taken - 1)
+                tokens = next(self.sizes[number])
+                training.busy, training.tokens = training.busy + seconds, training.tokens + tokens
+                training.record(self.of(number), replace(step, number=candidate.taken, tokens=tokens), seconds)
+
+    def _take(self, event: Event) -> None:
+        """Write an event down, and say what people want to know."""
+        self.run.record("tune", event.to_json())
+        self.events += 1
+        number, figures = event.candidate, event.figures
+        if event.kind in ("joined", "evaluated"):
+            loss = figures.get("held_out_loss", self.search.before)
+            best = figures.get("best", True)
+            row = {"step": figures["step"] if event.kind == "evaluated" else 0, "held_out_loss": loss, "best": best}
+            self.of(number).record("evaluations", {**row, "samples": []})
+        said = {
+            "range": lambda: f"range test: learning rates are tried around {figures['lr']:.2g}",
+            "budget": lambda: f"there is time for {figures['candidates']} candidates",
+            "joined": lambda: f"#{number} joins: {tried.words(figures['settings']) or 'the settings as they are'}",
+            "cut": lambda: f"#{number} is cut: {figures['why']}",
+            "failed": lambda: f"#{number} fails: {figures['why']}",
+            "done": lambda: (
+                f"#{number} is trained: held-out loss {figures['held_out_loss']:.4f}"
+                + (f" ({figures['why']})" if figures["why"] else "")
+            ),
+        }
+        if event.kind in said:
+            self.terminal.say(said[event.kind]())
+
+    def _show(self, progress: Progress) -> None:
+        """The candidates' state in one line."""
+        all_of_them = list(self.search.candidates.values())
+        if not all_of_them:
+            return
+        number = {
+            state: sum(c.state == state for c in all_of_them)
+            for state in ("training", "waiting", "cut", "failed", "done")
+        }
+        known = [c for c in all_of_them if c.taken and c.state != "failed" and c.best_step]
+        best = min(known, key=lambda c: c.best_loss, default=None)
+        done, most = self.search.done(), self.search.strategy.cost(self.search.strategy.size or len(all_of_them))
+        progress.update(
+            min(99, round(100 * done / max(most, done, 1e-9))),
+            100,
+            state=", ".join(f"{count} {state}" for state, count in number.items() if count),
+            held_out_loss=best.best_loss if best else None,
+        )
+
+    # --- saving ----------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Everything that a search is taken up from: checkpoints first, then the one file that names them."""
+        search = self.search
+        for number, candidate in search.candidates.items():
+            now = (candidate.taken, candidate.state)
+            before = self.saved.get(number)
+            done = candidate.state == "done"
+            if candidate.training is not None and (before is None or before[0] != now[0] or (done and before != now)):
+                candidate.training.halvings = search.halvings
+                candidate.training.checkpoint(self.of(number), (candidate.why or "all steps done") if done else "")
+            self.saved[number] = now
+        state = {
+            "identity": self.base.identity,
+            "seconds": self.spent(),
+            "rounds": self.done_rounds,
+            "events": self.events,
+            "halvings": search.halvings,
+            "before": search.before,
+            "calls": [[_plain(word) for word in call] for call in search.calls],
+            "candidates": [_candidate(c) for c in search.candidates.values()],
+        }
+        files.write_json(self.run.folder / "tune" / "state.json", state)
+        for number, candidate in search.candidates.items():
+            if candidate.training is None:
+                self.trainings.pop(number, None)
+                self.sizes.pop(number, None)
+                shutil.rmtree(self.of(number).folder / "checkpoints", ignore_errors=True)
+
+    # --- the end ---------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> Run:
+        """Choose the winner, and make the run folder that `train` would have made of it."""
+        finalists = [c for c in self.search.candidates.values() if c.state == "done"]
+        if not finalists:
+            reasons = "; ".join(f"#{c.number} {c.why}" for c in self.search.candidates.values() if c.why)
+            raise fit.Failed(f"no candidate could be trained to its end ({reasons}); try smaller learning rates")
+        scores = {c.number: self._score(c) for c in finalists}
+        best = max if self.options.objective != "loss" else min
+        winner = best(finalists, key=lambda c: (scores[c.number], -c.number if best is max else c.number))
+        training = winner.training
+        assert training is not None
+        self._assemble(winner, training, scores)
+        return self.run
+
+    def _score(self, candidate: Candidate) -> float:
+        """What the objective makes of a candidate's best adapter."""
+        training = candidate.training
+        if self.options.objective == "loss" or training is None:
+            return candidate.best_loss
+        training.go_to(self.of(candidate.number), candidate.best_step)
+        with self.terminal.working(f"answering held-out prompts with #{candidate.number}") as spinner:
+            exact, f1, _ = score_answers(
+                training.host, training.chat, training.data.held_out[:ANSWERS], training.name, progress=spinner.update
+            )
+        return f1 if self.options.objective == "token_f1" else exact
+
+    def _assemble(self, winner: Candidate, training: Training, scores: Mapping[int, float]) -> None:
+        own, run = self.of(winner.number).folder, self.run
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            files.write_text(run.folder / name, (own / name).read_text(encoding="utf-8"))
+        for checkpoint in (own / "checkpoints").iterdir():
+            target = run.folder / "checkpoints" / checkpoint.name
+            files.write_folder(target, lambda place, source=checkpoint: _copy(source, place))  # type: ignore[misc]
+        training.config.out = str(run.folder)
+        files.write_text(run.folder / "config.yaml", settings.to_yaml(training.config))
+        found = self.table(winner, scores)
+        files.write_json(run.folder / "tune.json", found)
+        files.write_text(run.folder / "tune.svg", tried.svg(found))
+        training.began = time.monotonic() - self.spent()
+        training.answer_again(run, winner.best_step)
+        training.finish(run, winner.why)
+        for number in self.search.candidates:
+            shutil.rmtree(self.of(number).folder / "checkpoints", ignore_errors=True)
+
+    def table(self, winner: Candidate, scores: Mapping[int, float]) -> dict[str, Any]:
+        """What tune.json holds."""
+        candidates = []
+        for number, c in self.search.candidates.items():
+            own = settings.read_yaml(self.of(number).folder / "config.yaml")
+            shape = {
+                key: own.get(key) for key in ("lr", "r", "alpha", "method", "targets", "batch_tokens", *self.space)
+            }
+            row = {**_candidate(c), "settings": {key: value for key, value in shape.items() if value is not None}}
+            candidates.append({**row, "score": scores.get(number), "winner": c is winner})
+        test = next((event for event in self.run.records("tune") if event["event"] == "range"), None)
+        return {
+            "search": self.options.search,
+            "budget": self.options.budget or str(CANDIDATES),
+            "objective": self.options.objective,
+            "searched": list(self.space),
+            "seconds": round(self.spent(), 2),
+            "trainings": round(self.search.done(), 3),
+            "held_out_loss_before": self.search.before,
+            "held_out_rows": len(self.base.data.held_out),
+            "winner": winner.number,
+            "winner_settings": tried.words(winner.values),
+            "range_test": None if test is None else {key: test[key] for key in ("lr", "usual", "curve")},
+            "candidates": candidates,
+        }
+
+    def say_what(self) -> None:
+        """What is about to happen, before it does."""
+        base, say = self.base, self.terminal.say
+        what = "; ".join(f"{key} {_shape(one)}" for key, one in self.space.items())
+        place = base.host.base
+        say(f"base      {base.config.model}: {base.config.precision} on {place.device}")
+        say(f"data      {len(base.data.train)} rows to train on, {len(base.data.held_out)} held out")
+        say(f"search    {self.options.search}: {what}")
+        room = (
+            ""
+            if self.search.room is None
+            else f"; memory has room for {max(0, self.search.room) / 1e9:.1f} GB of adapters"
+        )
+        say(f"together  at most {self.search.places}{room}; run folder {self.run.folder}")
+
+
+def sizes(plan: Plan, since: int) -> Iterator[int]:
+    """The tokens of step `since`, since + 1, … (from 0) of a job."""
+
+    def every() -> Iterator[int]:
+        for number in itertools.count():
+            epoch = plan.epoch(number)
+            for run in epoch.runs:
+                yield int(plan.lengths[epoch.order[run.start : run.stop]].sum())
+
+    return itertools.islice(every(), since, None)
+
+
+def _copy(source: Path, place: Path) -> None:
+    shutil.copytree(source, place, dirs_exist_ok=True)
+
+
+def _candidate(c: Candidate) -> dict[str, Any]:
+    """A candidate's figures in JSON types."""
+    return {
+        "number": c.number,
+        "values": c.values,
+        "steps": c.steps,
+        "state": c.state,
+        "why": c.why,
+        "losses": [_plain(loss) for loss in c.losses],
+        "taken": c.taken,
+        "best_loss": _plain(c.best_loss),
+        "best_step": c.best_step,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _shape(one: Range | Choice) -> str:
+    if isinstance(one, Range):
+        return f"{one.low:.2g} to {one.high:.2g}"
+    return ", ".join(
+        "+".join(value) or "the method's own" if isinstance(value, list) else str(value) for value in one.values
+    )

@@ -1,0 +1,23 @@
+"""How many adapters fit into memory at once, over one base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lorafit import plan
+from lorafit.batches import default_tokens
+from lorafit.config import Config
+from lorafit.data import Tokens
+from lorafit.train.loop import TOGETHER
+
+EACH = 16  # bytes of a trained number: itself, its gradient, two averages of AdamW, all in fp32
+MOST = 32  # that are trained at once however much memory there is
+
+
+def room(config: Config, model: plan.Model, rows: Sequence[Tokens], memory: int) -> int:
+    """Bytes that all adapters together may take with their gradients and optimisers, of `memory`: what the base, and the
+    activations of a micro-batch that jobs share, leave of it."""
+    tokens = max(TOGETHER, config.batch_tokens or default_tokens(rows, config.share))
+    found = plan.estimate(replace(config, batch_tokens=tokens, accumulate=1), model, rows)
+    return memory - (found.peak_bytes - EACH * found.trainable_parameters)

@@ -1,0 +1,543 @@
+"""A search trains many adapters at once, and its winner is what training it alone gives; it survives being killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import xml.dom.minidom
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from tiny import base, rows
+
+from lorafit import fit, tried
+from lorafit.batches import Plan
+from lorafit.cli import main
+from lorafit.errors import ConfigError, MissingExtra, RunError
+from lorafit.host import Host
+from lorafit.log import Terminal
+from lorafit.train.loop import Job, train
+from lorafit.tune import halving, samplers, study, together
+from lorafit.tune.halving import EIGHTHS, Heat
+from lorafit.tune.search import centre_of
+from lorafit.tune.space import Choice, Range, settled, space
+from lorafit.tune.stages import Staged, around
+from lorafit.tune.strategy import AllTogether
+
+QUIET = Terminal(quiet=True)
+SHARED = {"steps": "24", "batch_tokens": "150", "precision": "fp32", "samples": "1"}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """How far two adapters are from each other, as a whole, relative to one of them."""
+    assert set(first) == set(second)
+    ours, theirs = (torch.cat([made[k].flatten() for k in sorted(first)]) for made in (first, second))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def furthest(a: Path, b: Path) -> float:
+    return apart(weights(a), weights(b))
+
+
+def searched(model, data, out, given=None, **options) -> Path:
+    asked = {"model": str(model), "out": str(out), **SHARED, **(given or {})}
+    return study.tune(str(data), asked, study.Options(**options), QUIET).folder
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, data_file, tmp_path_factory) -> Path:
+    """An unbroken search, with dropout, by stages."""
+    out = tmp_path_factory.mktemp("tune") / "whole"
+    return searched(tiny_model, data_file, out, {"dropout": "0.1"}, budget="6")
+
+
+# --- what is searched ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "says"),
+    [
+        ({"learning_rat": [1]}, {}, "unknown setting 'learning_rat'"),
+        ({"rr": [1]}, {}, "did you mean 'r'?"),
+        ({"rank": [1]}, {}, "did you mean 'r'?"),
+        ({"model": ["a"]}, {}, "'model' can't be searched: the rows or the base depend on it"),
+        ({"seed": [1, 2]}, {}, "give them with --held-out"),
+        ({"r": [8]}, {"r": "4"}, "r is set to 4 and searched; leave one out"),
+        ({"r": []}, {}, "r has no values"),
+        ({"r": ["many"]}, {}, "r=many: must be a whole number"),
+        ({"method": ["lroa"]}, {}, "did you mean 'lora'?"),
+        ({"lr": {"low": 1e-5}}, {}, "lr in the space has no high"),
+        ({"lr": {"low": 1e-5, "hihg": 1}}, {}, "did you mean 'high'?"),
+        ({"lr": {"low": 1e-3, "high": 1e-5}}, {}, "low must be below high"),
+        ({"lr": {"low": 0, "high": 1, "log": True}}, {}, "above 0"),
+        ({"targets": {"low": 0, "high": 1}}, {}, "targets takes no range"),
+        ({"steps": [5], "epochs": [1]}, {}, "both say how long"),
+    ],
+)
+def test_a_space_is_checked_like_settings(written, given, says):
+    with pytest.raises(ConfigError, match=says.replace("?", r"\?").replace("(", r"\(")):
+        space(written, given)
+
+
+def test_a_space_reads_ranges_and_choices():
+    found = space(
+        {"lr": {"low": 1e-5, "high": 1e-2, "log": True}, "r": {"low": 4, "high": 64, "log": True, "points": 3}}
+        | {"targets": ["attention", ["q_proj", "v_proj"]], "method": ["lora", "ia3"], "warmup": 0.1},
+        {},
+    )
+    assert found["lr"].grid() == [1e-5, 1e-4, 1e-3, 1e-2] and found["r"].grid() == [4, 16, 64]
+    assert found["targets"].values == (["attention"], ["q_proj", "v_proj"]) and found["warmup"].values == (0.1,)
+    assert settled({"method": "ia3", "r": 8}, {"lr": 1}) == {"method": "ia3", "lr": 1}  # (IA)³ has no rank
+    assert settled({"steps": 8}, {"epochs": 3.0}) == {"steps": 8}
+
+
+# --- halving ------------------------------------------------------------------------------------------------------------
+
+
+def test_whoever_comes_first_the_same_go_on_and_no_word_is_taken_back():
+    chance = random.Random(0)
+    for size, finalists in itertools.product((1, 2, 3, 4, 8, 13), (1, 3)):
+        losses = [{n: chance.choice([1.0, 2.0, chance.random()]) for n in range(1, size + 1)} for _ in EIGHTHS]
+        entering = list(range(1, size + 1))
+        want = []
+        for rung, keep in enumerate(halving.keeps(size, finalists)):
+            entering = sorted(entering, key=lambda n, rung=rung: (losses[rung][n], n))[:keep]
+            want.append(set(entering))
+        for _ in range(5):
+            heat = Heat(size, finalists)
+            said_passed, said_cut = [set(), set()], set()
+            todo = [(n, 0) for n in range(1, size + 1)]
+            while todo:
+                n, rung = todo.pop(chance.randrange(len(todo)))
+                heat.losses[rung][n] = losses[rung][n]
+                found = heat.verdicts()
+                for k in (0, 1):
+                    now = set(found.passed.get(k, ()))
+                    assert said_passed[k] <= now and not now & set(found.cut) - said_passed[k] - set(found.passed[1])
+                    todo += [(n, 1) for n in now - said_passed[k] if k == 0]
+                    said_passed[k] = now
+                assert said_cut <= set(found.cut)
+                said_cut = set(found.cut)
+            assert said_passed == want
+            assert said_cut == set(range(1, size + 1)) - want[1]
+
+
+def test_one_that_failed_never_goes_on_and_holds_nobody_up():
+    heat = Heat(3)
+    heat.losses[0].update({1: math.inf, 2: math.nan, 3: 2.0})
+    found = heat.verdicts()
+    assert found.passed[0] == {3} and set(found.cut) == {1, 2}
+    heat.losses[1][3] = 1.5
+    assert heat.verdicts().passed[1] == {3} and heat.complete()
+
+
+def test_a_third_goes_on_so_a_search_costs_less_than_a_third_of_training_all():
+    assert halving.rungs(24) == (3, 9) and halving.rungs(25) == (4, 12) and halving.rungs(2) == (1, 2)
+    assert halving.keeps(32) == (11, 4) and halving.keeps(8) == (3, 1) and halving.keeps(2) == (2, 1)
+    for size in (16, 32, 64):
+        assert halving.cost(size) < size / 3
+
+
+# --- who is tried -------------------------------------------------------------------------------------------------------
+
+
+def play(strategy, loss) -> list[dict]:
+    """The candidates of a strategy when everybody's loss is this function of the settings."""
+    tried_ = []
+    while (values := strategy.ask()) is not None:
+        tried_.append(values)
+        while True:
+            found, known = strategy.verdicts(), len(tried_)
+            if known == len(tried_) and len(tried_) not in told(strategy, 0):
+                strategy.report(known, 0, loss(values))
+            ready = [n for n in found.passed.get(0, ()) if n not in told(strategy, 1)]
+            for n in ready:
+                strategy.report(n, 1, loss(tried_[n - 1]))
+            if not ready and len(tried_) in told(strategy, 0):
+                break
+        for n in [n for n in strategy.verdicts().passed.get(0, ()) if n not in told(strategy, 1)]:
+            strategy.report(n, 1, loss(tried_[n - 1]))
+    return tried_
+
+
+def told(strategy, rung: int) -> set[int]:
+    heats = strategy.heats if isinstance(strategy, Staged) else [strategy.heat]
+    return set().union(*(heat.losses[rung] for heat in heats)) if heats else set()
+
+
+def test_stages_change_one_thing_at_a_time_around_the_best_so_far():
+    searched_ = {"lr": Range(1e-5, 1e-1, log=True), "r": Choice((32, 8, 64)), "targets": Choice((["attention"],))}
+    staged = Staged(searched_, {"lr": 1e-3, "r": 16, "targets": []}, 8, 1)
+    assert staged.wants_rate
+    staged.centre(1e-2)
+
+    def loss(values) -> float:
+        return abs(math.log(values.get("lr", 1e-3) / 3e-2)) + abs(values.get("r", 16) - 64) / 64 + ("targets" in values)
+
+    found = play(staged, loss)
+    assert found[:5] == [{}, {"lr": 1e-2}, {"lr": 0.03}, {"lr": 0.00333}, {"lr": 0.09}]
+    assert found[5:7] == [{"lr": 0.03, "r": 32}, {"lr": 0.03, "r": 8}]
+    assert found[7:] == [{"lr": 0.03, "r": 32, "targets": ["attention"]}]
+    assert staged.verdicts().passed[1] == {6} and set(staged.verdicts().cut) == {1, 2, 3, 4, 5, 7, 8}
+
+
+def test_rates_go_outwards_from_the_centre_and_skip_what_was_tried():
+    assert list(around(1e-3, [1.05e-3]))[:4] == [0.003, 0.000333, 0.009, 0.000111]
+    assert list(around(1e-3, [], Range(5e-4, 5e-3))) == [1e-3, 3e-3, 0.00173, 0.000577]
+
+
+def test_the_centre_is_below_the_rate_with_the_lowest_loss_and_not_far_from_the_usual_one():
+    rising = [(1e-4 * 2**i, loss) for i, loss in enumerate([5, 5, 4, 3, 2, 2, 2, 3, 9, math.nan, 1])]
+    assert 1e-4 * 2**5 / 4 <= centre_of(rising, 1e-3) <= 1e-4 * 2**7 / 4
+    assert centre_of([(1e-9, 1.0), (1.0, 2.0)], 1e-3) == 1e-4
+    assert centre_of([(1e3, 1.0)], 1e-3) == 1e-2
+
+
+def test_a_grid_is_whole_and_chance_is_the_same_each_time():
+    searched_ = {"lr": Range(1e-4, 1e-1, log=True), "r": Choice((8, 16))}
+    grid = AllTogether(samplers.Grid(searched_, 0), 99, 1)
+    found = play(grid, lambda values: values["lr"] + values["r"])
+    assert len(found) == 8 == len({tuple(v.items()) for v in found})
+    part = play(AllTogether(samplers.Grid(searched_, 0), 3, 1), lambda values: values["lr"])
+    assert len({tuple(v.items()) for v in part}) == 3 and all(v in found for v in part)
+    chance = [play(AllTogether(samplers.Random(searched_, seed), 5, 1), lambda v: 1.0) for seed in (1, 1, 2)]
+    assert chance[0] == chance[1] != chance[2] and chance[0][0] == {}
+    assert all(1e-4 <= v["lr"] <= 1e-1 for v in chance[0][1:])
+    few = AllTogether(samplers.Random({"r": Choice((8, 16))}, 0), 99, 1)
+    assert few.size == 3 and {v.get("r") for v in play(few, lambda v: 1.0)} == {None, 8, 16}
+
+
+def test_tpe_finds_the_good_end_and_repeats_itself():
+    pytest.importorskip("optuna")
+    searched_ = {"lr": Range(1e-5, 1e-1, log=True), "r": Choice((8, 16))}
+
+    def found():
+        return play(AllTogether(samplers.Tpe(searched_, 0), 25, 1), lambda v: abs(math.log(v.get("lr", 1.0) / 1e-3)))
+
+    first = found()
+    assert first == found()
+    off = [abs(math.log(v["lr"] / 1e-3)) for v in first[1:]]
+    assert sum(off[-8:]) < sum(off[:8])
+
+
+def test_without_optuna_the_command_is_said(monkeypatch):
+    monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'lorafit\[tune\]'"):
+        samplers.sampler("tpe", {"r": Choice((1, 2))}, 0)
+
+
+def test_a_budget_is_candidates_or_a_time():
+    assert study.budget_of("8") == 8 and isinstance(study.budget_of("8"), int)
+    assert [study.budget_of(text) for text in ("90s", "30m", "1.5h", "2 min")] == [90.0, 1800.0, 5400.0, 120.0]
+    for wrong in ("0", "x", "1.5", "30d", "-3"):
+        with pytest.raises(ConfigError, match="--budget"):
+            study.budget_of(wrong)
+
+
+# --- together and alone -------------------------------------------------------------------------------------------------
+
+KINDS = [
+    ("lora", dict(r=4), "attention", 3e-3, 40, "cosine", 0, 0),
+    ("dora", dict(r=3), "all-linear", 2e-3, 30, "linear", 1, 1),
+    ("lora", dict(r=16, dropout=0.2), "all-linear", 1e-3, 60, "constant", 2, 2),
+    ("ia3", dict(), "all-linear", 3e-2, 25, "cosine", 3, 3),
+    ("adalora", dict(r=4), "all-linear", 5e-3, 50, "cosine", 4, 4),
+    ("pissa", dict(r=2), "attention", 1e-3, 40, "linear", 5, 5),
+]
+STEPS = 50
+
+
+def _jobs(host: Host, which) -> list[Job]:
+    made = []
+    for i in which:
+        method, options, targets, lr, tokens, schedule, seed, data = KINDS[i]
+        host.add(str(i), method, [targets], seed=seed, **options)
+        own = rows([5 + (3 * k + i) % 11 for k in range(12)], seed=data)
+        made.append(Job(str(i), Plan(own, tokens, 1 + i % 2, seed), STEPS, lr, schedule))
+    return made
+
+
+def test_jobs_that_share_steps_pause_and_come_back_end_as_they_do_alone():
+    """fp32, relative to the adapter: 1e-6 after 50 steps. What is left is the order of sums in shared products, which training
+    at a rate that is too high for it multiplies step by step (here a tenfold one ends 4 % apart)."""
+    host = Host(base("llama"))
+    everybody = _jobs(host, range(len(KINDS)))
+    live = list(everybody)
+    for step in train(host, live):
+        if step.number == 7:  # two wait at a rung; one comes back between others
+            live[:] = [job for job in everybody if job.name not in "14"]
+        if step.number == 20 and everybody[1] not in live:
+            live.insert(1, everybody[1])
+        if step.number == 50 and everybody[4] not in live:
+            live.append(everybody[4])
+    for i, job in enumerate(everybody):
+        assert job.done == STEPS and not job.failed
+        alone = Host(base("llama"))
+        (solo,) = _jobs(alone, [i])
+        list(train(alone, [solo]))
+        ours, theirs = (
+            torch.cat([p.detach().flatten() for p in made.adapters[str(i)].parameters()]) for made in (host, alone)
+        )
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm(), (KINDS[i], float((ours - theirs).norm()))
+
+
+def test_the_winner_is_what_train_gives_with_its_settings(whole, tmp_path):
+    found = json.loads((whole / "tune.json").read_text())
+    assert len(found["candidates"]) == 6 and sum(c["state"] == "done" for c in found["candidates"]) == 1
+    asked = fit.read_config(str(whole / "config.yaml"), {"out": str(tmp_path / "alone")})
+    alone = fit.fit(asked, QUIET).folder
+    assert furthest(whole, alone) <= 1e-6
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (whole, alone))
+    for key in (
+        "best_step",
+        "steps",
+        "stopped",
+        "method",
+        "trainable_parameters",
+        "tokens",
+        "train_rows",
+        "held_out_rows",
+    ):
+        assert ours[key] == theirs[key], key
+    for key in ("held_out_loss_before", "held_out_loss_after"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+    names = {path.name for path in alone.iterdir()}
+    assert names <= {path.name for path in whole.iterdir()}
+    assert [m["step"] for m in fit.Run(whole).records("metrics")] == list(range(1, ours["steps"] + 1))
+
+
+def test_different_methods_batches_and_schedules_in_one_search(tiny_model, data_file, tmp_path, monkeypatch):
+    """Several reach their end, and each is what training it alone gives."""
+    written = {
+        "method": ["lora", "dora", "rslora"],
+        "lr": [1e-3, 3e-3],
+        "r": [4, 16],
+        "batch_tokens": [100, 150, 300],
+        "schedule": ["linear", "constant"],
+        "targets": [["attention"], ["all-linear"]],
+    }
+    given = {"epochs": "2"}
+    asked = {"model": str(tiny_model), "out": str(tmp_path / "run"), "precision": "fp32", "samples": "0", **given}
+    plain = study.Study.table
+
+    def table(self, *words):  # while the checkpoints of all finalists are there
+        shutil.copytree(self.run.folder / "tune", tmp_path / "tune")
+        return plain(self, *words)
+
+    monkeypatch.setattr(study.Study, "table", table)
+    options = study.Options(search="random", budget="7", space=written, objective="token_f1")
+    run = study.tune(str(data_file), asked, options, QUIET)
+    found = json.loads((run.folder / "tune.json").read_text())
+    done = [c for c in found["candidates"] if c["state"] == "done"]
+    assert len(done) == 3 and all(c["score"] is not None for c in done)
+    assert len({c["steps"] for c in found["candidates"]}) > 1  # batches of other sizes take other numbers of steps
+    for c in done:
+        folder = tmp_path / "tune" / f"{c['number']:03d}"
+        config = fit.read_config(str(folder / "config.yaml"), {"out": str(tmp_path / f"alone-{c['number']}")})
+        alone = fit.fit(config, QUIET)
+        ours = fit.Run(folder).at(c["taken"]).adapter()
+        theirs = alone.at(c["taken"]).adapter()
+        assert apart(ours, theirs) <= 1e-6, c["settings"]
+
+
+def test_one_that_diverges_leaves_and_the_others_do_not_notice(tiny_model, data_file, tmp_path):
+    written = {"lr": [1e-2, 1e30, 3e-3]}
+    with_it = searched(tiny_model, data_file, tmp_path / "a", search="grid", space=written)
+    without = searched(tiny_model, data_file, tmp_path / "b", search="grid", space={"lr": [1e-2, 3e-3]})
+    found = json.loads((with_it / "tune.json").read_text())["candidates"]
+    assert found[1]["state"] == "failed" and "step" in found[1]["why"]
+    assert furthest(with_it, without) <= 1e-6
+
+
+def test_places_are_given_to_the_next(tiny_model, data_file, tmp_path):
+    one = searched(tiny_model, data_file, tmp_path / "one", search="grid", space={"lr": [3e-4, 1e-3, 3e-3]}, together=1)
+    all_ = searched(tiny_model, data_file, tmp_path / "all", search="grid", space={"lr": [3e-4, 1e-3, 3e-3]})
+    assert furthest(one, all_) <= 1e-6
+    a, b = (json.loads((run / "tune.json").read_text())["candidates"] for run in (one, all_))
+    assert [c["state"] for c in a] == [c["state"] for c in b]
+    assert [c["losses"] for c in a] == [pytest.approx(c["losses"], rel=1e-5) for c in b]
+
+
+def test_time_becomes_a_number_of_candidates(tiny_model, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.Study, "_time_for", lambda self, done: 6 if done >= 0.5 else 0)
+    run = searched(tiny_model, data_file, tmp_path / "run", search="random", budget="1h")
+    assert len(json.loads((run / "tune.json").read_text())["candidates"]) == 6
+    events = [e["event"] for e in fit.Run(run).records("tune")]
+    assert events.count("budget") == 1 and events.index("budget") > events.index("rung")
+    staged = searched(tiny_model, data_file, tmp_path / "staged", budget="1h")
+    assert len(json.loads((staged / "tune.json").read_text())["candidates"]) == 6
+
+
+def test_room_is_what_the_base_and_a_shared_micro_batch_leave(tiny_model):
+    from lorafit import plan
+
+    config = fit.build({"model": str(tiny_model), "precision": "fp32"})
+    model = plan.empty(config, Path(tiny_model), False)
+    left = together.room(config, model, rows([30] * 40), 10**9)
+    assert left + 10**6 == together.room(config, model, rows([30] * 40), 10**9 + 10**6)
+    peak = plan.estimate(fit.build({"model": str(tiny_model), "batch_tokens": 2048}), model, rows([30] * 40)).peak_bytes
+    assert left == 10**9 - peak + together.EACH * model.numbers
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_a_finished_run_with_a_table_and_pictures(whole, tiny_model):
+    with pytest.raises(RunError, match="is finished"):
+        fit.resume(whole, {}, terminal=QUIET)
+    with pytest.raises(RunError, match="is finished"):
+        study.resume(whole, QUIET)
+    page = (whole / "report.html").read_text()
+    assert "<h2>Search</h2>" in page and "the winner" in page and "learning rate" in page and "<script" not in page
+    drawn = xml.dom.minidom.parse(str(whole / "tune.svg"))
+    assert len(drawn.getElementsByTagName("circle")) >= 6
+    found = json.loads((whole / "tune.json").read_text())
+    assert tried.rows(found)[0][-1] == "the winner"
+    assert all("place" in row[-1] for row in tried.rows(found)[1:])
+    saved = yaml.safe_load((whole / "config.yaml").read_text())
+    assert saved["out"] == str(whole) and Path(saved["model"]) == tiny_model
+    assert not list((whole / "tune").glob("*/checkpoints")) and not list(whole.glob("**/.*tmp*"))
+    samples = [e for e in fit.Run(whole).records("evaluations") if e["samples"]]
+    assert [e["step"] for e in samples] == [0, json.loads((whole / "summary.json").read_text())["best_step"]]
+
+
+KILLER = """
+import os, signal, sys
+from lorafit import files, fit, run
+from lorafit.log import Terminal
+from lorafit.tune import study
+where, count = sys.argv[1], int(sys.argv[2])
+def killing(plain):
+    def call(*args, **kwargs):
+        global count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL if where != "stop" else signal.SIGINT)
+        return plain(*args, **kwargs)
+    return call
+if where in ("record", "stop"):
+    run.Run.record = killing(run.Run.record)
+elif where == "json":
+    files.write_json = killing(files.write_json)
+elif where == "sync":
+    files._sync = killing(files._sync)
+elif where == "adapter":
+    fit.Training._save_adapter = killing(fit.Training._save_adapter)
+settings = dict(word.split("=", 1) for word in sys.argv[4:])
+try:
+    study.tune(sys.argv[3], settings, study.Options(budget="6"), Terminal(quiet=True))
+except fit.Interrupted as error:
+    print(error)
+    sys.exit(130)
+"""
+
+
+def timeless(value):
+    """What must be the same in two searches: everything but how long it took."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "tokens_per_second")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [("record", 3), ("record", 60), ("sync", 70), ("json", 12), ("adapter", 1), ("stop", 100)],
+)
+def test_kill_9_and_resume_give_the_same_bits(whole, tiny_model, data_file, tmp_path, where, count):
+    out = tmp_path / "killed"
+    words = [f"{k}={v}" for k, v in {"model": tiny_model, "out": out, "dropout": "0.1", **SHARED}.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, where, str(count), str(data_file), *words], capture_output=True
+    )
+    assert done.returncode == (130 if where == "stop" else -signal.SIGKILL), done.stderr.decode()
+    assert not (out / "report.html").exists()
+    if where == "stop":
+        assert b"all saved; go on with: lorafit tune --resume --out" in done.stdout
+    study.resume(out, QUIET)
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == (
+        whole / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+    for name in ("tune", "metrics", "evaluations"):
+        assert timeless(fit.Run(out).records(name)) == timeless(fit.Run(whole).records(name)), name
+    ours, theirs = (json.loads((run / "tune.json").read_text()) for run in (out, whole))
+    assert timeless(ours) == timeless(theirs)
+    for number in range(1, 7):
+        both = [fit.Run(run / "tune" / f"{number:03d}").records("metrics") for run in (out, whole)]
+        assert timeless(both[0]) == timeless(both[1])
+
+
+def test_a_search_is_not_taken_up_with_other_rows(whole, tiny_model, data_file, tmp_path):
+    rows_ = tmp_path / "rows.jsonl"
+    rows_.write_text(data_file.read_text())
+    out = tmp_path / "killed"
+    words = [f"{k}={v}" for k, v in {"model": tiny_model, "out": out, **SHARED}.items()]
+    done = subprocess.run([sys.executable, "-c", KILLER, "record", "60", str(rows_), *words], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    rows_.write_text(data_file.read_text().replace("sat", "lay"))
+    with pytest.raises(RunError, match="began with another data"):
+        study.resume(out, QUIET)
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tune"], "no data"),
+        (["tune", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["tune", "--resume"], "--resume needs the run folder"),
+        (["tune", "--resume", "--out", "nowhere"], "nowhere is not a search"),
+        (["tune", "--resume", "--out", "nowhere", "lr=1"], "give it --out RUN alone"),
+        (["tune", "DATA", "--budget", "soon"], "--budget soon"),
+        (["tune", "DATA", "--search", "staegd"], "--search staegd: must be one of staged"),
+        (["tune", "DATA", "--objective", "beauty"], "--objective beauty"),
+        (["tune", "DATA", "--together", "0"], "--together 0"),
+        (["tune", "DATA", "start=runs/x"], "runs/x is neither a run nor an adapter"),
+        (["tune", "DATA", "--model", "MODEL", "held_out_share=0"], "compares candidates on held-out rows"),
+        (["tune", "DATA", "--model", "MODEL", "lr=1e-3", "r=4", "targets=attention"], "nothing is left to search"),
+        (["tune", "DATA", "--model", "MODEL", "--space", "SPACE"], "target 'q_porj' matches nothing"),
+    ],
+)  # fmt: skip
+def test_the_users_mistakes_are_one_line_and_exit_2(capsys, words, says, data_file, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text("targets: [attention, q_porj]\n")
+    known = {"DATA": str(data_file), "MODEL": str(tiny_model), "SPACE": str(tmp_path / "space.yaml")}
+    code = main([known.get(word, word) for word in words])
+    out, err = capsys.readouterr()
+    assert code == 2 and says in err.strip().splitlines()[-1] and "Traceback" not in err
+    assert not out and not (tmp_path / "runs").exists()
+
+
+def test_the_command_prints_a_table_or_one_object(capsys, tiny_model, data_file, tmp_path):
+    words = [
+        "tune",
+        str(data_file),
+        "--model",
+        str(tiny_model),
+        "--budget",
+        "3",
+        *(f"{k}={v}" for k, v in SHARED.items()),
+    ]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    out, err = capsys.readouterr()
+    assert "the winner" in out and "held-out loss" in out and "#1 joins: the settings as they are" in err
+    assert main([*words, "--out", str(tmp_path / "b"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == str(tmp_path / "b") and len(found["tune"]["candidates"]) == 3
+    assert main(["runs", str(tmp_path)]) == 0
+    assert os.sep + "a" in capsys.readouterr().out
