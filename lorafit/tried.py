@@ -87,9 +87,12 @@ def svg(found: dict[str, Any]) -> str:
 
 def _by_rank(these: Sequence[dict[str, Any]], rung: int) -> list[tuple[str, str, list[tuple[float, float, str]]]]:
     groups: dict[str, list[tuple[float, float, str]]] = {}
+    several = [key for key in ("method", "targets") if len({_word(c["settings"].get(key)) for c in these}) > 1]
     for c in these:
         settings = c["settings"]
-        name = f"r={settings['r']}" if settings.get("r") is not None else str(settings.get("method"))
+        parts = [f"r={settings['r']}"] if settings.get("r") is not None else []
+        parts += [_word(settings.get(key) or "") for key in several]
+        name = " ".join(filter(None, parts)) or str(settings.get("method"))
         title = html.escape(f"#{c['number']} {words(c['values'])}: {c['losses'][rung]:.4f}")
         groups.setdefault(name, []).append((settings["lr"], c["losses"][rung], title))
     ordered = sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))
