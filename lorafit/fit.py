@@ -638,8 +638,8 @@ class Training:
             for row, (messages, expected) in rows
         ]
 
-    def checkpoint(self, run: Run, finished: str = "") -> None:
-        """Save everything that going on needs. `finished`: why nothing comes after it."""
+    def checkpoint(self, run: Run, finished: str = "") -> Path:
+        """Save everything that going on needs, and return where. `finished`: why nothing comes after it."""
         assert self.job.optimizer is not None
         adapter = self.host.adapters[self.name]
         self.seconds = time.monotonic() - self.began
@@ -657,7 +657,7 @@ class Training:
         }
         weights = {name: p.detach().cpu() for name, p in adapter.state_dict().items()}
         best = self.watch.best_step if self.data.held_out else None
-        run.checkpoint(self.job.done, weights, optim.state(adapter, self.job.optimizer), state, best)
+        return run.checkpoint(self.job.done, weights, optim.state(adapter, self.job.optimizer), state, best)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 

@@ -158,11 +158,28 @@ class Run:
             (place / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=2))
 
         files.write_folder(folder, fill)
+        self._prune(best)
+        return folder
+
+    def put(self, step: int, content: Mapping[str, bytes], best: int | None = None) -> None:
+        """The same of the files of a checkpoint that was made elsewhere."""
+
+        def fill(place: Path) -> None:
+            for name, data in content.items():
+                (place / name).write_bytes(data)
+
+        files.write_folder(self.folder / "checkpoints" / f"step-{step:06d}", fill)
+        self._prune(best)
+
+    def remove(self) -> None:
+        """All of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _prune(self, best: int | None) -> None:
         steps = sorted(self._steps())
         for old in steps[:-KEEP]:
             if old != best:
                 shutil.rmtree(self.folder / "checkpoints" / f"step-{old:06d}", ignore_errors=True)
-        return folder
 
     def newest(self, say: Callable[[str], object] = lambda text: None) -> Checkpoint | None:
         """The newest whole checkpoint; `say` is told of each damaged one that is passed over."""

@@ -27,7 +27,7 @@ from lorafit.errors import ConfigError, MissingExtra, RunError
 from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.train.loop import Job, train
-from lorafit.tune import halving, samplers, study, together
+from lorafit.tune import halving, samplers, study, together, workers
 from lorafit.tune.halving import EIGHTHS, Heat
 from lorafit.tune.search import centre_of
 from lorafit.tune.space import Choice, Range, settled, space
@@ -55,6 +55,7 @@ def furthest(a: Path, b: Path) -> float:
 
 def searched(model, data, out, given=None, **options) -> Path:
     asked = {"model": str(model), "out": str(out), **SHARED, **(given or {})}
+    asked = {key: value for key, value in asked.items() if value is not None}
     return study.tune(str(data), asked, study.Options(**options), QUIET).folder
 
 
@@ -490,6 +491,91 @@ def test_a_search_is_not_taken_up_with_other_rows(whole, tiny_model, data_file, 
     rows_.write_text(data_file.read_text().replace("sat", "lay"))
     with pytest.raises(RunError, match="began with another data"):
         study.resume(out, QUIET)
+
+
+# --- other processes ----------------------------------------------------------------------------------------------------
+
+
+GRID = {"lr": [1e-3, 3e-3, 1e-2], "batch_tokens": [100, 150]}
+
+
+def by_workers(model, data, out, text) -> None:
+    searched(model, data, out, {"dropout": "0.1", "batch_tokens": None}, search="grid", space=GRID, workers=text)
+
+
+def killing(monkeypatch, victims: int, kill=lambda crew, worker: os.kill(crew.processes[worker].pid, signal.SIGKILL)):
+    """Workers die as soon as one of their candidates has told something and is still on its way."""
+    plain, killed = workers.Spread._hear, []
+
+    def hear(self, worker, told):
+        plain(self, worker, told)
+        if told and len(killed) < victims and self.at[worker]:
+            killed.append(worker)
+            kill(self.workers, worker)
+
+    monkeypatch.setattr(workers.Spread, "_hear", hear)
+
+
+def check_by_workers(out: Path) -> None:
+    """It has gone through two workers and lost one or two, and its winner is what training it alone gives."""
+    lost = [e for e in fit.Run(out).records("tune") if e["event"] == "lost"]
+    assert lost and all(e["candidates"] for e in lost)
+    found = json.loads((out / "tune.json").read_text())
+    assert len(found["candidates"]) == 6 and {c["state"] for c in found["candidates"]} == {"done", "cut"}
+    alone = fit.fit(fit.read_config(str(out / "config.yaml"), {"out": str(out.parent / "alone")}), QUIET).folder
+    assert furthest(out, alone) <= 1e-5  # at a high rate
+    for run in (out, out / "tune" / f"{found['winner']:03d}"):
+        steps = [m["step"] for m in fit.Run(run).records("metrics")]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+class Here:
+    """A Crew of this very process."""
+
+    def __init__(self, text: str, config: str, chat: dict) -> None:
+        self.workers = {number: workers.Worker(config, chat) for number in (1, 2)}
+        self.alive, self.told = set(self.workers), []
+
+    def send(self, worker: int, items) -> None:
+        told = self.workers[worker].advance(items) if worker in self.alive else None
+        self.told.append((worker, told))
+
+    def wait(self, seconds: float):
+        return self.told.pop(0)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_worker_that_dies_has_its_candidates_go_on_elsewhere(tiny_model, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "crew", Here)
+    killing(monkeypatch, 1, lambda crew, worker: crew.alive.discard(worker))
+    by_workers(tiny_model, data_file, tmp_path / "run", "local:2")
+    check_by_workers(tmp_path / "run")
+
+
+def test_subprocesses_that_are_killed_lose_nothing_that_they_told(tiny_model, data_file, tmp_path, monkeypatch):
+    killing(monkeypatch, 2)
+    with pytest.raises(RunError, match="all workers have died"):
+        by_workers(tiny_model, data_file, tmp_path / "run", "local:2")
+    monkeypatch.undo()
+    study.resume(tmp_path / "run", QUIET)
+    check_by_workers(tmp_path / "run")
+
+
+def test_a_ray_cluster_of_two_workers_loses_one(tiny_model, data_file, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="ray isn't installed: pip install 'lorafit[ray]'")
+    killing(
+        monkeypatch, 1, lambda crew, worker: os.kill(crew.ray.get(crew.actors[worker].process.remote()), signal.SIGKILL)
+    )
+    by_workers(tiny_model, data_file, tmp_path / "run", "ray://local?workers=2")
+    check_by_workers(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["local", "local:0", "ray", "two", "ray://"])
+def test_workers_are_local_or_of_ray(text):
+    with pytest.raises(ConfigError, match=r"must be local:N, or ray://"):
+        study.Options(workers=text).check()
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

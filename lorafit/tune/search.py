@@ -8,7 +8,7 @@ evaluations, early stop and schedule are those of `lorafit train` with its setti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class Candidate:
 class Event:
     """What happened to a candidate (0: to the search)."""
 
-    kind: Literal["range", "budget", "joined", "evaluated", "rung", "cut", "failed", "done"]
+    kind: Literal["range", "budget", "lost", "joined", "evaluated", "rung", "cut", "failed", "done"]
     candidate: int
     figures: dict[str, Any]
 
@@ -119,11 +119,11 @@ class Search:
     def rounds(self) -> Iterator[Round]:
         """Until nobody is left to train. May be dropped after any round that isn't `testing`, and taken up from there."""
         if self.strategy.wants_rate:
-            yield from self._range_test()
+            yield from self.range_test()
         while True:
             self._fill()
             if self._events:
-                yield self._round(None)
+                yield self.round(None)
             if not self._jobs:
                 return
             host = next(c.training.host for c in self.candidates.values() if c.training)
@@ -131,18 +131,20 @@ class Search:
                 self.halvings = step.halvings
                 for candidate in self._training():
                     self._after(candidate, step)
-                self._judge()
+                self.judge()
                 self._fill()
-                yield self._round(step)
+                yield self.round(step)
 
-    def _round(self, step: Step | None) -> Round:
+    def round(self, step: Step | None) -> Round:
+        """What happened since the last one."""
         events, self._events = tuple(self._events), []
         return Round(step, events)
 
     def _training(self) -> list[Candidate]:
         return [c for c in self.candidates.values() if c.state == "training"]
 
-    def _say(self, kind: Any, candidate: int, **figures: Any) -> None:
+    def say(self, kind: Any, candidate: int, **figures: Any) -> None:
+        """Something happened to a candidate, or (0) to the search."""
         self._events.append(Event(kind, candidate, figures))
 
     # --- one step later --------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class Search:
         ):  # at a rung between `train`'s own evaluations nothing is to be learned from it that `train` doesn't know
             best, enough = training.watch.evaluation(at, loss)
             candidate.best_loss, candidate.best_step = training.watch.best_loss, training.watch.best_step
-            self._say("evaluated", candidate.number, step=at, held_out_loss=loss, best=best)
+            self.say("evaluated", candidate.number, step=at, held_out_loss=loss, best=best)
         if not math.isfinite(loss):
             job.failed = enough or f"the held-out loss is {loss}"
             self._fail(candidate, job.failed)
@@ -181,20 +183,20 @@ class Search:
             candidate.state, candidate.why = "done", enough if at < job.steps else ""
             while len(candidate.losses) < len(EIGHTHS):
                 self._reach(candidate, candidate.best_loss)
-            self._say("done", candidate.number, step=at, held_out_loss=candidate.best_loss, why=candidate.why)
+            self.say("done", candidate.number, step=at, held_out_loss=candidate.best_loss, why=candidate.why)
         self._leave(candidate)
 
     def _reach(self, candidate: Candidate, loss: float) -> None:
         rung = len(candidate.losses)
         candidate.losses.append(loss)
         self.call("report", candidate.number, rung, loss)
-        self._say("rung", candidate.number, rung=rung, step=candidate.taken, held_out_loss=loss)
+        self.say("rung", candidate.number, rung=rung, step=candidate.taken, held_out_loss=loss)
 
     def _fail(self, candidate: Candidate, why: str) -> None:
         candidate.state, candidate.why = "failed", why
         for rung in range(len(candidate.losses), len(EIGHTHS)):
             self.call("report", candidate.number, rung, math.inf)
-        self._say("failed", candidate.number, step=candidate.taken, why=why)
+        self.say("failed", candidate.number, step=candidate.taken, why=why)
         self._leave(candidate)
         self._forget(candidate)
 
@@ -210,12 +212,13 @@ class Search:
             candidate.training.host.remove(candidate_name(candidate))
             candidate.training = None
 
-    def _judge(self) -> None:
+    def judge(self) -> None:
+        """Cut whoever is out by now."""
         for number, out in self.strategy.verdicts().cut.items():
             candidate = self.candidates[number]
             if candidate.state in ("waiting", "done"):
                 candidate.state, candidate.why = "cut", reason(candidate, out)
-                self._say("cut", number, step=candidate.taken, rung=out.rung, why=candidate.why)
+                self.say("cut", number, step=candidate.taken, rung=out.rung, why=candidate.why)
                 self._forget(candidate)
 
     # --- who trains ------------------------------------------------------------------------------------------------------
@@ -223,26 +226,26 @@ class Search:
     def _fill(self) -> None:
         """Give free places to those who go on, the farthest first, then to new candidates."""
         while len(self._jobs) < self.places:
-            if (candidate := self._next()) is None:
+            if (candidate := self.following()) is None:
                 return
             assert candidate.training is not None
             candidate.state = "training"
             self._jobs.append(candidate.training.job)
             self._jobs.sort(key=lambda job: job.name)
 
-    def _next(self) -> Candidate | None:
-        """Who takes a free place."""
+    def following(self) -> Candidate | None:
+        """Who takes a free place, made if it is new."""
         if (ready := self._ready()) is not None:
             return ready
         if not self._idle and self._has_room():
             values = self.call("ask")
             return self._join(values) if values is not None else self._ready()  # the last stage may just have ended
-        if self._idle and self.strategy.size is None and not self._jobs:
+        if self._idle and self.strategy.size is None and not self._training():
             size = self.time_for(self.done())
             self.call("resize", size)
-            self._say("budget", 0, candidates=size)
-            self._judge()
-            return self._next()
+            self.say("budget", 0, candidates=size)
+            self.judge()
+            return self.following()
         return None
 
     def _ready(self) -> Candidate | None:
@@ -263,7 +266,7 @@ class Search:
         self.begin(training)
         made = Candidate(number, values, training, training.job.steps, best_loss=self.before)
         self.candidates[number] = made
-        self._say("joined", number, settings=values, steps=made.steps, lr=training.job.lr)
+        self.say("joined", number, settings=values, steps=made.steps, lr=training.job.lr)
         return made
 
     def begin(self, training: Training) -> None:
@@ -280,6 +283,25 @@ class Search:
         """Trainings done so far, whole and parts."""
         return sum(c.taken / c.steps for c in self.candidates.values())
 
+    def absorb(self, number: int, events: Sequence[Event], state: State, why: str, taken: int) -> None:
+        """What happened to a candidate at a worker (workers.py), whose own search has no strategy."""
+        candidate = self.candidates[number]
+        candidate.taken = taken
+        if state == "failed":
+            self._fail(candidate, why)
+            return
+        candidate.state, candidate.why = state, why
+        for event in events:
+            self._events.append(event)
+            if event.kind == "rung":
+                candidate.losses.append(event.figures["held_out_loss"])
+                self.call("report", number, event.figures["rung"], candidate.losses[-1])
+
+    def drop(self, candidate: Candidate) -> None:
+        """It goes on elsewhere, or not at all."""
+        self._forget(candidate)
+        del self.candidates[candidate.number]
+
     def put_back(self, candidate: Candidate) -> None:
         """A candidate of a search that is taken up again, restored."""
         self.candidates[candidate.number] = candidate
@@ -290,7 +312,7 @@ class Search:
 
     # --- the range test --------------------------------------------------------------------------------------------------
 
-    def _range_test(self) -> Iterator[Round]:
+    def range_test(self) -> Iterator[Round]:
         """Train the baseline for a few steps while its rate rises from far too low to far too high (arXiv 1506.01186), and tell
         the strategy where the loss was lowest before it rose."""
         training = self.make(0, {})
@@ -309,7 +331,7 @@ class Search:
             rate = centre_of(curve, usual)
         training.host.remove(job.name)
         self.call("centre", rate)
-        self._say("range", 0, lr=rate, usual=usual, curve=curve)
+        self.say("range", 0, lr=rate, usual=usual, curve=curve)
 
 
 def candidate_name(candidate: Candidate) -> str:

@@ -11,20 +11,18 @@ state.json is replaced as one file after the checkpoints it names are there, so 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lorafit import config as settings
 from lorafit import files, fit, places, plan, tried
-from lorafit.batches import Plan
 from lorafit.config import Config
 from lorafit.errors import ConfigError, ModelError, OutOfMemory, RunError
 from lorafit.evaluate import score_answers
@@ -36,10 +34,10 @@ from lorafit.methods import settings as method_settings
 from lorafit.native import build as kernels
 from lorafit.native import pool
 from lorafit.run import Run, next_folder
-from lorafit.train.loop import Step
-from lorafit.tune import together
+from lorafit.tune import together, workers
+from lorafit.tune.books import Books
 from lorafit.tune.samplers import sampler
-from lorafit.tune.search import Candidate, Event, Search, name_of
+from lorafit.tune.search import Candidate, Event, Round, Search, name_of
 from lorafit.tune.space import Choice, Range, Space, Values, edges, settled, space
 from lorafit.tune.stages import Staged
 from lorafit.tune.strategy import AllTogether, Strategy
@@ -64,6 +62,7 @@ class Options:
     objective: str = "loss"
     together: int | None = None
     space: Mapping[str, Any] | None = None
+    workers: str | None = None  # local:N, ray://…
 
     def check(self) -> None:
         """ConfigError for a word that isn't known."""
@@ -74,6 +73,8 @@ class Options:
             raise ConfigError(f"--together {self.together}: must be at least 1")
         if self.budget is not None:
             budget_of(self.budget)
+        if self.workers is not None:
+            workers.check(self.workers)
 
 
 def budget_of(text: str) -> int | float:
@@ -158,8 +159,7 @@ class Study:
             room=self._room(),
             time_for=self._time_for,
         )
-        self.trainings: dict[int, Training] = {}
-        self.sizes: dict[int, Iterator[int]] = {}
+        self.books = Books(self.of)
         self.saved: dict[int, tuple[int, str]] = {}  # candidate -> the step and state of its checkpoint
         self.events = self.done_rounds = 0
         self.seconds = 0.0  # of earlier parts of a search that was taken up
@@ -235,7 +235,7 @@ class Study:
             run.folder.mkdir(parents=True, exist_ok=True)
             training.config.out = str(run.folder)
             files.write_text(run.folder / "config.yaml", settings.to_yaml(training.config))
-            self.trainings[number] = training
+            self.books.add(number, training)
         training.job.optimizer = training.optimizer(run if number else self.run)
         return training
 
@@ -244,15 +244,17 @@ class Study:
         return Run(self.run.folder / "tune" / name_of(number))
 
     def _room(self) -> int | None:
-        """Bytes for adapters; None where the model can't be planned for."""
-        base, place = self.base, self.base.host.base
+        """Bytes for adapters; None where the model can't be planned for, or other machines' memory counts."""
+        base, place, others = self.base, self.base.host.base, self.options.workers or "local:0"
+        if not others.startswith("local:"):
+            return None
         try:
             model = plan.empty(base.config, place.path, place.device.type != "cpu")
         except ModelError:
             return None
         here = places.here(base.config.device, base.memory)
         left = here.memory + (sum(p.numel() * p.element_size() for p in place.model.parameters()) if here.gpu else 0)
-        return together.room(base.config, model, base.data.train, left)
+        return together.room(base.config, model, base.data.train, left, 1 + int(others.removeprefix("local:")))
 
     def _time_for(self, done: float) -> int:
         """How many candidates there is time for, from what those so far have taken."""
@@ -357,18 +359,44 @@ class Study:
         finally:
             pool.give_back()
 
+    def _found(self) -> Iterator[Round]:
+        """The rounds of the search, here or at workers."""
+        if self.options.workers is None:
+            yield from self.search.rounds()
+            return
+        crew = workers.crew(self.options.workers, settings.to_yaml(self.base.config), self.base.chat.to_json())
+        try:
+            yield from workers.Spread(self.search, crew, self._store, self._files, self._config).rounds()
+        finally:
+            crew.close()
+
+    def _store(self, told: workers.Outcome) -> None:
+        """Keep what a worker brings of a candidate."""
+        run = self.of(told.number)
+        for row in told.metrics:
+            run.record("metrics", row)
+        if told.files:
+            run.put(told.taken, told.files, told.best_step)
+            self.saved[told.number] = (told.taken, told.state)
+
+    def _files(self, candidate: Candidate) -> dict[str, bytes]:
+        folder = self.of(candidate.number).at(candidate.taken).folder
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def _config(self, candidate: Candidate) -> str:
+        return (self.of(candidate.number).folder / "config.yaml").read_text(encoding="utf-8")
+
     def _rounds(self, progress: Progress, stop: Stop) -> None:
-        last = time.monotonic()
-        for found in self.search.rounds():
-            now = time.monotonic()
+        for found in self._found():
             if found.testing:
                 progress.update(1, 2, state="finding a learning rate to search around")
             if found.step is not None and not found.testing:
                 self.done_rounds += 1
-                self._record(found.step, now - last)
+                self.books.record(self.search, found.step)
             for event in found.events:
                 self._take(event)
-            due = bool(found.events) or self.done_rounds % self.base.config.checkpoint_every == 0
+            every = self.base.config.checkpoint_every
+            due = bool(found.events) or (found.step is not None and self.done_rounds % every == 0)
             if not found.testing and (due or stop.asked):
                 self.save()
             self._show(progress)
@@ -378,19 +406,7 @@ class Study:
                     f"stopped after {self.done_rounds} steps, {what}; go on with:"
                     f" lorafit tune --resume --out {self.run.folder}"
                 )
-            last = time.monotonic()
-
-    def _record(self, step: Step, seconds: float) -> None:
-        """A line of metrics for every candidate that took part in the step."""
-        for candidate in self.search.candidates.values():
-            number = candidate.number
-            if name_of(number) in step.jobs and candidate.state != "failed":
-                training = self.trainings[number]
-                if number not in self.sizes:
-                    self.sizes[number] = sizes(training.job.plan, candidate.taken - 1)
-                tokens = next(self.sizes[number])
-                training.busy, training.tokens = training.busy + seconds, training.tokens + tokens
-                training.record(self.of(number), replace(step, number=candidate.taken, tokens=tokens), seconds)
+            self.books.pause()
 
     def _take(self, event: Event) -> None:
         """Write an event down, and say what people want to know."""
@@ -404,6 +420,9 @@ class Study:
             self.of(number).record("evaluations", {**row, "samples": []})
         said = {
             "range": lambda: f"range test: learning rates are tried around {figures['lr']:.2g}",
+            "lost": lambda: (
+                f"worker {figures['worker']} has died; its candidates go on elsewhere: {figures['candidates']}"
+            ),
             "budget": lambda: f"there is time for {figures['candidates']} candidates",
             "joined": lambda: f"#{number} joins: {tried.words(figures['settings']) or 'the settings as they are'}",
             "cut": lambda: f"#{number} is cut: {figures['why']}",
@@ -461,8 +480,7 @@ class Study:
         files.write_json(self.run.folder / "tune" / "state.json", state)
         for number, candidate in search.candidates.items():
             if candidate.training is None:
-                self.trainings.pop(number, None)
-                self.sizes.pop(number, None)
+                self.books.forget(number)
                 shutil.rmtree(self.of(number).folder / "checkpoints", ignore_errors=True)
 
     # --- the end ---------------------------------------------------------------------------------------------------------
@@ -473,6 +491,10 @@ class Study:
         if not finalists:
             reasons = "; ".join(f"#{c.number} {c.why}" for c in self.search.candidates.values() if c.why)
             raise fit.Failed(f"no candidate could be trained to its end ({reasons}); try smaller learning rates")
+        for candidate in finalists if self.options.workers is not None else ():
+            assert candidate.training is not None
+            run = self.of(candidate.number)
+            candidate.training.restore(run, run.at(candidate.taken))
         scores = {c.number: self._score(c) for c in finalists}
         best = max if self.options.objective != "loss" else min
         winner = best(finalists, key=lambda c: (scores[c.number], -c.number if best is max else c.number))
@@ -551,18 +573,6 @@ class Study:
             else f"; memory has room for {max(0, self.search.room) / 1e9:.1f} GB of adapters"
         )
         say(f"together  at most {self.search.places}{room}; run folder {self.run.folder}")
-
-
-def sizes(plan: Plan, since: int) -> Iterator[int]:
-    """The tokens of step `since`, since + 1, … (from 0) of a job."""
-
-    def every() -> Iterator[int]:
-        for number in itertools.count():
-            epoch = plan.epoch(number)
-            for run in epoch.runs:
-                yield int(plan.lengths[epoch.order[run.start : run.stop]].sum())
-
-    return itertools.islice(every(), since, None)
 
 
 def _copy(source: Path, place: Path) -> None:

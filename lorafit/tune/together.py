@@ -15,9 +15,9 @@ EACH = 16  # bytes of a trained number: itself, its gradient, two averages of Ad
 MOST = 32  # that are trained at once however much memory there is
 
 
-def room(config: Config, model: plan.Model, rows: Sequence[Tokens], memory: int) -> int:
+def room(config: Config, model: plan.Model, rows: Sequence[Tokens], memory: int, processes: int = 1) -> int:
     """Bytes that all adapters together may take with their gradients and optimisers, of `memory`: what the base, and the
-    activations of a micro-batch that jobs share, leave of it."""
+    activations of a micro-batch that jobs share, leave of it; in several processes each has its own."""
     tokens = max(TOGETHER, config.batch_tokens or default_tokens(rows, config.share))
     found = plan.estimate(replace(config, batch_tokens=tokens, accumulate=1), model, rows)
-    return memory - (found.peak_bytes - EACH * found.trainable_parameters)
+    return memory - processes * (found.peak_bytes - EACH * found.trainable_parameters)

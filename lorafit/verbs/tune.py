@@ -39,6 +39,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--space", metavar="FILE.yaml", help="which settings are searched, and where")
     parser.add_argument("--together", type=int, metavar="N", help="most adapters at once; default: what memory allows")
+    parser.add_argument(
+        "--workers",
+        metavar="local:N|ray://…",
+        help="train in other processes, here or of a Ray cluster, each with its own base",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the search in --out")
     add_json(parser)
 
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         made = study.resume(found["out"], out)
     else:
         searched = space.read(Path(args.space)) if args.space else None
-        options = study.Options(args.search, args.budget, args.objective, args.together, searched)
+        options = study.Options(args.search, args.budget, args.objective, args.together, searched, args.workers)
         made = study.tune(source, found, options, out)
     table = json.loads((made.folder / "tune.json").read_text(encoding="utf-8"))
     summary = json.loads((made.folder / "summary.json").read_text(encoding="utf-8"))
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _asked(args: argparse.Namespace) -> bool:
     """Whether the command line says how to search."""
     plain = args.objective == "loss" and args.search == "staged"
-    return not plain or any((args.budget, args.space, args.together))
+    return not plain or any((args.budget, args.space, args.together, args.workers))
 
 
 def described(run: str, summary: dict[str, Any], found: dict[str, Any]) -> str:
