@@ -325,7 +325,8 @@ class Search:
             for step in train(training.host, [job], self.halvings):
                 self.halvings = step.halvings
                 figures = step.jobs[job.name]
-                curve.append((figures.lr, figures.loss))
+                if math.isfinite(figures.loss):
+                    curve.append((figures.lr, figures.loss))
                 yield Round(step, (), testing=True)
                 job.lr = usual / SPAN * SPAN ** (2 * job.done / (count - 1))
             rate = centre_of(curve, usual)
@@ -357,8 +358,6 @@ def centre_of(curve: list[tuple[float, float]], usual: float) -> float:
     FARTHEST from the usual one."""
     mean, lowest, at = math.nan, math.inf, usual
     for lr, loss in curve:
-        if not math.isfinite(loss):
-            break
         mean = loss if math.isnan(mean) else mean + (loss - mean) / 3
         if mean < lowest:
             lowest, at = mean, lr

@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ from lorafit.methods import settings as method_settings
 from lorafit.native import build as kernels
 from lorafit.native import pool
 from lorafit.run import Run, next_folder
-from lorafit.tune import together, workers
+from lorafit.tune import together
+from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
 from lorafit.tune.samplers import sampler
 from lorafit.tune.search import Candidate, Event, Round, Search, name_of
@@ -62,7 +63,7 @@ class Options:
     objective: str = "loss"
     together: int | None = None
     space: Mapping[str, Any] | None = None
-    workers: str | None = None  # local:N, ray://…
+    workers: str = "none"  # local:N, ray://…
 
     def check(self) -> None:
         """ConfigError for a word that isn't known."""
@@ -73,8 +74,7 @@ class Options:
             raise ConfigError(f"--together {self.together}: must be at least 1")
         if self.budget is not None:
             budget_of(self.budget)
-        if self.workers is not None:
-            workers.check(self.workers)
+        crews.check(self.workers)
 
 
 def budget_of(text: str) -> int | float:
@@ -111,8 +111,9 @@ def tune(source: str | None, given: Mapping[str, Any], options: Options, termina
     return made.run_to_its_end()
 
 
-def resume(folder: str | Path, terminal: Terminal | None = None) -> Run:
-    """Go on with a search from its last whole moment. RunError if rows or base are others now, or it is finished."""
+def resume(folder: str | Path, terminal: Terminal | None = None, workers: str | None = None) -> Run:
+    """Go on with a search from its last whole moment, by these workers if any are named. RunError if rows or base are others
+    now, or it is finished."""
     terminal = terminal or Terminal()
     run = Run(Path(folder))
     saved = files.load_json(run.folder / "tune" / "search.json", RunError)
@@ -120,10 +121,13 @@ def resume(folder: str | Path, terminal: Terminal | None = None) -> Run:
         raise RunError(f"{run.folder} is not a search (it has no tune/search.json); lorafit tune DATA --out makes one")
     if (run.folder / "tune.json").exists() and (run.folder / "report.html").exists():
         raise RunError(f"{run.folder} is finished; its winner trains on with: lorafit train DATA --from {run.folder}")
-    asked = saved["settings"]
+    asked, options = saved["settings"], Options(**saved["options"])
+    if workers is not None:
+        options = replace(options, workers=workers)
+        options.check()
     config = fit.read_config(None, {**asked, "out": str(run.folder)})
     base = Training(config, terminal, files.load_json(run.folder / "chat.json", RunError))
-    made = Study(run, asked, Options(**saved["options"]), base, terminal)
+    made = Study(run, asked, options, base, terminal)
     made.take_up()
     return made.run_to_its_end()
 
@@ -245,16 +249,17 @@ class Study:
 
     def _room(self) -> int | None:
         """Bytes for adapters; None where the model can't be planned for, or other machines' memory counts."""
-        base, place, others = self.base, self.base.host.base, self.options.workers or "local:0"
-        if not others.startswith("local:"):
+        base, place, others = self.base, self.base.host.base, self.options.workers
+        if others.startswith("ray:"):
             return None
+        count = int(others.removeprefix("local:")) if others.startswith("local:") else 0
         try:
             model = plan.empty(base.config, place.path, place.device.type != "cpu")
         except ModelError:
             return None
         here = places.here(base.config.device, base.memory)
         left = here.memory + (sum(p.numel() * p.element_size() for p in place.model.parameters()) if here.gpu else 0)
-        return together.room(base.config, model, base.data.train, left, 1 + int(others.removeprefix("local:")))
+        return together.room(base.config, model, base.data.train, left, 1 + count)
 
     def _time_for(self, done: float) -> int:
         """How many candidates there is time for, from what those so far have taken."""
@@ -361,16 +366,16 @@ class Study:
 
     def _found(self) -> Iterator[Round]:
         """The rounds of the search, here or at workers."""
-        if self.options.workers is None:
+        if self.options.workers == "none":
             yield from self.search.rounds()
             return
-        crew = workers.crew(self.options.workers, settings.to_yaml(self.base.config), self.base.chat.to_json())
+        crew = crews.crew(self.options.workers, settings.to_yaml(self.base.config), self.base.chat.to_json())
         try:
-            yield from workers.Spread(self.search, crew, self._store, self._files, self._config).rounds()
+            yield from crews.Spread(self.search, crew, self._store, self._files, self._config).rounds()
         finally:
             crew.close()
 
-    def _store(self, told: workers.Outcome) -> None:
+    def _store(self, told: crews.Outcome) -> None:
         """Keep what a worker brings of a candidate."""
         run = self.of(told.number)
         for row in told.metrics:
@@ -407,6 +412,7 @@ class Study:
                     f" lorafit tune --resume --out {self.run.folder}"
                 )
             self.books.pause()
+        self._show(progress, over=True)
 
     def _take(self, event: Event) -> None:
         """Write an event down, and say what people want to know."""
@@ -419,7 +425,10 @@ class Study:
             row = {"step": figures["step"] if event.kind == "evaluated" else 0, "held_out_loss": loss, "best": best}
             self.of(number).record("evaluations", {**row, "samples": []})
         said = {
-            "range": lambda: f"range test: learning rates are tried around {figures['lr']:.2g}",
+            "range": lambda: (
+                f"learning rates are tried around {figures['lr']:.2g}"
+                + (", by a range test" if figures["curve"] else "; trainings are too short for a range test")
+            ),
             "lost": lambda: (
                 f"worker {figures['worker']} has died; its candidates go on elsewhere: {figures['candidates']}"
             ),
@@ -435,7 +444,7 @@ class Study:
         if event.kind in said:
             self.terminal.say(said[event.kind]())
 
-    def _show(self, progress: Progress) -> None:
+    def _show(self, progress: Progress, over: bool = False) -> None:
         """The candidates' state in one line."""
         all_of_them = list(self.search.candidates.values())
         if not all_of_them:
@@ -448,7 +457,7 @@ class Study:
         best = min(known, key=lambda c: c.best_loss, default=None)
         done, most = self.search.done(), self.search.strategy.cost(self.search.strategy.size or len(all_of_them))
         progress.update(
-            min(99, round(100 * done / max(most, done, 1e-9))),
+            100 if over else min(99, round(100 * done / max(most, done, 1e-9))),
             100,
             state=", ".join(f"{count} {state}" for state, count in number.items() if count),
             held_out_loss=best.best_loss if best else None,
@@ -491,7 +500,7 @@ class Study:
         if not finalists:
             reasons = "; ".join(f"#{c.number} {c.why}" for c in self.search.candidates.values() if c.why)
             raise fit.Failed(f"no candidate could be trained to its end ({reasons}); try smaller learning rates")
-        for candidate in finalists if self.options.workers is not None else ():
+        for candidate in finalists if self.options.workers != "none" else ():
             assert candidate.training is not None
             run = self.of(candidate.number)
             candidate.training.restore(run, run.at(candidate.taken))

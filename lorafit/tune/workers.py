@@ -205,10 +205,11 @@ def crew(text: str, config: str, chat: dict[str, Any]) -> Crew:
 
 
 def check(text: str) -> None:
-    """See `crew`."""
-    if not re.fullmatch(r"local:[1-9][0-9]*|ray://[^?\s]+(\?workers=[1-9][0-9]*)?", text):
+    """See `crew`; or `none`: no workers."""
+    if text != "none" and not re.fullmatch(r"local:[1-9][0-9]*|ray://[^?\s]+(\?workers=[1-9][0-9]*)?", text):
         raise ConfigError(
-            f"--workers {text}: must be local:N, or ray://HOST:PORT, ray://auto, ray://local, with ?workers=N if not one a node"
+            f"--workers {text}: must be none, local:N, or ray://HOST:PORT, ray://auto, ray://local; with ?workers=N if not one a"
+            " node"
         )
     if text.startswith("ray:") and importlib.util.find_spec("ray") is None:
         raise MissingExtra("--workers ray://… needs Ray; pip install 'lorafit[ray]'")

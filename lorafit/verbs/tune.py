@@ -41,6 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--together", type=int, metavar="N", help="most adapters at once; default: what memory allows")
     parser.add_argument(
         "--workers",
+        default=None,
         metavar="local:N|ray://…",
         help="train in other processes, here or of a Ray cluster, each with its own base",
     )
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume and not found.get("out"):
         raise ConfigError("--resume needs the run folder: lorafit tune --resume --out RUN")
     if args.resume and (source is not None or set(found) > {"out"} or _asked(args)):
-        raise ConfigError("--resume goes on with the search as it is; give it --out RUN alone")
+        raise ConfigError("--resume goes on with the search as it is; give it --out RUN alone, or --workers")
     build({key: value for key, value in found.items() if key in defaults()})
     if source is not None:
         need_data(source)
@@ -77,10 +78,12 @@ def run(args: argparse.Namespace) -> None:
 
     out = terminal()
     if args.resume:
-        made = study.resume(found["out"], out)
+        made = study.resume(found["out"], out, args.workers)
     else:
         searched = space.read(Path(args.space)) if args.space else None
-        options = study.Options(args.search, args.budget, args.objective, args.together, searched, args.workers)
+        options = study.Options(
+            args.search, args.budget, args.objective, args.together, searched, args.workers or "none"
+        )
         made = study.tune(source, found, options, out)
     table = json.loads((made.folder / "tune.json").read_text(encoding="utf-8"))
     summary = json.loads((made.folder / "summary.json").read_text(encoding="utf-8"))
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 def _asked(args: argparse.Namespace) -> bool:
     """Whether the command line says how to search."""
     plain = args.objective == "loss" and args.search == "staged"
-    return not plain or any((args.budget, args.space, args.together, args.workers))
+    return not plain or any((args.budget, args.space, args.together))
 
 
 def described(run: str, summary: dict[str, Any], found: dict[str, Any]) -> str:
