@@ -513,7 +513,9 @@ def test_kill_9_and_ctrl_c_lose_nothing(whole, tiny_model, data_file, tmp_path, 
     check_the_same(out, whole)
 
 
-@pytest.mark.parametrize(("where", "count"), [("record", 3), ("record", 20), ("record", 70), ("json", 12), ("adapter", 1)])
+@pytest.mark.parametrize(
+    ("where", "count"), [("record", 3), ("record", 20), ("record", 70), ("json", 12), ("adapter", 1)]
+)
 def test_wherever_it_dies_it_goes_on_with_the_same_bits(whole, data_file, broken, where, count):
     check_the_same(broken(data_file, where, count), whole)
 

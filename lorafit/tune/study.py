@@ -13,19 +13,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lorafit import config as settings
 from lorafit import files, fit, places, plan, tried
 from lorafit.config import Config
 from lorafit.errors import ConfigError, ModelError, OutOfMemory, RunError
-from lorafit.evaluate import score_answers
+from lorafit.evaluate import prompt_of, score_answers
 from lorafit.fit import Training
 from lorafit.log import Progress, Terminal, duration
 from lorafit.machine import Stop, gpu_memory_limit, memory_limit, out_of_memory
@@ -37,53 +36,19 @@ from lorafit.run import Run, next_folder
 from lorafit.tune import together
 from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
+from lorafit.tune.options import Options, budget_of
 from lorafit.tune.samplers import sampler
 from lorafit.tune.search import Candidate, Event, Round, Search, name_of
 from lorafit.tune.space import Choice, Range, Space, Values, edges, settled, space
 from lorafit.tune.stages import Staged
 from lorafit.tune.strategy import AllTogether, Strategy
 
-Objective = Literal["loss", "token_f1", "exact_match"]
-OBJECTIVES: tuple[Objective, ...] = ("loss", "token_f1", "exact_match")
-SEARCHES = ("staged", "grid", "random", "tpe")
 FINALISTS = 3  # that are trained to their end where not the loss decides
 ANSWERS = 64  # held-out rows that are answered for another objective
 CANDIDATES = 8  # where no budget is given
 QUIET = Terminal(quiet=True)
 RANKS = (32, 8, 64)
 SHAPING = {"method", "targets", "rank_pattern", "alpha_pattern"}  # settings that an adapter may not be possible with
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked of a search, beside the settings that all candidates share."""
-
-    search: str = "staged"
-    budget: str | None = None  # 8: candidates; 30m: time
-    objective: str = "loss"
-    together: int | None = None
-    space: Mapping[str, Any] | None = None
-    workers: str = "none"  # local:N, ray://…
-
-    def check(self) -> None:
-        """ConfigError for a word that isn't known."""
-        for key, value, known in (("search", self.search, SEARCHES), ("objective", self.objective, OBJECTIVES)):
-            if value not in known:
-                raise ConfigError(f"--{key} {value}: must be one of {', '.join(known)}")
-        if self.together is not None and self.together < 1:
-            raise ConfigError(f"--together {self.together}: must be at least 1")
-        if self.budget is not None:
-            budget_of(self.budget)
-        crews.check(self.workers)
-
-
-def budget_of(text: str) -> int | float:
-    """A number of candidates (int), or seconds (float)."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|min)?\s*", text.lower())
-    amount = float(found[1]) if found else 0.0
-    if not found or amount <= 0 or (not found[2] and not amount.is_integer()):
-        raise ConfigError(f"--budget {text}: must be a number of candidates, such as 8, or a time: 90s, 30m, 2h")
-    return int(amount) if not found[2] else amount * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
 
 
 def tune(source: str | None, given: Mapping[str, Any], options: Options, terminal: Terminal | None = None) -> Run:
@@ -141,6 +106,10 @@ class Study:
         self.run, self.asked, self.options, self.base, self.terminal = run, asked, options, base, terminal
         if not base.data.held_out:
             raise ConfigError("a search compares candidates on held-out rows, and there are none; see held_out_share")
+        if options.objective != "loss" and not any(map(prompt_of, base.data.held_out[:ANSWERS])):
+            raise ConfigError(
+                f"--objective {options.objective}: no held-out row asks for an answer; use --objective loss"
+            )
         if base.host.base.quant is not None and base.host.base.quant.start is not None:
             raise ConfigError(
                 f"method={base.config.method} has codes of its own made of the base; others can't share them"
@@ -280,10 +249,13 @@ class Study:
     def begin(self, asked: Mapping[str, Any]) -> None:
         """What the folder holds before the first step."""
         base, place = self.base, self.run.folder
-        (place / "tune").mkdir(exist_ok=True)
+
+        def fill(folder: Path) -> None:
+            files.write_json(folder / "search.json", {"settings": asked, "options": asdict(self.options)})
+
+        files.write_folder(place / "tune", fill)  # first: with it a search can be taken up
         files.write_json(place / "data.json", base.data.report.to_json())
         files.write_json(place / "chat.json", base.chat.to_json())
-        files.write_json(place / "tune" / "search.json", {"settings": asked, "options": asdict(self.options)})
 
     def take_up(self) -> None:
         """Put everything back as state.json says. RunError if the search isn't the same any more."""
@@ -291,10 +263,8 @@ class Study:
         state = files.load_json(place / "state.json", RunError)
         if state is None:
             self.terminal.say(f"{self.run.folder} has nothing saved yet; starting from its beginning")
-            for part in place.iterdir():
-                if part.is_dir():
-                    shutil.rmtree(part)
             (self.run.folder / "tune.jsonl").unlink(missing_ok=True)
+            self.begin(self.asked)
             return
         changed = [key for key, now in self.base.identity.items() if state["identity"].get(key) != now]
         if changed:

@@ -294,12 +294,17 @@ class Ray:
 
         self.ray = ray
         address, _, count = text.removeprefix("ray://").partition("?workers=")
-        if address == "local":
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        elif address == "auto":
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(address=f"ray://{address}", logging_level=logging.ERROR)
+        try:
+            if address == "local":
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            elif address == "auto":
+                ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(address=f"ray://{address}", logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise RunError(
+                f"no Ray cluster answers at {text}: {str(error).splitlines()[0]}; start one with: ray start --head"
+            ) from None
         nodes = [node for node in ray.nodes() if node["Alive"]]
         number = int(count) if count else max(1, len(nodes))
         processors = max(1, int(sum(node["Resources"].get("CPU", 0) for node in nodes)) // number)

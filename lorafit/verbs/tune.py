@@ -75,15 +75,14 @@ def run(args: argparse.Namespace) -> None:
 
     with importing():
         from lorafit.tune import space, study
+        from lorafit.tune.options import Options
 
     out = terminal()
     if args.resume:
         made = study.resume(found["out"], out, args.workers)
     else:
         searched = space.read(Path(args.space)) if args.space else None
-        options = study.Options(
-            args.search, args.budget, args.objective, args.together, searched, args.workers or "none"
-        )
+        options = Options(args.search, args.budget, args.objective, args.together, searched, args.workers or "none")
         made = study.tune(source, found, options, out)
     table = json.loads((made.folder / "tune.json").read_text(encoding="utf-8"))
     summary = json.loads((made.folder / "summary.json").read_text(encoding="utf-8"))
