@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorafit.evaluate import spacing
+
 ETA = 3
 EIGHTHS = (1, 3)  # of its steps, after which a candidate is compared
 SHARES = (*(part / 8 for part in EIGHTHS), 1.0)
@@ -18,8 +20,7 @@ SHARES = (*(part / 8 for part in EIGHTHS), 1.0)
 
 def rungs(steps: int) -> tuple[int, ...]:
     """The steps after which a candidate with so many is compared: those of `train`'s own evaluations, eight a run."""
-    eighth = max(1, math.ceil(steps / 8))
-    return tuple(min(steps, part * eighth) for part in EIGHTHS)
+    return tuple(min(steps, part * spacing(steps)) for part in EIGHTHS)
 
 
 def keeps(size: int, finalists: int = 1) -> tuple[int, int]:
