@@ -373,6 +373,15 @@ def test_places_are_given_to_the_next(tiny_model, data_file, tmp_path):
     assert [c["losses"] for c in a] == [pytest.approx(c["losses"], rel=1e-5) for c in b]
 
 
+def test_a_search_goes_on_where_memory_has_room_for_one(tiny_model, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.Study, "_room", lambda self: 0)
+    run = searched(tiny_model, data_file, tmp_path / "run", search="grid", space={"lr": [3e-4, 1e-3, 3e-3]})
+    steps = [event["step"] for event in fit.Run(run).records("tune") if event["event"] == "rung"]
+    assert steps[:3] == [4, 4, 4] and json.loads((run / "summary.json").read_text())["steps"] == 32
+    first = [event["event"] for event in fit.Run(run).records("tune")][:4]
+    assert first == ["joined", "evaluated", "rung", "joined"]  # the second came when the first was waiting
+
+
 def test_time_becomes_a_number_of_candidates(tiny_model, data_file, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Study, "_time_for", lambda self, done: 6 if done >= 0.5 else 0)
     run = searched(tiny_model, data_file, tmp_path / "run", search="random", budget="1h")

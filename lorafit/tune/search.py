@@ -168,7 +168,7 @@ class Search:
         loss, enough = training.held_out_loss(), ""
         if (
             due
-        ):  # at a rung between `train`'s own evaluations nothing is to be learned from it that `train` doesn't know
+        ):  # of a rung between `train`'s own evaluations the candidate's early stop knows nothing: nor would it there
             best, enough = training.watch.evaluation(at, loss)
             candidate.best_loss, candidate.best_step = training.watch.best_loss, training.watch.best_step
             self.say("evaluated", candidate.number, step=at, held_out_loss=loss, best=best)
@@ -275,9 +275,10 @@ class Search:
         training.watch.evaluation(0, self.before)
 
     def _has_room(self) -> bool:
-        """Whether another adapter like the largest fits into memory; the first one always may."""
+        """Whether another adapter like the largest fits into memory. Where nobody is training one may always come: those who
+        wait for it hold memory too."""
         held = [bytes_of(c.training) for c in self.candidates.values() if c.training is not None]
-        return self.room is None or not held or sum(held) + max(held) <= self.room
+        return self.room is None or not self._training() or sum(held) + max(held) <= self.room
 
     def done(self) -> float:
         """Trainings done so far, whole and parts."""
