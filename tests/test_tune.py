@@ -377,7 +377,7 @@ def test_a_search_goes_on_where_memory_has_room_for_one(tiny_model, data_file, t
     monkeypatch.setattr(study.Study, "_room", lambda self: 0)
     run = searched(tiny_model, data_file, tmp_path / "run", search="grid", space={"lr": [3e-4, 1e-3, 3e-3]})
     steps = [event["step"] for event in fit.Run(run).records("tune") if event["event"] == "rung"]
-    assert steps[:3] == [4, 4, 4] and json.loads((run / "summary.json").read_text())["steps"] == 32
+    assert sorted(steps)[:3] == [4, 4, 4] and json.loads((run / "summary.json").read_text())["steps"] == 32
     first = [event["event"] for event in fit.Run(run).records("tune")][:4]
     assert first == ["joined", "evaluated", "rung", "joined"]  # the second came when the first was waiting
 
