@@ -197,7 +197,9 @@ class Study:
         """A new candidate's adapter, job and run folder."""
         if number:
             shutil.rmtree(self.of(number).folder, ignore_errors=True)  # of a part that was killed before it was saved
-        return self._made(number, values)
+        training = self._made(number, values)
+        training.look()
+        return training
 
     def _made(self, number: int, values: Values) -> Training:
         training = self.base.beside(name_of(number), self.config_of(values))

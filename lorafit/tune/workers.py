@@ -113,6 +113,7 @@ class Worker:
             run.put(item.taken, item.files)
             training.restore(run, run.at(item.taken))
         else:
+            training.look()
             self.search.before = item.before
             self.search.begin(training)
         made = Candidate(item.number, {}, training, training.job.steps, losses=list(item.losses), taken=item.taken)
