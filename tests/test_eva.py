@@ -222,7 +222,7 @@ def test_a_resumed_run_does_not_look_again(tmp_path, data_file, tiny_model, monk
     monkeypatch.setattr(fit, "study", lambda *words, **more: looked.append(1) or study(*words, **more))
     broken = settings(data_file, tiny_model, tmp_path / "broken", eval_every=3)
     with monkeypatch.context() as patched:
-        patched.setattr(fit.Training, "_finish", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(fit.Training, "finish", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit.fit(fit.build(broken))
     for folder in (tmp_path / "broken" / "checkpoints").iterdir():

@@ -324,7 +324,7 @@ def test_the_winner_is_what_train_gives_with_its_settings(whole, tmp_path):
 def test_different_methods_batches_and_schedules_in_one_search(tiny_model, data_file, tmp_path, monkeypatch):
     """Several reach their end, and each is what training it alone gives."""
     written = {
-        "method": ["lora", "dora", "rslora"],
+        "method": ["lora", "dora", "eva"],
         "lr": [1e-3, 3e-3],
         "r": [4, 16],
         "batch_tokens": [100, 150, 300],

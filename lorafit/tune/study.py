@@ -198,7 +198,8 @@ class Study:
         if number:
             shutil.rmtree(self.of(number).folder, ignore_errors=True)  # of a part that was killed before it was saved
         training = self._made(number, values)
-        training.look()
+        training.look()  # before there is an optimiser: the method may take its shape from what it sees
+        training.job.optimizer = training.optimizer(self.of(number) if number else self.run)
         return training
 
     def _made(self, number: int, values: Values) -> Training:
@@ -211,7 +212,6 @@ class Study:
             training.config.out = str(run.folder)
             files.write_text(run.folder / "config.yaml", settings.to_yaml(training.config))
             self.books.add(number, training)
-        training.job.optimizer = training.optimizer(run if number else self.run)
         return training
 
     def of(self, number: int) -> Run:
@@ -307,7 +307,10 @@ class Study:
             for stale in (run.folder / "checkpoints").iterdir():
                 if stale.name > f"step-{candidate.taken:06d}" or stale.name.startswith("."):
                     shutil.rmtree(stale)
-            training.restore(run, run.at(candidate.taken))
+            checkpoint = run.at(candidate.taken)
+            training.check_shape(checkpoint)
+            training.job.optimizer = training.optimizer(run)
+            training.restore(run, checkpoint)
             training.began = time.monotonic() - training.seconds
             candidate.training = training
             self.saved[candidate.number] = (candidate.taken, candidate.state)

@@ -108,12 +108,15 @@ class Worker:
         training = self.base.beside(name_of(item.number), fit.build(yaml.safe_load(item.config)))
         training.terminal, run = QUIET, self._run(item.number)
         run.folder.mkdir(parents=True)
-        training.job.optimizer = training.optimizer(run)
         if item.files:
             run.put(item.taken, item.files)
-            training.restore(run, run.at(item.taken))
+            checkpoint = run.at(item.taken)
+            training.check_shape(checkpoint)
+            training.job.optimizer = training.optimizer(run)
+            training.restore(run, checkpoint)
         else:
             training.look()
+            training.job.optimizer = training.optimizer(run)
             self.search.before = item.before
             self.search.begin(training)
         made = Candidate(item.number, {}, training, training.job.steps, losses=list(item.losses), taken=item.taken)
