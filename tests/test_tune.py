@@ -147,7 +147,9 @@ def test_one_that_failed_never_goes_on_and_holds_nobody_up():
 
 
 def test_a_third_goes_on_so_a_search_costs_less_than_a_third_of_training_all():
-    assert halving.rungs(24) == (3, 9) and halving.rungs(25) == (4, 12) and halving.rungs(2) == (1, 2)
+    assert halving.rungs(64) == (8, 24) and halving.rungs(400) == (50, 150)
+    assert halving.rungs(24) == (9, 18) and halving.rungs(25) == (8, 16) and halving.rungs(10) == (8, 10)
+    assert halving.rungs(2) == (2, 2)
     assert halving.keeps(32) == (11, 4) and halving.keeps(8) == (3, 1) and halving.keeps(2) == (2, 1)
     for size in (16, 32, 64):
         assert halving.cost(size) < size / 3
@@ -377,9 +379,9 @@ def test_a_search_goes_on_where_memory_has_room_for_one(tiny_model, data_file, t
     monkeypatch.setattr(study.Study, "_room", lambda self: 0)
     run = searched(tiny_model, data_file, tmp_path / "run", search="grid", space={"lr": [3e-4, 1e-3, 3e-3]})
     steps = [event["step"] for event in fit.Run(run).records("tune") if event["event"] == "rung"]
-    assert sorted(steps)[:3] == [4, 4, 4] and json.loads((run / "summary.json").read_text())["steps"] == 32
-    first = [event["event"] for event in fit.Run(run).records("tune")][:4]
-    assert first == ["joined", "evaluated", "rung", "joined"]  # the second came when the first was waiting
+    assert sorted(steps)[:3] == [8, 8, 8] and json.loads((run / "summary.json").read_text())["steps"] == 32
+    first = [event["event"] for event in fit.Run(run).records("tune")][:5]
+    assert first == ["joined", "evaluated", "evaluated", "rung", "joined"]  # the second came when the first was waiting
 
 
 def test_time_becomes_a_number_of_candidates(tiny_model, data_file, tmp_path, monkeypatch):

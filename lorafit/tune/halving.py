@@ -1,7 +1,7 @@
 """Successive halving (arXiv 1502.07943, 1810.05834): who goes on is decided from held-out losses at rungs.
 
-Candidates are compared after an eighth and three eighths of their steps, each by its own count, so batches of any size meet at
-the same share of the data. A third of them goes on, and at least two do from the first rung. Nobody waits longer than the
+Candidates are compared after an eighth and three eighths of their steps (later where these are few), each by its own count, so
+batches of any size meet at the same share of the data. A third of them goes on, and at least two do from the first rung. Nobody waits longer than the
 result needs: who can't be overtaken any more goes on at once, who can't make it is cut at once.
 """
 
@@ -15,12 +15,16 @@ from lorafit.evaluate import spacing
 
 ETA = 3
 EIGHTHS = (1, 3)  # of its steps, after which a candidate is compared
+FEWEST = 8  # steps before anybody is cut
 SHARES = (*(part / 8 for part in EIGHTHS), 1.0)
 
 
-def rungs(steps: int) -> tuple[int, ...]:
-    """The steps after which a candidate with so many is compared: those of `train`'s own evaluations, eight a run."""
-    return tuple(min(steps, part * spacing(steps)) for part in EIGHTHS)
+def rungs(steps: int) -> tuple[int, int]:
+    """The steps after which a candidate with so many is compared: those of `train`'s own evaluations, eight a run, but none
+    before FEWEST steps, when the largest rate that doesn't diverge looks worst, nor the second one soon after the first."""
+    each = spacing(steps)
+    first = max(EIGHTHS[0], math.ceil(FEWEST / each)) * each
+    return min(steps, first), min(steps, max(EIGHTHS[1] * each, 2 * first))
 
 
 def keeps(size: int, finalists: int = 1) -> tuple[int, int]:
