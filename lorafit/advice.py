@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lorafit.batches import default_tokens
+from lorafit.batches import Plan, default_tokens
 from lorafit.config import Config
 from lorafit.data import Dataset, Tokens
 from lorafit.data.store import lengths_of
@@ -166,7 +166,8 @@ def advise(config: Config, facts: Facts, shape: Any, rows: Sequence[Tokens], tas
         _batch(config, facts, rows),
     ]
     tokens = next(choice.value for choice in made if choice.setting == "batch_tokens")
-    made += [_rate(config, shape, tokens), _length(config, facts, tokens)]
+    an_epoch = Plan(rows, tokens, seed=config.seed).steps(1)
+    made += [_rate(config, shape, tokens), _length(config, facts, an_epoch)]
     return made
 
 
@@ -239,8 +240,8 @@ def _rank_for(facts: Facts, shape: Any, task: str) -> tuple[int, str, str]:
 def numbers_a_rank(shape: Any) -> int:
     """Numbers that a LoRA on all linear layers trains for each rank, of a decoder with a gated feed-forward."""
     text = shape.get_text_config()
-    h, heads = int(text.hidden_size), int(text.num_attention_heads)
-    dim = getattr(text, "head_dim", None) or h // heads
+    h, heads = int(text.hidden_size), int(getattr(text, "num_attention_heads", None) or 1)  # some have none at all
+    dim = int(getattr(text, "head_dim", None) or h // heads)
     kv = (getattr(text, "num_key_value_heads", None) or heads) * dim
     inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * h)
     return int(text.num_hidden_layers) * (2 * (h + heads * dim) + 2 * (h + kv) + 3 * (h + inner))
@@ -250,7 +251,7 @@ def _batch(config: Config, facts: Facts, rows: Sequence[Tokens]) -> Choice:
     if config.batch_tokens:
         return _yours("batch_tokens", config.batch_tokens)
     tokens = default_tokens(rows, config.share)
-    why = f"about {max(1, round(facts.tokens / tokens))} steps an epoch; LoRA learns best from small batches"
+    why = f"{Plan(rows, tokens, seed=config.seed).steps(1)} steps an epoch; LoRA learns best from small batches"
     return Choice("batch_tokens", tokens, why, "arXiv 2602.09492, 2508.02932")
 
 
@@ -280,13 +281,12 @@ def rate_for(width: int, family: str, tokens: int) -> float:
     return 5e-4 * math.pow(2000 / width, power) * small
 
 
-def _length(config: Config, facts: Facts, tokens: int) -> Choice:
+def _length(config: Config, facts: Facts, an_epoch: int) -> Choice:
     if config.steps is not None:
         return _yours("steps", config.steps)
     if "epochs" in config.given:
         return _yours("epochs", config.epochs)
     kept = "the adapter of the best one is kept" if facts.held_out else "nothing is held out to stop by"
-    an_epoch = max(1, facts.tokens / tokens)
     if facts.held_out and config.epochs * an_epoch < FEW_STEPS:
         epochs = float(min(MOST_EPOCHS, -(-FEW_STEPS // an_epoch)))
         why = f"three passes would be {round(config.epochs * an_epoch)} steps, too few to learn; {kept}"

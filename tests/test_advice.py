@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import WORDS, conversation
+from transformers import MambaConfig
 
 from lorafit import advice, fit, plan
 from lorafit.advice import Facts, advise, default_lr, numbers_a_rank, rate_for
 from lorafit.cli import main
+from lorafit.errors import ModelError
 from lorafit.log import Terminal
-from lorafit.model.load import shape_of
+from lorafit.model.load import load_tokenizer, shape_of
 from lorafit.run import Run
 
 QUIET = Terminal(quiet=True)
@@ -198,3 +200,14 @@ def test_it_measures_how_new_the_rows_are(tiny_model, data_file, capsys):
     out = capsys.readouterr().out
     assert "the base's loss on some of these rows is" in out and "far from what it knows" in out
     assert "training takes about" in out and "lorafit train" in out
+
+
+def test_a_model_without_attention_heads_has_a_size_too():
+    """A state-space model's config names none."""
+    assert numbers_a_rank(MambaConfig(hidden_size=64, num_hidden_layers=3)) > 0
+
+
+def test_a_folder_without_a_tokenizer_says_which_files_are_missing(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=r"has no tokenizer \(none of tokenizer.json"):
+        load_tokenizer(tmp_path)

@@ -116,6 +116,9 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files of one, of which transformers needs one
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model folder. ModelError if there is none or it gives no character offsets."""
     from transformers import AutoTokenizer
@@ -124,6 +127,10 @@ def load_tokenizer(path: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
+        if not any((path / name).is_file() for name in TOKENIZERS):
+            raise ModelError(
+                f"{path} has no tokenizer (none of {', '.join(TOKENIZERS)}); copy the model's there"
+            ) from None
         raise ModelError(f"{path} has no usable tokenizer: {_first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: its tokenizer can't tell which characters a token covers (no tokenizer.json)")
@@ -294,7 +301,9 @@ def prepare(
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error says first; of a line that only announces what follows, the next one too."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def quiet() -> None:

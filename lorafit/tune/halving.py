@@ -1,8 +1,8 @@
 """Successive halving (arXiv 1502.07943, 1810.05834): who goes on is decided from held-out losses at rungs.
 
 Candidates are compared after an eighth and three eighths of their steps (later where these are few), each by its own count, so
-batches of any size meet at the same share of the data. A third of them goes on, and at least two do from the first rung. Nobody waits longer than the
-result needs: who can't be overtaken any more goes on at once, who can't make it is cut at once.
+batches of any size meet at the same share of the data. A third of them goes on, and at least two do from the first rung.
+Nobody waits longer than the result needs: who can't be overtaken any more goes on at once, who can't make it is cut at once.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="M",
-        help="Hugging Face folder (config.json is enough), GGUF file or hub id; default: the embedded model",
+        help="Hugging Face folder (config.json and tokenizer are enough), GGUF file or hub id; default: the embedded model",
     )
     parser.add_argument(
         "--for",
@@ -81,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     # `lorafit plan … && lorafit train …`: smaller micro-batches are what training takes by itself.
     code = 0 if verdict.fits or set(verdict.change) == {"accumulate"} else UserError.exit_code
 
+    if not args.json:  # what is known is shown before the time is measured
+        print(described(asked, verdict, place, way_out(config, verdict)), flush=True)
+
     def takes(config: Config, made: Estimate) -> Time | None:
         return time_of(config, made, path, data.train, place, out, args.no_time)
 
@@ -106,10 +109,9 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return code
-    lines = [described(asked, verdict, place, time, way_out(config, verdict))]
-    if other is not None:
-        lines.append(otherwise(asked, other[1], time, others))
-    print("\n".join(lines))
+    for line in (timed(asked, verdict, place, time), otherwise(asked, other[1], time, others) if other else ""):
+        if line:
+            print(line)
     return code
 
 
@@ -142,9 +144,9 @@ def otherwise(asked: Estimate, other: Estimate, time: Time | None, others: Time 
     return f"quant=none fits too ({peaks}{longer}):{faster} exact; {asked.quant} is for where memory is short"
 
 
-def described(asked: Estimate, verdict: Verdict, place: Place, time: Time | None, way_out: str) -> str:
-    """For people."""
-    from lorafit.log import count, duration, size, table
+def described(asked: Estimate, verdict: Verdict, place: Place, way_out: str) -> str:
+    """Memory and the verdict, for people."""
+    from lorafit.log import count, size, table
 
     rows = [[part, size(getattr(asked, part))] for part in PARTS]
     rows += [["peak, training", size(asked.peak_bytes)]]
@@ -170,20 +172,28 @@ def described(asked: Estimate, verdict: Verdict, place: Place, time: Time | None
         lines.append(f"it fits with {verdict.words} (peak {peak})")
     else:
         lines.append(f"it doesn't fit: {peak} at least; {way_out}")
-    if time is not None and (verdict.fits or verdict.change):
-        how = "measured on a few layers" if place.here else "by the data sheet, see docs/memory.md"
-        parts = [
-            f"{name} {duration(seconds)}"
-            for name, seconds in (
-                ("steps", time.steps),
-                ("held-out rows", time.evaluations),
-                ("answers", time.answers),
-                ("numbers from codes", time.dequantising),
-            )
-            if seconds
-        ]
-        rest = "; answers come on top" if time.answers is None and asked.answers else ""
-        lines.append(f"training takes about {duration(time.total)} ({how}{rest}): {', '.join(parts)}")
-    elif place.rate is None and not place.here and (verdict.fits or verdict.change):
-        lines.append("how long it takes isn't known of a size of memory; without --for it is measured here")
     return "\n".join(lines)
+
+
+def timed(asked: Estimate, verdict: Verdict, place: Place, time: Time | None) -> str:
+    """A line on the time; "" where there is nothing to say."""
+    from lorafit.log import duration
+
+    if not (verdict.fits or verdict.change):
+        return ""
+    if time is None:
+        unknown = place.rate is None and not place.here
+        return "how long it takes isn't known of a size of memory; without --for it is measured here" if unknown else ""
+    how = "measured on a few layers" if place.here else "by the data sheet, see docs/memory.md"
+    parts = [
+        f"{name} {duration(seconds)}"
+        for name, seconds in (
+            ("steps", time.steps),
+            ("held-out rows", time.evaluations),
+            ("answers", time.answers),
+            ("numbers from codes", time.dequantising),
+        )
+        if seconds
+    ]
+    rest = "; answers come on top" if time.answers is None and asked.answers else ""
+    return f"training takes about {duration(time.total)} ({how}{rest}): {', '.join(parts)}"
