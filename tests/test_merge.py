@@ -163,7 +163,9 @@ def test_a_damaged_adapter_is_named(tmp_path, number):
 
 def test_an_adapter_that_rounding_erases_is_refused(tmp_path):
     host = host_of(folder(tmp_path, "llama"), ["all-linear"], scale=0.002)
-    with pytest.raises(LorafitError, match=r"% of the adapter's effect lost; nothing was written; try --dtype fp32"):
+    with pytest.raises(
+        LorafitError, match=r"% of the adapter's effect lost; nothing was written; try `lorafit merge … --dtype fp32`"
+    ):
         merge(host, "a", tmp_path / "out", PROMPTS, dtype=torch.bfloat16)
     assert not (tmp_path / "out").exists()
 
@@ -246,3 +248,16 @@ def test_merging_needs_the_largest_weight_not_the_model(tmp_path):
         words = [sys.executable, "-c", CHILD, str(tmp_path), str(tmp_path / "out"), streamed, "200000000"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert done.stdout == want, done.stdout + done.stderr
+
+
+def test_one_far_logit_among_millions_is_rounding_but_a_shift_of_all_is_not():
+    """Three times what is usual at one place where the mean is small; never more, not where everything moved, and not where the
+    user says how much."""
+    torch.manual_seed(0)
+    want = torch.randn(40, 500)
+    cases = ((0.5, 0.0, None, True), (0.7, 0.0, None, False), (0.5, 0.05, None, False), (0.5, 0.0, 0.2, False))
+    for far, rest, tolerance, holds in cases:
+        got = want + rest
+        got[3, 7] = want[3, 7] + far
+        proof = merging.compare(want, got, 10.0, torch.bfloat16, tolerance)
+        assert proof.holds is holds, (far, rest)

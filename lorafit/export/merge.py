@@ -36,6 +36,9 @@ SHARD = 1_000_000_000  # bytes of a file
 # Largest logit difference allowed, as a share of the logits' standard deviation: about three times what rounding a
 # trained adapter's merged weights to the type does.
 _ALLOWED = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
+# Of some ten million logits the largest difference may lie far above all others: then up to so many times as much is allowed
+# where the mean difference is as small as rounding makes it.
+_FARTHEST, _MEAN = 3, 1 / 8
 _LOST = 0.5  # share of the adapter's effect that rounding may take away
 
 
@@ -167,7 +170,8 @@ def merge(
         if not proof.holds:
             raise LorafitError(
                 f"the merged model isn't the same: largest logit difference {proof.largest:.4g}, allowed"
-                f" {proof.tolerance:.4g}; {proof.lost:.0%} of the adapter's effect lost; nothing was written; try --dtype fp32"
+                f" {proof.tolerance:.4g}; {proof.lost:.0%} of the adapter's effect lost; nothing was written; try"
+                " `lorafit merge … --dtype fp32`"
             )
 
     files.write_folder(out, fill, again="merge again")
@@ -317,8 +321,6 @@ def effect_of(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> 
 def compare(want: Tensor, got: Tensor, effect: float, dtype: torch.dtype, tolerance: float | None) -> Proof:
     """The merged model's logits `got` (positions, vocabulary) beside the unmerged model's, `want`; `effect` as in Proof."""
     spread = float(want.std())
-    if tolerance is None:
-        tolerance = spread * _ALLOWED[dtype]
     largest, off, divergence, same = [], [], [], 0
     for a, b in _pieces(want, got):
         difference = (a - b).abs()
@@ -327,10 +329,14 @@ def compare(want: Tensor, got: Tensor, effect: float, dtype: torch.dtype, tolera
         off.append(_sum(difference))
         divergence.append(_sum(log_a.exp() * (log_a - log_b)))
         same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    mean = _mean(off, want)
+    if tolerance is None:
+        tolerance = spread * _ALLOWED[dtype]
+        tolerance *= _FARTHEST if mean <= _MEAN * tolerance else 1
     return Proof(
         dtype=str(dtype).removeprefix("torch."),
         largest=float(torch.stack(largest).max()),
-        mean=_mean(off, want),
+        mean=mean,
         effect=effect,
         spread=spread,
         kl=max(0.0, float(torch.stack(divergence).sum()) / len(want)),  # rounding may make it negative
