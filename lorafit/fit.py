@@ -432,7 +432,6 @@ class Training:
 
     def _to_its_end(self, run: Run, newest: Checkpoint | None, changed: bool) -> str:
         """Train; returns why it ended early, or ''."""
-        self.began = time.monotonic()
         writer = _tensorboard(self.config, run)
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
         job = self.job
