@@ -164,7 +164,7 @@ def _notes(facts: Facts, data: Dataset, loss: float | None) -> list[str]:
     if facts.tokens_a_character > 0.8:
         found.append(
             f"the base's tokenizer needs {facts.tokens_a_character:.1f} tokens for a character of these rows, so it has seen"
-            f" little of their writing, or of a part of it (most is {facts.script}); a base that knows it will learn more from them"
+            f" little of their writing, or of a part of it (most is {facts.script}); a base that knows it will learn more"
         )
     if not facts.held_out:
         found.append(
