@@ -29,6 +29,7 @@ class Adapter(nn.Module):
             (path, layer) for path, layer in layers.items() if layer.dropout or type(layer).train is not Method.train
         ]
         self._told = told  # when training begins and ends
+        super().train(False)
 
     def __contains__(self, path: str) -> bool:
         return _key(path) in self.layers

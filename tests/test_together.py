@@ -59,11 +59,12 @@ def trained(names, **how):
     "kind", [dict(), dict(dtype=torch.float64), dict(shape="gpt2"), dict(shape="mixtral")], ids=str
 )
 def test_each_job_is_what_it_is_alone(kind):
-    """fp32: losses and parameters within 1e-6 after 50 steps; fp64 within 1e-10, so that what is left is rounding."""
+    """fp32: losses and parameters within 1e-6 after 50 steps (of experts, whose sums are added up in another order, 3e-6); fp64
+    within 1e-10, so that what is left is rounding."""
     names = [n for n in JOBS if kind.get("shape") != "mixtral" or n in ("plain", "large", "drawn")]
     names = [n for n in names if n not in ("few", "ia3") or kind.get("shape") != "gpt2"]  # it has no such modules
     losses, states = trained(names, **kind)
-    tolerance = 1e-10 if "dtype" in kind else 1e-6
+    tolerance = 1e-10 if "dtype" in kind else 3e-6 if kind.get("shape") == "mixtral" else 1e-6
     for name in names:
         alone, alone_states = trained([name], **kind)
         assert len(alone[name]) == len(losses[name])
