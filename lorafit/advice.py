@@ -159,16 +159,16 @@ _SCRIPTS = {
 def advise(config: Config, facts: Facts, shape: Any, rows: Sequence[Tokens], task: str | None = None) -> list[Choice]:
     """Every setting that advice has a word on. `shape`: the model's transformers config; `task` as in `TASKS`, else what the
     rows look like. What the user set is taken as it is, and what depends on it follows it."""
-    made = [
+    tokens = config.batch_tokens or default_tokens(rows, config.share)
+    an_epoch = Plan(rows, tokens, seed=config.seed).steps(1)
+    return [
         _method(config),
         _targets(config),
         *_rank(config, facts, shape, task or facts.task),
-        _batch(config, facts, rows),
+        _batch(config, tokens, an_epoch),
+        _rate(config, shape, tokens),
+        _length(config, facts, an_epoch),
     ]
-    tokens = next(choice.value for choice in made if choice.setting == "batch_tokens")
-    an_epoch = Plan(rows, tokens, seed=config.seed).steps(1)
-    made += [_rate(config, shape, tokens), _length(config, facts, an_epoch)]
-    return made
 
 
 def settle(config: Config, data: Dataset, shape: Any) -> list[Choice]:
@@ -247,11 +247,10 @@ def numbers_a_rank(shape: Any) -> int:
     return int(text.num_hidden_layers) * (2 * (h + heads * dim) + 2 * (h + kv) + 3 * (h + inner))
 
 
-def _batch(config: Config, facts: Facts, rows: Sequence[Tokens]) -> Choice:
+def _batch(config: Config, tokens: int, an_epoch: int) -> Choice:
     if config.batch_tokens:
-        return _yours("batch_tokens", config.batch_tokens)
-    tokens = default_tokens(rows, config.share)
-    why = f"{Plan(rows, tokens, seed=config.seed).steps(1)} steps an epoch; LoRA learns best from small batches"
+        return _yours("batch_tokens", tokens)
+    why = f"{an_epoch} steps an epoch; LoRA learns best from small batches"
     return Choice("batch_tokens", tokens, why, "arXiv 2602.09492, 2508.02932")
 
 

@@ -131,11 +131,10 @@ def _axis(values: Sequence[Any], log: bool) -> tuple[list[tuple[float, str]], li
             if not kept or share - kept[-1][0] > 0.06:
                 kept.append((share, text))
         return kept, at
-    texts = list(dict.fromkeys(_word(value) if value not in (None, []) else "default" for value in values))
+    named = [_word(value) if value not in (None, []) else "default" for value in values]
+    texts = list(dict.fromkeys(named))
     shares = {text: i / max(1, len(texts) - 1) for i, text in enumerate(texts)}
-    return [(share, text) for text, share in shares.items()], [
-        shares[_word(value) if value not in (None, []) else "default"] for value in values
-    ]
+    return [(share, text) for text, share in shares.items()], [shares[text] for text in named]
 
 
 def _figure(value: float | None) -> str:

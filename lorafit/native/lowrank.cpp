@@ -138,6 +138,16 @@ int64_t begin(const Layout& layout, int64_t t, int64_t threads) {
     return layout.rows;
 }
 
+// Thread t's rows, run by run: job(run, first, last) for each that has additions.
+template <typename Job>
+void each_run(const Layout& layout, int64_t t, int64_t threads, Job job) {
+    int64_t from = begin(layout, t, threads), to = begin(layout, t + 1, threads);
+    for (int64_t n = 0; n < layout.count; n++) {
+        Run& run = layout.runs[n];
+        if (run.ranks) job(run, std::max(run.first, from), std::min(run.last, to));
+    }
+}
+
 }  // namespace
 
 // Both return 0, or 1 where scratch memory ran out.
@@ -156,16 +166,12 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
                 for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], layout.thin, t, threads);
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
-                for (int64_t n = 0; n < layout.count; n++) {
-                    // Rows of a run that this thread has: one run alone is shared out, of many each has its own.
-                    const Run& run = layout.runs[n];
-                    int64_t first = std::max(run.first, begin(layout, t, threads));
-                    int64_t last = std::min(run.last, begin(layout, t + 1, threads));
-                    if (!run.ranks || first >= last) continue;
+                each_run(layout, t, threads, [&](const Run& run, int64_t first, int64_t last) {
+                    if (first >= last) return;
                     Part part{g.x + run.first * g.ldx, g.ldx, layout.thin + run.thin, g.in, g.in, 1};
                     fine = block({&part, 1, run.last - run.first, run.width, g.xa + run.xa, run.width, nullptr},
                                  first - run.first, last - run.first, 0, run.width) && fine;
-                }
+                });
         }
         Part* parts = parts_.of(layout.count + 1);
         fine = fine && parts;
@@ -201,10 +207,15 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
         run.each = cells(run.ranks, g.in);
         for (int64_t i = 0; i < g.count; i++) run.each += cells(run.lows[i].r, g.bases[i].out);
         run.each *= CELL;
-        run.from = threads, run.to = 0, run.sums = numbers;
-        for (int64_t t = 0; run.ranks && t < threads; t++)
-            if (std::max(run.first, begin(layout, t, threads)) < std::min(run.last, begin(layout, t + 1, threads)))
-                run.from = std::min(run.from, t), run.to = t + 1;
+        run.from = threads, run.to = 0;
+    }
+    for (int64_t t = 0; t < threads; t++)
+        each_run(layout, t, threads, [&](Run& run, int64_t first, int64_t last) {
+            if (first < last) run.from = std::min(run.from, t), run.to = t + 1;
+        });
+    for (int64_t n = 0; n < layout.count; n++) {
+        Run& run = layout.runs[n];
+        run.sums = numbers;
         numbers += run.each * std::max<int64_t>(0, run.to - run.from);
     }
     // d(x·Aᵀ), a turned chunk of each thread, and its sums.
@@ -273,17 +284,14 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
                 for (int64_t n = 0; n < layout.count; n++) pack(g, layout.runs[n], layout.thin, t, threads);
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
-                for (int64_t n = 0; n < layout.count; n++) {
-                    const Run& run = layout.runs[n];
-                    int64_t first = std::max(run.first, begin(layout, t, threads));
-                    int64_t last = std::min(run.last, begin(layout, t + 1, threads));
-                    if (t < run.from || t >= run.to) continue;
+                each_run(layout, t, threads, [&](const Run& run, int64_t first, int64_t last) {
+                    if (t < run.from || t >= run.to) return;
                     float* sums = sums_ + run.sums + (t - run.from) * run.each;
                     if (first < last)
                         fine = rows(run, first, last, flats_ + t * flat_each, sums) && fine;
                     else
                         std::memset(sums, 0, run.each * sizeof(float));  // between threads that have some
-                }
+                });
         }
 #pragma omp for schedule(static)
         for (int t = 0; t < threads; t++) {

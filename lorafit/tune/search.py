@@ -17,6 +17,7 @@ from lorafit.train.loop import Step, train
 from lorafit.tune.halving import EIGHTHS, Cut, rungs
 from lorafit.tune.space import Values
 from lorafit.tune.strategy import Strategy
+from lorafit.tune.together import EACH
 
 State = Literal["training", "waiting", "cut", "failed", "done"]
 RANGE_STEPS = 32  # of a range test, or a quarter of a training's where that is less
@@ -166,9 +167,7 @@ class Search:
         if not due and not reached:
             return
         loss, enough = training.held_out_loss(), ""
-        if (
-            due
-        ):  # of a rung between `train`'s own evaluations the candidate's early stop knows nothing: nor would it there
+        if due:  # between `train`'s own evaluations early stop isn't told of a rung either
             best, enough = training.watch.evaluation(at, loss)
             candidate.best_loss, candidate.best_step = training.watch.best_loss, training.watch.best_step
             self.say("evaluated", candidate.number, step=at, held_out_loss=loss, best=best)
@@ -343,7 +342,7 @@ def candidate_name(candidate: Candidate) -> str:
 
 def bytes_of(training: Training) -> int:
     """What an adapter takes while it is trained: itself, its gradients, and two averages of AdamW, in fp32."""
-    return 16 * training.host.adapters[training.name].numbers()
+    return EACH * training.host.adapters[training.name].numbers()
 
 
 def reason(candidate: Candidate, out: Cut) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.verbs.common import add_json, given, importing, print_json, terminal
+from lorafit.verbs.common import add_json, add_rows, given, importing, print_json, terminal
 
 if TYPE_CHECKING:
     from lorafit.advice import Choice, Facts
@@ -46,9 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="start", metavar="RUN", help="advice for training that starts from an old adapter"
     )
-    parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
-    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
+    add_rows(parser)
     add_json(parser)
 
 

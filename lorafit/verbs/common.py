@@ -37,6 +37,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """--held-out, --map, --skip-bad-rows: which rows, beside DATA."""
+    parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
+    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
+    )
+
+
+def source_of(args: argparse.Namespace) -> str | None:
+    """DATA or a YAML file; None where the first word is a setting already, which then goes to the others."""
+    source: str | None = args.source
+    if source is not None and "=" in source and not Path(source).is_file():
+        args.settings = [source, *args.settings]
+        return None
+    return source
+
+
 def opened(args: argparse.Namespace, out: Terminal) -> Session:
     """The base and the adapters that `runs` names (`base`: the base alone), as the options of `add_model` say."""
     from lorafit.session import open_session

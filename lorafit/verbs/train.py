@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.log import count, duration, size
-from lorafit.verbs.common import add_json, given, importing, print_json, terminal
+from lorafit.verbs.common import add_json, add_rows, given, importing, print_json, source_of, terminal
 
 ABOUT = "fit an adapter: data file or YAML configuration in, run folder out"
 EXAMPLE = """\
@@ -28,11 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
     )
     parser.add_argument("--out", metavar="RUN", help="run folder; default runs/<data>-<number>")
-    parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
-    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
-    )
+    add_rows(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--force", action="store_true", help="resume even if settings, data or base have changed")
     parser.add_argument("--from", dest="start", metavar="RUN", help="start new training from an old adapter")
@@ -49,10 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.help_settings:
         print(settings_table())
         return
-    source = args.source
-    if source is not None and "=" in source and not Path(source).is_file():
-        args.settings = [source, *args.settings]
-        source = None
+    source = source_of(args)
     found = given(args)
     if args.resume and source is not None and (Path(source) / "config.yaml").is_file():
         found.setdefault("out", source)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorafit.verbs.common import add_json, given, importing, print_json, terminal
+from lorafit.verbs.common import add_json, add_rows, given, importing, print_json, source_of, terminal
 
 ABOUT = "find good settings: many adapters trained at once over one base, weak ones cut early, the best one kept"
 EXAMPLE = """\
@@ -25,11 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
     )
     parser.add_argument("--out", metavar="RUN", help="run folder; default runs/<data>-<number>")
-    parser.add_argument("--held-out", metavar="FILE", help="held-out rows, instead of a split of DATA")
-    parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave out rows that can't be used, and count them"
-    )
+    add_rows(parser)
     parser.add_argument("--budget", metavar="8|30m", help="candidates, or time (s, m, h); default 8")
     parser.add_argument(
         "--objective", default="loss", metavar="loss|token_f1|exact_match", help="what decides among the best"
@@ -55,10 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.errors import ConfigError
     from lorafit.files import need_data
 
-    source = args.source
-    if source is not None and "=" in source and not Path(source).is_file():
-        args.settings = [source, *args.settings]
-        source = None
+    source = source_of(args)
     found = given(args)
     if args.resume and source is not None and (Path(source) / "tune").is_dir():
         found.setdefault("out", source)
