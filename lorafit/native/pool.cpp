@@ -3,11 +3,13 @@
 // A training step frees and asks for the same sizes again. Given back to the system, every page would be cleared and mapped
 // anew at each asking. Kept in the C library's heap, a hole doesn't serve a tensor of its own size again: aligned memory is
 // asked for with room to spare, so the heap grows far beyond what is ever in use. Here a block is a mapping of its own, whose
-// pages move with it when it is made longer or shorter, and what is kept is never more than what was once in use at a time.
+// pages move with it when it is made longer or shorter, and what is kept and in use is never much more than what was once in
+// use at a time.
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <new>
@@ -18,6 +20,9 @@ namespace {
 
 constexpr size_t SMALLEST = size_t(1) << 17;  // the C library serves smaller ones: those of a micro-batch are larger
 constexpr size_t STEP = size_t(1) << 14;
+// What is kept above the most that was ever in use, a quarter of it at most. Without any, what a step has freed is given back
+// to make room for blocks of another size, and asked for again in the next step: up to a quarter of a small step's time.
+constexpr size_t SPARE = size_t(1) << 28;
 constexpr size_t LARGEST = size_t(1) << 26;  // that is mapped at once
 
 struct Block {
@@ -88,7 +93,7 @@ private:
             size_t best = nearest(size), have = kept_[best].size;
             size_t far = have > size ? have - size : size - have;
             // A block of quite another size had better wait for its like, while there is room for a new one.
-            if (far <= size / 4 || in_use_ + in_kept_ > most_) place = resized(taken(best), size);
+            if (far <= size / 4 || in_use_ + in_kept_ > room()) place = resized(taken(best), size);
         }
         shrink();
         if (!place) place = mapped(size);
@@ -154,7 +159,9 @@ private:
 #endif
     }
 
-    void shrink() { drop(keeps_ ? most_ - in_use_ : 0); }
+    void shrink() { drop(keeps_ ? room() - in_use_ : 0); }
+
+    size_t room() const { return most_ + std::min(most_ / 4, SPARE); }
 
     // Give back to the system what is kept above `room` bytes, what lay unused longest first.
     void drop(size_t room) {

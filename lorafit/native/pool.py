@@ -42,5 +42,5 @@ def give_back() -> None:
 
 
 def kept() -> int:
-    """Bytes that lie ready for the next tensor: with those in use never more than were once in use at a time."""
+    """Bytes that lie ready for the next tensor: with those in use at most a quarter more than were once in use at a time."""
     return int(_pool.lorafit_pool_kept()) if _pool is not None else 0
