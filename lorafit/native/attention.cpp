@@ -162,18 +162,9 @@ struct TileEngine {
                          int64_t b_step, float* c, int64_t c_step) {
         for (int64_t p = 0; p < panels; p += 2)
             for (int64_t r = 0; r < rows; r += 32) {
-                float *left = c + p * c_step + r * 16, *right = left + c_step;
-                if (ADD) {
-                    tiles::load<0>(left, 64), tiles::load<1>(right, 64), tiles::load<2>(left + 256, 64), tiles::load<3>(right + 256, 64);
-                } else {
-                    tiles::zero<0>(), tiles::zero<1>(), tiles::zero<2>(), tiles::zero<3>();
-                }
-                const bf16 *x = a + r * 32, *y = b + p * b_step;
-                for (int64_t line = 0; line < lines; line++, x += a_step, y += 512) {
-                    tiles::load<4>(x, 64), tiles::load<6>(y, 64), tiles::load<7>(y + b_step, 64), tiles::load<5>(x + 512, 64);
-                    tiles::multiply<0, 1, 4>(), tiles::multiply<2, 3, 5>();
-                }
-                tiles::store<0>(left, 64), tiles::store<1>(right, 64), tiles::store<2>(left + 256, 64), tiles::store<3>(right + 256, 64);
+                const bf16* y = b + p * b_step;
+                float* to = c + p * c_step + r * 16;
+                tiles::sum<2, ADD>(a + r * 32, 512, a_step, y, y + b_step, 512, lines, to, to + c_step, 16);
             }
     }
 };

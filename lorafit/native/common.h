@@ -227,68 +227,84 @@ inline void multiply() {  // C += A·B and D += A·B', for B and B' in tiles 6 a
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(D), "i"(A), "i"(7));
 }
 
+// The sums of BANDS bands of 16 rows and 32 columns: C = (or += where ADD) sum over `lines` of A·B. A band of A is a tile of its
+// own, `a_band` numbers from the last; the columns of B and C are in two halves; the steps are numbers from line to line,
+// `ldc` those from row to row.
+template <int BANDS, bool ADD>
+INLINE void sum(const bf16* a, int64_t a_band, int64_t a_step, const bf16* left, const bf16* right, int64_t b_step, int64_t lines,
+                float* c_left, float* c_right, int64_t ldc) {
+    if constexpr (ADD) {
+        load<0>(c_left, ldc * 4), load<1>(c_right, ldc * 4);
+        if constexpr (BANDS > 1) load<2>(c_left + 16 * ldc, ldc * 4), load<3>(c_right + 16 * ldc, ldc * 4);
+    } else {
+        zero<0>(), zero<1>();
+        if constexpr (BANDS > 1) zero<2>(), zero<3>();
+    }
+    for (; lines > 0; lines--, a += a_step, left += b_step, right += b_step) {
+        load<4>(a, 64), load<6>(left, 64), load<7>(right, 64);
+        if constexpr (BANDS > 1) load<5>(a + a_band, 64);
+        multiply<0, 1, 4>();
+        if constexpr (BANDS > 1) multiply<2, 3, 5>();
+    }
+    store<0>(c_left, ldc * 4), store<1>(c_right, ldc * 4);
+    if constexpr (BANDS > 1) store<2>(c_left + 16 * ldc, ldc * 4), store<3>(c_right + 16 * ldc, ldc * 4);
+}
+
 }  // namespace tiles
 #elif defined(LORAFIT_TILES)
 
-// The same for a processor that multiplies bf16 in vectors: sums (tiles 0 to 3) are in memory that stays in the first cache, what
-// is multiplied stays where it is.
+// The same for a processor that multiplies bf16 in vectors: the sums of eight rows at a time stay in registers.
 namespace tiles {
-
-struct State {
-    alignas(64) float sums[4][256];
-    const char* at[8];
-    int64_t step[8];
-};
-static thread_local State state;
 
 inline bool permitted() { return true; }
 inline void configure() {}
 inline void release() {}
-template <int T>
-inline void zero() {
-    std::memset(state.sums[T], 0, sizeof state.sums[T]);
-}
-template <int T>
-inline void load(const void* p, int64_t stride) {
-    if constexpr (T < 4)
-        for (int i = 0; i < 16; i++) std::memcpy(state.sums[T] + 16 * i, (const char*)p + i * stride, 64);
-    else
-        state.at[T] = (const char*)p, state.step[T] = stride;
-}
-template <int T>
-inline void stream(const void* p, int64_t stride) {
-    load<T>(p, stride);
-}
-template <int T>
-inline void store(void* p, int64_t stride) {
-    for (int i = 0; i < 16; i++) std::memcpy((char*)p + i * stride, state.sums[T] + 16 * i, 64);
-}
-template <int C, int D, int A>
-inline void multiply() {
-    State& s = state;
-    constexpr int R = 8;  // rows at a time: 16 sums of the 32 registers
-    const char *left = s.at[6], *right = s.at[7];
-    int64_t left_step = s.step[6], right_step = s.step[7], step = s.step[A];
-    for (int row = 0; row < 16; row += R) {
-        const char* a = s.at[A] + row * step;
-        float *c = s.sums[C] + 16 * row, *d = s.sums[D] + 16 * row;
-        __m512 x[R], y[R];
+
+constexpr int ROWS = 8;  // of 32 columns: 16 of the 32 registers
+struct Sums {
+    __m512 left[ROWS], right[ROWS];
+
+    INLINE void begin() {
 #pragma GCC unroll 8
-        for (int i = 0; i < R; i++) x[i] = _mm512_load_ps(c + 16 * i), y[i] = _mm512_load_ps(d + 16 * i);
-        for (int k = 0; k < 16; k++) {
-            __m512bh b = (__m512bh)_mm512_loadu_si512(left + k * left_step);
-            __m512bh b2 = (__m512bh)_mm512_loadu_si512(right + k * right_step);
+        for (int i = 0; i < ROWS; i++) left[i] = right[i] = _mm512_setzero_ps();
+    }
+    INLINE void load(const float* c_left, const float* c_right, int64_t ldc) {
 #pragma GCC unroll 8
-            for (int i = 0; i < R; i++) {
+        for (int i = 0; i < ROWS; i++) left[i] = _mm512_loadu_ps(c_left + i * ldc), right[i] = _mm512_loadu_ps(c_right + i * ldc);
+    }
+    INLINE void store(float* c_left, float* c_right, int64_t ldc) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(c_left + i * ldc, left[i]), _mm512_storeu_ps(c_right + i * ldc, right[i]);
+    }
+    // Eight rows of A, 32 deep, times two tiles of B.
+    INLINE void add(const bf16* a, int64_t lda, const bf16* b_left, const bf16* b_right) {
+        for (int k = 0; k < 32; k += 2, b_left += 32, b_right += 32) {
+            __m512bh b = (__m512bh)_mm512_load_si512(b_left), b2 = (__m512bh)_mm512_load_si512(b_right);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
                 int pair;
-                std::memcpy(&pair, a + i * step + 4 * k, 4);
+                std::memcpy(&pair, a + i * lda + k, 4);
                 __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                x[i] = _mm512_dpbf16_ps(x[i], both, b);
-                y[i] = _mm512_dpbf16_ps(y[i], both, b2);
+                left[i] = _mm512_dpbf16_ps(left[i], both, b);
+                right[i] = _mm512_dpbf16_ps(right[i], both, b2);
             }
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) _mm512_store_ps(c + 16 * i, x[i]), _mm512_store_ps(d + 16 * i, y[i]);
+    }
+};
+
+template <int BANDS, bool ADD>
+INLINE void sum(const bf16* a, int64_t a_band, int64_t a_step, const bf16* left, const bf16* right, int64_t b_step, int64_t lines,
+                float* c_left, float* c_right, int64_t ldc) {
+    for (int row = 0; row < 16 * BANDS; row += ROWS) {
+        const bf16* rows = a + row / 16 * a_band + row % 16 * 32;
+        Sums sums;
+        if constexpr (ADD)
+            sums.load(c_left + row * ldc, c_right + row * ldc, ldc);
+        else
+            sums.begin();
+        for (int64_t line = 0; line < lines; line++)
+            sums.add(rows + line * a_step, 32, left + line * b_step, right + line * b_step);
+        sums.store(c_left + row * ldc, c_right + row * ldc, ldc);
     }
 }
 

@@ -90,6 +90,7 @@ struct Turn {  // a step that 32 rows take: where A's numbers are, and which ste
     int64_t step;
 };
 
+#ifdef LORAFIT_AMX
 // The loads come first: mixed with the products they take longer. A slice of B is passed over for every 32 rows and doesn't
 // fit the first cache, so it is marked as not worth keeping there.
 inline void products(const bf16* a, int64_t lda, const bf16* b, bool ahead) {
@@ -103,34 +104,21 @@ inline void products(const bf16* a, int64_t lda, const bf16* b, bool ahead) {
     tiles::multiply<2, 3, 5>();
 }
 
-#ifndef LORAFIT_AMX
-// All turns of a block, C in registers: what the loop over `products` does with tiles.
+#else
+// All turns of a block: what the loop over `products` does with tiles.
 inline void products_of(const Turn* turns, int64_t count, const bf16* packed, bool begin, float* sums) {
-    constexpr int R = 8;  // rows at a time: 16 sums of the 32 registers
-    for (int row = 0; row < TALL; row += R) {
+    for (int row = 0; row < TALL; row += tiles::ROWS) {
         float* c = sums + row * WIDE;
-        __m512 x[R], y[R];
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) {
-            x[i] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * WIDE);
-            y[i] = begin ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * WIDE + 16);
-        }
+        tiles::Sums c_sums;
+        if (begin)
+            c_sums.begin();
+        else
+            c_sums.load(c, c + 16, WIDE);
         for (const Turn* at = turns; at < turns + count; at++) {
-            const bf16 *a = at->a + row * at->lda, *b = packed + at->step * 2 * TILE;
-            for (int k = 0; k < DEEP; k += 2, b += DEEP) {
-                __m512bh left = (__m512bh)_mm512_load_si512(b), right = (__m512bh)_mm512_load_si512(b + TILE);
-#pragma GCC unroll 8
-                for (int i = 0; i < R; i++) {
-                    int pair;
-                    std::memcpy(&pair, a + i * at->lda + k, 4);
-                    __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                    x[i] = _mm512_dpbf16_ps(x[i], both, left);
-                    y[i] = _mm512_dpbf16_ps(y[i], both, right);
-                }
-            }
+            const bf16* b = packed + at->step * 2 * TILE;
+            c_sums.add(at->a + row * at->lda, at->lda, b, b + TILE);
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) _mm512_storeu_ps(c + i * WIDE, x[i]), _mm512_storeu_ps(c + i * WIDE + 16, y[i]);
+        c_sums.store(c, c + 16, WIDE);
     }
 }
 #endif
@@ -338,16 +326,11 @@ inline void outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, in
                 pack_along(at, ldq, rows - s * DEEP, right - column, strip + s * 2 * TILE, true);
         }
         for (int64_t band = 0; band < bands_of(left); band++, sums += CELL) {
+            const bf16* at = flat + band * STEPS * TILE;
             if (begin)
-                tiles::zero<0>(), tiles::zero<1>();
+                tiles::sum<1, false>(at, 0, TILE, strip, strip + TILE, 2 * TILE, steps, sums, sums + 16, WIDE);
             else
-                tiles::load<0>(sums, WIDE * 4), tiles::load<1>(sums + 16, WIDE * 4);
-            for (int64_t s = 0; s < steps; s++) {
-                tiles::load<4>(flat + (band * STEPS + s) * TILE, 64);
-                tiles::load<6>(strip + s * 2 * TILE, 64), tiles::load<7>(strip + s * 2 * TILE + TILE, 64);
-                tiles::multiply<0, 1, 4>();
-            }
-            tiles::store<0>(sums, WIDE * 4), tiles::store<1>(sums + 16, WIDE * 4);
+                tiles::sum<1, true>(at, 0, TILE, strip, strip + TILE, 2 * TILE, steps, sums, sums + 16, WIDE);
         }
     }
 }
