@@ -40,6 +40,14 @@ def need_data(name: str) -> None:
         raise DataError(f"no such file: {name}; give a data file (.jsonl, .json, .csv, .parquet, .txt)")
 
 
+def free(out: Path) -> Path:
+    """The absolute path of a folder to be written. RunError where there is something in it."""
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already and isn't empty; name another folder")
+    return out
+
+
 def write_text(path: Path, text: str, again: str = "go on with --resume") -> None:
     """Replace a file by this text. RunError when the disk is full or refuses; `again` as in `refused`."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -53,7 +53,7 @@ from lorafit.route import StackLike
 from lorafit.run import Checkpoint, Run, next_folder
 from lorafit.session import adapter_folder, base_of, quant_of
 from lorafit.train import optim
-from lorafit.train.activations import study
+from lorafit.train.activations import MOST, study
 from lorafit.train.loop import Job, Step, train
 from lorafit.train.watch import Watch
 
@@ -484,7 +484,8 @@ class Training:
     def look(self) -> None:
         """Let the method see what its sites are given, where it starts from that."""
         job, most = self.job, math.ceil(self.config.batch_tokens or TOKENS)
-        with self.terminal.working(f"looking at what the sites are given, for method={self.config.method}") as spinner:
+        doing = f"looking at what the sites are given, in at most {MOST} batches, for method={self.config.method}"
+        with self.terminal.working(doing) as spinner:
             seen = study(self.host, self.name, job.plan.since(0), tokens=min(TOKENS, most), progress=spinner.update)
         if seen:
             found = self.host.adapters[self.name].ranks()

@@ -221,8 +221,8 @@ class Working:
         self._amount = f"  {count(done)}" + (f" of {count(total)} ({done / total:.0%})" if total else "")
 
     def rename(self, text: str) -> None:
-        """Shows what is being done now."""
-        self._text = text
+        """Shows what is being done now, of which nothing is done yet."""
+        self._text, self._amount = text, ""
 
     def _watch(self) -> None:
         if self._terminal.live:
@@ -232,7 +232,8 @@ class Working:
         elif not self._done.wait(LINE_AFTER):
             self._terminal.say(f"{self._text} ...")
             while not self._done.wait(LINE_AGAIN):
-                self._terminal.say(f"{self._text} ... {time.monotonic() - self._begin:.0f} s")
+                amount = f"{self._amount.strip()}, " if self._amount else ""
+                self._terminal.say(f"{self._text} ... {amount}{time.monotonic() - self._begin:.0f} s")
 
     def _line(self, width: int) -> str:
         seconds = time.monotonic() - self._begin

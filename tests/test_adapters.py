@@ -351,7 +351,7 @@ def test_diff_tells_how_far_apart(bases, adapters, capsys):
     host.load(one, "a")
     host.load(other, "b")
     a, b = dense(host, "a"), dense(host, "b")
-    assert found["same_base"] is True and found["different"]["rslora"] == [False, True]
+    assert found["same_base"] is True and found["different"]["method"] == ["lora", "rslora"]
     for site in found["sites"]:
         x, y = a[site["path"]], b[site["path"]]
         assert site["distance"] == pytest.approx(float((x - y).norm() / max(x.norm(), y.norm())), rel=1e-9)
@@ -371,6 +371,27 @@ class Magnitude(Method):
 
     def delta_weight(self, w):
         return w.float() * (self.length / w.float().norm(dim=-1, keepdim=True) - 1)
+
+
+@pytest.mark.parametrize("by", ["peft", "us"])
+def test_info_and_diff_call_a_method_the_same(by, bases, adapters, tmp_path, capsys):
+    folder = adapters["llama"]["rslora"]  # as PEFT writes one
+    if by == "us":
+        host, folder = opened(bases["llama"]), tmp_path / "ours"
+        randomize(host.add("ours", "rslora", ["q_proj"], r=4, alpha=3.0))
+        folder.mkdir()
+        host.save("ours", folder)
+    assert call("adapter", "info", folder, "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert call("adapter", "diff", adapters["llama"]["a"], folder, "--json") == 0
+    different = json.loads(capsys.readouterr().out)["different"]
+    assert info["method"] == different["method"][1] == "rslora" and "rslora" not in {*info["options"], *different}
+    assert {key: pair[1] for key, pair in different.items() if key in info["options"]}.items() <= info["options"].items()
+    assert call("adapter", "info", folder) == 0
+    text = capsys.readouterr().out
+    assert "method       rslora r=4 alpha=3.0" in text and ("stored as lora" in text) == (by == "us")
+    (folder / "lorafit.json").write_text('{"trained_as": {}}')
+    assert call("adapter", "info", folder) == 0
 
 
 def test_a_method_that_needs_the_weights_gets_them(bases, adapters, tmp_path, monkeypatch, capsys):
@@ -726,6 +747,49 @@ def test_what_is_wrong_is_said_and_leaves_nothing(bases, adapters, tmp_path, cap
         last = error.strip().splitlines()[-1]
         assert last.startswith("lorafit: ") or "\n  " in error, f"{name}: {error}"
         assert sorted(tmp_path.rglob("*")) == before, name
+
+
+def saved(host: Host, name: str, tmp_path: Path) -> Path:
+    (tmp_path / name).mkdir()
+    host.save(name, tmp_path / name)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("how", ["svd", "ties", "dare"])
+def test_what_is_not_of_low_rank_is_brought_to_the_rank_it_was_trained_with(how, bases, adapters, tmp_path, capsys):
+    """DoRA: by default at r for svd, at the sum of the ranks for ties and dare; cat and linear refuse it."""
+    host = opened(bases["llama"])
+    layers = host.add("dora", "dora", ["q_proj"], r=2)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in layers.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    host.load(adapters["llama"]["a"], "a")
+    both = [saved(host, "dora", tmp_path), adapters["llama"]["a"]]
+    assert call("adapter", "combine", tmp_path / "cat", *both) == 2
+    assert "so no exact sum is; --how svd\n" in capsys.readouterr().err
+    assert call("adapter", "combine", tmp_path / "x", *both, "--how", how, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["sites"]
+    path = "model.layers.0.self_attn.q_proj"
+    assert found[path]["rank"] == (3 if how == "svd" else 5) and found[path]["lost"] > 0
+    if how == "svd":
+        a, b, s = host.adapters["a"][path].factors()
+        whole = host.adapters["dora"][path].delta_weight(host.sites[path].weight()).double() + s * (b @ a).double()
+        values = torch.linalg.svdvals(whole.detach()).square()
+        assert found[path]["lost"] == pytest.approx(float(values[3:].sum() / values.sum()), rel=1e-4)
+
+
+def test_a_great_loss_is_warned_of(adapters, tmp_path, capsys):
+    for n, (words, warned) in enumerate(
+        [(["compress", "--rank", 1], True), (["compress", "--energy", 0.99], False), (["combine", "--how", "ties"], True)]
+    ):
+        way, *rest = words
+        a, b = adapters["llama"]["a"], adapters["llama"]["rslora"]
+        given = [tmp_path / str(n), a, b] if way == "combine" else [b, tmp_path / str(n)]
+        assert call("adapter", way, *given, *rest) == 0
+        text = capsys.readouterr().out
+        share = float(text.split("lost       ")[1].split("%")[0])
+        assert (share > 10) == warned == ("warning    more than a tenth" in text)
 
 
 def test_a_full_delta_needs_a_rank(bases, adapters, tmp_path, capsys):

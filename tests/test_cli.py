@@ -160,8 +160,25 @@ def test_merge_prints_its_proof(capsys, run, tmp_path):
     code, out, _ = call(capsys, "merge", run, tmp_path / "merged", "--json")
     proof = json.loads(out)
     assert code == 0 and proof["largest"] <= proof["tolerance"] and proof["agree"] == 1.0
-    code, _, err = call(capsys, "merge", run, tmp_path / "merged")
-    assert code == 2 and "isn't empty" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "RUN", "OUT"],
+        ["export", "RUN", "OUT", "--format", "hf"],
+        ["adapter", "combine", "OUT", "RUN"],
+        ["adapter", "compress", "RUN", "OUT", "--rank", "1"],
+        ["adapter", "convert", "RUN", "OUT"],
+    ],
+    ids=lambda words: words[-1] if words[0] == "adapter" else words[0],
+)
+def test_a_folder_with_something_in_it_is_refused_before_anything_is_read(capsys, tmp_path, words):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    given = {"RUN": tmp_path / "no run, which nobody finds out", "OUT": tmp_path / "out"}
+    code, _, err = call(capsys, *(given.get(word, word) for word in words))
+    assert code == 2 and "exists already and is" in err and [p.name for p in (tmp_path / "out").iterdir()] == ["x"]
 
 
 def test_runs_lists_and_compares(capsys, run, other):
@@ -206,6 +223,17 @@ def test_methods_of_a_model(capsys, tiny_model):
     assert code == 0 and any(line.split()[:2] == ["ia3", "160"] for line in out.splitlines())
     code, _, err = call(capsys, "methods", "--model", "nowhere")
     assert code == 2 and "nowhere" in err
+
+
+def test_one_method(capsys, tiny_model):
+    code, out, _ = call(capsys, "methods", "dora")
+    assert code == 0 and "m·V/‖V‖ − W" in out and "r=16 alpha=32.0" in out and "docs/methods.md" in out
+    assert "arxiv.org/abs/2402.09353" in out and "not with   experts" in out and "rslora" in out and "loftq" not in out
+    code, out, _ = call(capsys, "methods", "ia3", "--model", tiny_model, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["trainable"] == 160 and found["formats"] == ["peft", "hf", "gguf", "ollama"]
+    code, out, err = call(capsys, "methods", "dorra")
+    assert code == 2 and not out and "unknown method 'dorra'; did you mean 'dora'?" in err
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,13 @@ def test_commands_use_verbs_and_settings_that_exist():
             assert key in known, f"{page.name}: {key}"
 
 
+def test_each_method_has_a_row_with_its_formula():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for name, kind in METHODS.items():
+        (row,) = [line for line in text.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1]]
+        assert kind.formula and row.split("|")[2].strip() == kind.formula, name
+
+
 @pytest.fixture(scope="module")
 def run(tiny_model, data_file, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("readme")

@@ -30,6 +30,7 @@ from lorafit.model.load import load
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.session import tokens_of
+from lorafit.verbs.methods import described
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
@@ -185,6 +186,11 @@ def matrix(tmp_path_factory) -> dict[str, dict[str, bool]]:
             agree(theirs(name, out, place), want, ROUNDED.get(name, 1e-5))
             found[label][name] = True
     return found
+
+
+def test_what_methods_tells_of_a_method_is_what_an_export_does(matrix):
+    for method in METHODS:
+        assert described(method)["formats"] == [name for name in FORMATS if matrix[method][name]], method
 
 
 def test_methods_of_low_rank_are_the_same_everywhere_and_others_merged(matrix):
@@ -483,6 +489,30 @@ def test_the_verb_says_what_it_compared(tmp_path, capsys):
     assert "llama-cli -m" in text and "rounding all weights to q8_0" in text and "same best token" in text
 
 
+def test_the_base_alone_as_gguf(tmp_path, capsys):
+    place = folder(tmp_path)
+    words = ["--format", "gguf", "--model", str(place)]
+    for kind in ("f32", "q8_0"):
+        assert main(["export", "base", str(tmp_path / f"{kind}.gguf"), *words, "--type", kind, "--json"]) == 0
+        done = json.loads(capsys.readouterr().out)
+        assert "effect" not in done and not any("adapter" in note for note in done["notes"])
+    plain = opened(place)
+    with torch.no_grad():
+        agree(theirs("gguf", tmp_path / "f32.gguf", place), plain.logits(X, [len(X)]))
+    adapter = trained(tmp_path, place)
+    assert main(["export", str(adapter), str(tmp_path / "a.gguf"), "--format", "gguf-adapter"]) == 0
+    use = capsys.readouterr().out.splitlines()[-1]
+    assert f"lorafit export base base.gguf --format gguf --model {place} && llama-cli -m base.gguf --lora" in use
+    adapter = trained(tmp_path, tmp_path / "f32.gguf")
+    assert main(["export", str(adapter), str(tmp_path / "b.gguf"), "--format", "gguf-adapter"]) == 0
+    assert f"llama-cli -m {tmp_path / 'f32.gguf'} --lora" in capsys.readouterr().out.splitlines()[-1]
+    before = set(tmp_path.iterdir())
+    for wrong in (["--format", "peft"], ["--format", "hf"], [*words, "--into", "original"]):
+        assert main(["export", "base", str(tmp_path / "no.gguf"), *wrong]) == 2
+    assert main(["export", "base", str(tmp_path / "no.gguf"), "--format", "gguf", "--model", "./nowhere"]) == 2
+    assert set(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("into", [[], ["--into", "dequantised"]])
 def test_what_a_quantised_base_was_merged_into_is_said(tmp_path, capsys, into):
     place = folder(tmp_path)
@@ -515,7 +545,7 @@ def test_bad_words_are_one_line(tmp_path, capsys):
         ([adapter, str(tmp_path / "there.gguf"), "--format", "gguf"], "exists already; name another place"),
         ([adapter, str(tmp_path / "there.gguf"), "--format", "hf"], "exists already; name another place"),
         ([adapter, free, "--format", "hf", "--type", "q8_0"], "--type is for --format gguf and ollama"),
-        ([adapter, free, "--format", "peft", "--into", "original"], "--into is for what is merged"),
+        ([adapter, free, "--format", "peft", "--into", "original"], "--into is for an adapter that is merged"),
         ([adapter, free, "--format", "peft", "--model", str(other)], "was made for another base"),
         ([str(pickled), free, "--format", "peft"], "adapter_model.bin is a pickle, which lorafit doesn't read"),
         ([str(tmp_path / "none"), file, "--format", "gguf"], "is neither a run nor an adapter"),

@@ -8,19 +8,21 @@ from pathlib import Path
 import llama_cpp
 import pytest
 import torch
-from data_helpers import CHATML
+from data_helpers import CHATML, tokenizer
 from test_export import folder, job, opened, trained
-from tiny import ids
+from tiny import ids, randomize, rows
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lorafit import fit
 from lorafit.data import Chat, Message
+from lorafit.errors import AdapterError
 from lorafit.export import export, gguf_model
 from lorafit.export.base import Job
 from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.session import open_session
+from lorafit.train.activations import study
 
 # Of a log-probability. In 32 bits llama.cpp is off by 2e-4; with 16-bit weights, where it rounds activations too, by 1e-2.
 TOLERANCE = 5e-3
@@ -64,6 +66,52 @@ def test_tiny_models_and_adapters_are_the_same_there(tmp_path, shape):
     agree(host, None, prompts, llama_cpp.ask(tmp_path / "base.gguf", None, prompts))
     agree(host, "a", prompts, llama_cpp.ask(tmp_path / "base.gguf", tmp_path / "a.gguf", prompts))
     agree(host, "a", prompts, llama_cpp.ask(tmp_path / "merged.gguf", None, prompts))
+
+
+def eva(place: Path, to: Path) -> Path:
+    """The files of an adapter that has looked at rows, so that its sites have ranks of their own."""
+    host = opened(place)
+    made = host.add("a", "eva", ["all-linear"], r=4)
+    assert study(host, "a", [rows([24], seed=n, learn="all") for n in range(6)])
+    assert len(set(made.ranks())) > 1
+    randomize(made, 0.05)
+    to.mkdir()
+    host.save("a", to)
+    return to
+
+
+BESIDE = {
+    "new tokens": {"targets": ["q_proj"], "tokens": ("<tool>", "</tool>")},
+    "whole": {"targets": ["q_proj"], "whole": ["embed_tokens", "lm_head"]},
+    "whole, one weight": {"targets": ["q_proj"], "whole": ["embed_tokens"]},
+    "new tokens, one weight": {"targets": ["q_proj"], "tokens": ("<tool>", "</tool>")},
+}
+
+
+@pytest.mark.parametrize("what", [*BESIDE, "eva"])
+def test_new_tokens_weights_trained_whole_and_ranks_of_eva_are_the_same_there(tmp_path, what):
+    """Merged they are; as an adapter EVA is, and the others are refused, because llama.cpp has no place for them."""
+    sizes = {"hidden_size": 128, "intermediate_size": 160, "max_position_embeddings": 256}
+    place = folder(tmp_path, **sizes, vocab_size=len(tokenizer(CHATML)), tie_word_embeddings="one weight" in what)
+    options = BESIDE.get(what, {})
+    tokens = options.get("tokens", ())
+    adapter = eva(place, tmp_path / "eva") if what == "eva" else trained(tmp_path, place, **options)
+    host = opened(place, tokens=tokens)
+    host.load(adapter, "a")
+    new = list(host.base.new.ids) if host.base.new is not None else []
+    prompts, texts = [ids(9).tolist() + new, new + ids(5, seed=1).tolist()], [f"one {word} two" for word in tokens]
+    export("gguf", job(place, adapter, type="f32"), tmp_path / "merged.gguf")
+    found = llama_cpp.ask(tmp_path / "merged.gguf", None, prompts, texts)
+    agree(host, "a", prompts, found)
+    assert found["ids"] == [host.base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert all(any(token in ids for token in new) for ids in found["ids"])
+    if what != "eva":
+        with pytest.raises(AdapterError, match="rows of new tokens|trained whole"):
+            export("gguf-adapter", job(place, adapter), tmp_path / "a.gguf")
+        return
+    export("gguf-adapter", job(place, adapter), tmp_path / "a.gguf")
+    gguf_model.write_model(host, None, tmp_path / "base.gguf", "f32", Chat.of(host.base.tokenizer))
+    agree(host, "a", prompts, llama_cpp.ask(tmp_path / "base.gguf", tmp_path / "a.gguf", prompts))
 
 
 TEXTS = [

@@ -215,8 +215,11 @@ def test_working_without_a_terminal_speaks_again_when_it_takes_very_long(monkeyp
         time.sleep(0.03)
         work.rename("layer 2 of 3")
         time.sleep(0.2)
+        work.update(7, 100)
+        time.sleep(0.2)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "loading ..." and lines[1] == "layer 2 of 3 ... 0 s" and len(lines) > 2
+    assert lines[-1] == "layer 2 of 3 ... 7 of 100 (7%), 0 s"
 
 
 def test_working_on_a_terminal_shows_what_is_done_and_cleans_up(monkeypatch):

@@ -138,6 +138,18 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, streamed):
+    place = folder(tmp_path, "llama")
+    names = safetensors.torch.load_file(place / "model.safetensors")
+    (place / "model.safetensors").rename(tmp_path / "other.safetensors")
+    safetensors.torch.save_file({"x": torch.zeros(2)}, place / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../other.safetensors")}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"names '../other.safetensors', which isn't a file of that folder"):
+        load(str(place), precision="fp32", device="cpu", streamed=streamed)
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
 def test_a_merge_that_forgets_something_is_refused(tmp_path, monkeypatch, streamed):
     host = host_of(folder(tmp_path, "llama"), ["all-linear"], streamed=streamed)
     plain = host.merged_weight

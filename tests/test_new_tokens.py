@@ -17,6 +17,7 @@ from lorafit.methods import METHODS
 from lorafit.model.load import load, load_tokenizer
 from lorafit.model.new_tokens import extend
 from lorafit.model.quant import Quant
+from lorafit.model.shards import Shards
 from lorafit.session import open_session
 
 NEW = ["<tool>", "</tool>"]
@@ -321,6 +322,29 @@ def test_from_training_to_every_format(folders, name, rows_file, tmp_path, capsy
         zip(NEW, new, strict=True)
     )
     assert main(["train", str(rows_file), "--from", run, "new_tokens=<x>"]) == 2
+
+
+@pytest.mark.parametrize("into", ["original", "dequantised", "quantised"])
+@pytest.mark.parametrize("name", ["tied", "apart"])
+def test_trained_on_a_base_in_4_bits_they_are_merged(folders, name, into, rows_file, tmp_path, capsys, monkeypatch):
+    """Into codes too: the embedding and the head aren't codes, so their new rows are what was trained."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, out = str(tmp_path / "run"), tmp_path / "merged"
+    words = ["--model", str(folders[name]), "new_tokens=<tool>,</tool>", "quant=nf4"]
+    assert main(["train", str(rows_file), "--out", run, *words, *WORDS]) == 0
+    force = ["--force"] if into == "quantised" else []
+    assert main(["merge", run, str(out), "--into", into, "--dtype", "fp32", *force, "--json"]) == 0
+    session = open_session([run], precision="fp32", quant="none" if into == "original" else None)
+    host, tok = session.host, AutoTokenizer.from_pretrained(out)
+    new = list(host.base.new.ids)
+    assert tok("<tool>x</tool>")["input_ids"] == session.chat("run").ids("<tool>x</tool>")
+    table = host.merged_weight(host.sites["model.embed_tokens"], "run").t()
+    stored = Shards(out).read("model.embed_tokens.weight")
+    assert stored.shape == table.shape and torch.equal(stored[new], table[new])
+    if into != "quantised":
+        x = torch.tensor(session.chat("run").ids("count <tool>add 3</tool> done"))
+        want, got = logits(host, "run", x), logits(Host(load(str(out), precision="fp32", device="cpu")), None, x)
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_a_run_is_gone_on_with(folders, rows_file, tmp_path):

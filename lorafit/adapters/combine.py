@@ -66,7 +66,8 @@ def combine(
 ) -> Combined:
     """One adapter of these, each times its weight; a site that an adapter hasn't counts as zero there.
 
-    `rank`: of the result, for svd by default the largest of the adapters' ranks at the site, for ties and dare their sum.
+    `rank`: of the result, for svd by default the largest of the adapters' ranks at the site, for ties and dare their sum;
+    where what an adapter adds isn't of low rank, the r that it was trained with counts.
     `density`: the share of numbers that ties and dare keep; 1 for a single adapter, which nothing disagrees with.
     AdapterError for other bases, or a method without factors where the sum must be exact.
     """
@@ -123,13 +124,14 @@ def _check(sources: Sequence[Opened], how: str, rank: int | None, density: float
         raise ConfigError(f"--density {density}: must be more than 0 and at most 1")
     for source in sources:
         no_biases(source)
-        full = not _all_low(source)
-        if full and exact:
-            raise AdapterError(
-                f"what {source.given} ({source.adapter.method}) adds isn't of low rank, so no exact sum is; --how svd --rank N"
-            )
-        if full and rank is None:
-            raise ConfigError(f"what {source.given} ({source.adapter.method}) adds isn't of low rank; give --rank")
+        if _all_low(source):
+            continue
+        what = f"what {source.given} ({source.adapter.method}) adds isn't of low rank"
+        unknown = any(source.rank(path) is None for path in source.paths)
+        if exact:
+            raise AdapterError(f"{what}, so no exact sum is; --how svd{' --rank N' if unknown else ''}")
+        if rank is None and unknown:
+            raise ConfigError(f"{what}, and there is no rank to go by; give --rank")
 
 
 def _all_low(opened: Opened) -> bool:
@@ -147,7 +149,7 @@ def _summed(path: str, there: Sequence[tuple[Opened, float]], how: str, rank: in
     if how == "cat":
         return whole, 0.0, whole.norm() ** 2
     s = whole.values()
-    most = deltas.actual(s) if how == "linear" else rank or max(delta.rank for delta in each)
+    most = deltas.actual(s) if how == "linear" else rank or max(source.rank(path) or 0 for source, _ in there)
     found, lost = whole.truncated(min(most, deltas.actual(s)))
     return found, 0.0 if how == "linear" else lost, float(s.square().sum())
 
@@ -166,7 +168,7 @@ def _formed(
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{path}".encode()))
     weights = [weight for _, weight in there]
     held = [source.delta(path) if source.low(path) else source.matrix(path) for source, _ in there]
-    most = rank or sum(delta.rank for delta in held if isinstance(delta, Delta))
+    most = rank or sum(source.rank(path) or 0 for source, _ in there)
     found, lacks, energy = [], 0.0, 0.0
     for index in range(lead[0]) if lead else [None]:
         rows = [_rows(one, index) for one in held]

@@ -54,14 +54,27 @@ def by_layer(values: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: math.sqrt(value) for name, value in sums.items()}
 
 
+def trained_as(opened: Opened) -> tuple[str, dict[str, Any]]:
+    """The method that made an adapter, with its settings: not the LoRA that it may be stored as."""
+    if trained := opened.notes.get("trained_as"):
+        return str(trained.get("method", "?")), dict(trained.get("options") or {})
+    method, options = opened.adapter.method, dict(opened.adapter.options)
+    if method == "lora" and options.pop("rslora", False):  # as PEFT writes it
+        method = "rslora"
+    return method, options
+
+
 def info(opened: Opened) -> dict[str, Any]:
     """All that `lorafit adapter info` tells, in JSON types."""
     found, notes = parts(opened), opened.notes
+    method, options = trained_as(opened)
     return {
         "adapter": opened.given,
-        "method": opened.adapter.method,
-        "trained_as": notes.get("trained_as"),
-        "options": opened.adapter.options,
+        "method": method,
+        "options": options,
+        "stored_as": {"method": opened.adapter.method, "options": opened.adapter.options}
+        if notes.get("trained_as")
+        else None,
         "base": opened.base_name,
         "base_is_here": opened.base is not None,
         "fingerprint": notes.get("fingerprint", ""),
@@ -154,12 +167,12 @@ def different(one: Opened, other: Opened) -> dict[str, list[Any]]:
 
 def _settings(opened: Opened) -> dict[str, Any]:
     notes = opened.notes
-    trained = notes.get("trained_as") or {"method": opened.adapter.method, "options": opened.adapter.options}
+    method, options = trained_as(opened)
     chat = notes.get("chat") or {}
     ranks = sorted({f[0].shape[-2] for _, layer in opened.adapter.items() if (f := layer.factors()) is not None})
     return {
-        "method": trained["method"],
-        **trained["options"],
+        "method": method,
+        **options,
         "ranks": ", ".join(map(str, ranks)),
         "sites": len(opened.paths),
         "quant": notes.get("quant", "none"),

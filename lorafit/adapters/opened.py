@@ -85,6 +85,13 @@ class Opened:
         """ΔW is kept as a product of low rank."""
         return self.adapter[path].factors() is not None
 
+    def rank(self, path: str) -> int | None:
+        """Of a site's factors; where ΔW isn't their product the r that it was trained with, and None where there was none."""
+        factors = self.adapter[path].factors()
+        if factors is not None:
+            return factors[0].shape[-2]
+        return None if path in self.adapter.beside else self.adapter.options.get("r")
+
     @property
     def paths(self) -> list[str]:
         """The adapted sites, in the base's order."""

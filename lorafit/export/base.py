@@ -29,7 +29,7 @@ class Job:
 
     `folder` holds the adapter's files, `prompts` are token ids to compare logits on. `dtype` is that of a merged folder,
     `type` that of a merged GGUF file's weights. `trained`: the adapter on its base as it was trained, where that is another,
-    quantised one.
+    quantised one. `alone`: the base without any adapter, which a format of merged weights can hold too.
     """
 
     host: Host
@@ -40,7 +40,13 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     type: str = "f16"
     trained: Host | None = None
+    alone: bool = False
     working: Callable[[str], object] = field(default=lambda text: None)
+
+    @property
+    def spec(self) -> str | None:
+        """What is added to the base."""
+        return None if self.alone else self.name
 
     @property
     def adapter(self) -> Adapter:

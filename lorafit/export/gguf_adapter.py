@@ -44,8 +44,11 @@ def write(job: Job, place: Path) -> Done:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    made = reading.is_folder(base.path)
+    first = "" if made else "lorafit export base base.gguf --format gguf --model BASE && "
+    use = f"{first}llama-cli -m {'BASE' if made else 'base.gguf'} --lora OUT"
     proof = same_logits(job, _read(place, job, {path: named(sites[path].name) for path in pairs}))
-    return Done(LOGITS, said(proof), use="llama-cli -m base.gguf --lora OUT")
+    return Done(LOGITS, said(proof), use=use)
 
 
 def _read(place: Path, job: Job, names: dict[str, Any]) -> Adapter:

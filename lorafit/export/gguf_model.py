@@ -45,7 +45,7 @@ _LOSS = {Type.F32: 1e-6, Type.F16: 2e-3, Type.Q8_0: 0.03, Type.Q4_0: 0.3}
 def write(job: Job, place: Path) -> Done:
     """ModelError for an architecture, or a setting of one, that llama.cpp has under another name; LorafitError where what is
     read back isn't what was merged."""
-    base, spec = job.host.base, job.name
+    base, spec = job.host.base, job.spec
     arch, context, whole = architecture(base), context_of(base), base.context
     prompts = [prompt[:context] for prompt in job.prompts]
     want, effect = effect_of(job.host, spec, prompts)
@@ -81,10 +81,10 @@ def write(job: Job, place: Path) -> Done:
     notes = []
     if not exact:
         more = "; that is more than it does, so try a type of more bits" if proof.mean > effect else ""
-        notes.append(
-            f"rounding all weights to {job.type} changes the logits by {proof.mean:.2g} on average, the adapter by"
-            f" {effect:.2g}{more}"
-        )
+        beside_it = "" if job.alone else f", the adapter by {effect:.2g}{more}"
+        notes.append(f"rounding all weights to {job.type} changes the logits by {proof.mean:.2g} on average{beside_it}")
+    if job.alone:
+        del figures["effect"], figures["lost"]
     if context < whole:
         notes.append(
             f"the file says a context of {context}: beyond it this base looks back through a window, llama.cpp not"

@@ -122,7 +122,7 @@ def merge(
     model's logits are off by more than the tolerance, by default a share of the logits' spread that rounding to `dtype` stays
     well under (_ALLOWED).
     """
-    out = free(out)
+    out = files.free(out)
     base = host.base
     if base.quant is not None and base.source is None:
         raise RunError(f"this base was quantised to {base.quant} in memory; load it from its folder to merge into it")
@@ -177,14 +177,6 @@ def merge(
     files.write_folder(out, fill, again="merge again")
     assert proof is not None
     return proof
-
-
-def free(out: Path) -> Path:
-    """The folder's absolute path. RunError where there is something in it."""
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already and isn't empty; name another folder")
-    return out
 
 
 def adapted_sites(host: Host, spec: StackLike) -> list[Site]:

@@ -24,7 +24,6 @@ from lorafit.export.merge import (
     adapted_sites,
     compare,
     effect_of,
-    free,
     logits_of,
     merged_biases,
     merged_weight,
@@ -55,7 +54,7 @@ def requantise(
     The proof compares with the unmerged model and refuses nothing. RunError if `out` isn't empty or the base isn't
     quantised; LorafitError, and no folder, if what is read back isn't what was written.
     """
-    out = free(out)
+    out = files.free(out)
     quant, model = host.base.quant, host.base.model
     if quant is None:
         raise RunError(

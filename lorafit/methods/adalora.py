@@ -26,6 +26,7 @@ class AdaLoRA(Method):
     before the ranks begin to fall, and after."""
 
     about = "as LoRA, ranks go where they matter until they are r on average"
+    formula = "s·P·Λ·Q"
     paper = "2303.10512"
     lr_factor = 10.0  # of 1, 3 and 10 the best on SmolLM2 in a few steps: Λ starts at zero between two small factors
 

@@ -87,6 +87,7 @@ class Method(nn.Module):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "experts"})
     targets: ClassVar[tuple[str, ...]] = ("all-linear",)  # adapted when the user names none
     about: ClassVar[str] = ""
+    formula: ClassVar[str] = ""  # what it adds to W
     paper: ClassVar[str] = ""  # its number at arXiv
     lr_factor: ClassVar[float] = 1.0  # of the default learning rate
     codes: ClassVar[str] = ""  # the setting that, with r, decides the codes this method has a quantised base stored in

@@ -27,6 +27,7 @@ class DoRA(Method):
     """a (r, in), b (out, r) and m (out,), all trained."""
 
     about = "LoRA with a trained norm for each row of the weight"
+    formula = "m·V/‖V‖ − W with V = W + s·B·A, row by row"
     paper = "2402.09353"
     kinds = frozenset(
         {"linear", "conv1d", "embedding"}

@@ -28,6 +28,7 @@ class EVA(Method):
     it is a LoRA as any."""
 
     about = "LoRA that starts from what varies in the inputs, with more rank where that explains more"
+    formula = "(alpha/r)·B·A"
     paper = "2410.07170"
     kinds = frozenset({"linear", "conv1d"})
 

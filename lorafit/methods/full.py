@@ -16,6 +16,7 @@ class Full(Method):
     adapter."""
 
     about = "every number of the chosen weights, for comparison; norm gains and biases stay as they are"
+    formula = "ΔW"
     targets = ("all",)
     lr_factor = 0.1  # the best rate of full fine-tuning is about a tenth of LoRA's (Schulman et al. 2025)
 

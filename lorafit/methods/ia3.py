@@ -19,6 +19,7 @@ class IA3(Method):
     """scale, (in,) at the sites that `feedforward` names and (out,) at all others; trained, one at first."""
 
     about = "a factor on each key and value, and on each input of down_proj"
+    formula = "(l − 1)·W: rows, or columns at down_proj"
     paper = "2205.05638"
     kinds = frozenset({"linear", "conv1d"})
     targets = ("k_proj", "v_proj", "down_proj")

@@ -17,6 +17,7 @@ class LoftQ(Method):
     """See Moved. A weight that isn't quantised loses nothing: there B₀ is zero and A₀ random, as LoRA's."""
 
     about = "LoRA from what quantising lost; needs quant, makes codes of its own"
+    formula = "s·(B·A − B₀·A₀), B₀·A₀ the leading part of what quantising lost"
     paper = "2310.08659"
     codes = "iterations"
     needs_codes = True

@@ -44,6 +44,7 @@ class LoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), both trained."""
 
     about = "low-rank update B·A, the default"
+    formula = "(alpha/r)·B·A"
     paper = "2106.09685"
 
     def __init__(

@@ -19,6 +19,7 @@ class LoRAPlus(Method):
     """a (*lead, r, in) and b (*lead, out, r), both trained. Of an embedding, where A is what begins at zero, A is the faster."""
 
     about = "LoRA with a larger learning rate for B"
+    formula = "(alpha/r)·B·A"
     paper = "2402.12354"
     lr_factor = 0.1  # of four rates the best on SmolLM2 (docs/methods.md)
 

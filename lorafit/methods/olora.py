@@ -15,6 +15,7 @@ class OLoRA(Method):
     """See Moved. The rank is at most that of the weight."""
 
     about = "LoRA from the first columns of the weight's QR decomposition"
+    formula = "s·(B·A − B₀·A₀), B₀·A₀ the first r parts of W = Q·R"
     paper = "2406.01775"
     lr_factor = 0.1  # of 1, 0.3 and 0.1 the best on SmolLM2: A₀ is larger still than PiSSA's
 

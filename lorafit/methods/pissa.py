@@ -19,6 +19,7 @@ class PiSSA(Method):
     """See Moved. The rank is at most that of the weight."""
 
     about = "LoRA from the weight's largest singular values; with quant, codes of the rest"
+    formula = "s·(B·A − B₀·A₀), B₀·A₀ the leading part of W"
     paper = "2404.02948"
     lr_factor = (
         0.3  # of 1, 0.3 and 0.1 the best on SmolLM2; a step moves large factors, and the product by as much more

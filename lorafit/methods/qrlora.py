@@ -23,6 +23,7 @@ class QRLoRA(Method):
     """lam (r,), trained, zero at first; order (r,), the pivots; mark (8,), of the weight in bf16. r is at most W's rank."""
 
     about = "r numbers a weight, between fixed factors of its pivoted QR decomposition"
+    formula = "Σ λᵢ·Qᵢ·Rᵢ over r parts of W's pivoted QR"
     paper = "2508.21810"
     kinds = frozenset({"linear", "conv1d"})
     lr_factor = 10.0  # few numbers, between factors of the weight's size

@@ -25,6 +25,7 @@ class RefLoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), trained. `plain`: the share of the steps that are plain LoRA's, at first."""
 
     about = "LoRA with steps that don't depend on how B·A is split"
+    formula = "(alpha/r)·B·A"
     paper = "2505.18877"
 
     def __init__(
@@ -58,6 +59,7 @@ class RefLoRAS(Method):
     """a (*lead, r, in) and b (*lead, out, r), trained. `plain`: the share of the steps that are plain LoRA's, at first."""
 
     about = "RefLoRA with one number a weight instead of a matrix"
+    formula = "(alpha/r)·B·A"
     paper = "2505.18877"
     rescales = True
 

@@ -18,6 +18,7 @@ class RsLoRA(Method):
     """a (*lead, r, in) and b (*lead, out, r), both trained."""
 
     about = "LoRA with the scale alpha/√r instead of alpha/r"
+    formula = "(alpha/√r)·B·A"
     paper = "2312.03732"
 
     def __init__(

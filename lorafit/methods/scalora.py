@@ -30,6 +30,7 @@ class ScaLoRA(Method):
     """
 
     about = "experimental: LoRA that becomes more than low rank; large, to be merged, not for PEFT"
+    formula = "a dense matrix and (alpha/r)·B·A"
     paper = "2510.23818"
     rescales = True
 

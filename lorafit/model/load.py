@@ -82,6 +82,11 @@ def _checked(path: Path, weights: bool = True) -> Path:
         raise ModelError(f"{path} needs code of its own (auto_map in config.json); lorafit runs no code from models")
     if values.get("quantization_config"):
         raise ModelError(f"{path} is already quantised; give the 16-bit model")
+    index = path / "model.safetensors.index.json"
+    files = read_json(index).get("weight_map")
+    for file in files.values() if isinstance(files, dict) else ():
+        if not isinstance(file, str) or Path(file).name != file:  # transformers would follow it to wherever it leads
+            raise ModelError(f"{index} names {file!r}, which isn't a file of that folder; weights lie beside their index")
     if weights and not any(path.glob("*.safetensors")):
         other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         has = f" (it has {', '.join(other[:3])})" if other else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import AdapterError, ConfigError
+from lorafit.files import free
 from lorafit.log import count, size, table
 from lorafit.verbs.common import add_json, importing, print_json, terminal
 
@@ -23,6 +24,7 @@ EXAMPLE = """\
   lorafit adapter compress runs/a small --energy 0.99
   lorafit adapter convert runs/a for-mlx --to mlx"""
 
+MUCH = 0.1  # of ‖ΔW‖²: a loss that is warned of
 HOWS = ("cat", "linear", "svd", "ties", "dare")
 WAYS = {
     "info": ("method, ranks, ‖ΔW‖ by layer, base and lineage", "  lorafit adapter info runs/a --html a.html"),
@@ -166,18 +168,21 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
-    trained = found["trained_as"]
-    options = " ".join(f"{key}={value}" for key, value in found["options"].items())
+    stored = found["stored_as"]
     base = f"{found['base'] or 'not named'}{'' if found['base_is_here'] else ', which is not here'}"
     facts = [
         ("adapter", found["adapter"]),
-        ("method", f"{found['method']} {options}" + (f", trained as {trained['method']}" if trained else "")),
+        ("method", _method(found) + (f", stored as {_method(stored)}" if stored else "")),
         ("base", base + (f", trained in {found['quant']}" if found["quant"] != "none" else "")),
         ("fingerprint", found["fingerprint"] or "none"),
         ("size", f"{size(found['bytes'])}, {count(found['parameters'])} numbers{' in int8' if found['int8'] else ''}"),
         ("‖ΔW‖", f"{found['norm']:.4g}"),
     ]
     return [*facts, *(("from", line) for line in _lineage(found["lineage"]))]
+
+
+def _method(found: dict[str, Any]) -> str:
+    return " ".join([found["method"], *(f"{key}={value}" for key, value in found["options"].items())])
 
 
 def _lineage(lineage: dict[str, Any] | None, depth: int = 0) -> list[str]:
@@ -300,7 +305,6 @@ def _combine(args: argparse.Namespace) -> None:
 
     from lorafit.adapters.combine import combine
     from lorafit.adapters.opened import base_folder, differences, write
-    from lorafit.export.merge import free
 
     to = free(Path(args.out))
     pairs = [_weighted(word) for word in args.adapters]
@@ -329,16 +333,18 @@ def _combine(args: argparse.Namespace) -> None:
                     "sites": {p: {"rank": k.rank, "lost": k.lost} for p, k in kept.items()}})  # fmt: skip
         return
     print(f"combined   {args.out} ({args.how}; {len(kept) or len(sources[0].paths)} sites, {size(weights)})")
-    _print_lost(kept, made.lost)
+    _print_lost(kept, made.lost, "--how cat is exact" if args.how != "svd" else "try a larger --rank")
     print(f"\nnext:\n  lorafit chat {args.out}")
 
 
-def _print_lost(kept: dict[str, Any], lost: float) -> None:
-    """The ranks, and where most was lost."""
+def _print_lost(kept: dict[str, Any], lost: float, hint: str) -> None:
+    """The ranks, and where most was lost; `hint`: how less is."""
     if not kept:
         return
     print(f"rank       {_span([one.rank for one in kept.values()])}")
     print(f"lost       {lost:.3%} of ‖ΔW‖² (a relative error of {lost**0.5:.3g})")
+    if lost > MUCH:
+        print(f"warning    more than a tenth of what was to be added is gone; {hint}")
     worst = sorted(kept, key=lambda path: -kept[path].lost)[:5]
     if kept[worst[0]].lost > 1e-9:
         print(
@@ -351,7 +357,6 @@ def _compress(args: argparse.Namespace) -> None:
     from lorafit.adapters.compress import compress, rounded
     from lorafit.adapters.opened import base_folder, open_adapter, write
     from lorafit.config import byte_count
-    from lorafit.export.merge import free
     from lorafit.files import need_data
 
     if args.rank is None and args.energy is None and args.size is None and not args.int8:
@@ -373,7 +378,7 @@ def _compress(args: argparse.Namespace) -> None:
                     "sites": {p: {"rank": k.rank, "lost": k.lost} for p, k in made.sites.items()}})  # fmt: skip
         return
     print(f"compressed {args.out}: {size(one.bytes)} -> {size(weights)}{' in int8' if args.int8 else ''}")
-    _print_lost(made.sites, lost)
+    _print_lost(made.sites, lost, "try --energy 0.99, which takes the ranks that it needs")
     if judged is not None:
         print(
             f"answers    same best token at {judged['agree']:.1%} of {judged['positions']} positions; logits off by"
@@ -429,7 +434,6 @@ def _text_rows(path: str, base: Any) -> list[list[int]]:
 def _convert(args: argparse.Namespace) -> None:
     from lorafit.adapters import convert, minimind
     from lorafit.adapters.opened import base_folder, carried, open_adapter, write
-    from lorafit.export.merge import free
 
     to, source = free(Path(args.out)), Path(args.source)
     if source.is_file() and minimind.is_base(tensors := convert.read_tensors(source)):

@@ -19,6 +19,7 @@ ABOUT = "write an adapter, or its base with it, for another program; read back a
 EXAMPLE = """\
   lorafit export runs/mine mine.gguf --format gguf --type q8_0
   lorafit export runs/mine mine-vllm --format peft-portable
+  lorafit export base base.gguf --format gguf --model DIR     the base alone, for adapters of gguf-adapter
 
 formats:
 """ + "\n".join(f"  {name:14} {kind.about}" for name, kind in FORMATS.items())
@@ -26,11 +27,11 @@ formats:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
-    parser.add_argument("run", metavar="RUN", help="run or adapter folder")
+    parser.add_argument("run", metavar="RUN", help="run or adapter folder; or the word base: the base alone, as gguf")
     parser.add_argument("out", metavar="OUT", help="folder or file to write")
     parser.add_argument("--format", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--type", choices=TYPES, help="of a merged GGUF file's weights; default f16")
-    parser.add_argument("--model", metavar="M", help="the base, if the adapter doesn't name it")
+    parser.add_argument("--model", metavar="M", help="the base, if the adapter doesn't name it; of base alone by default the embedded model")
     parser.add_argument(
         "--into",
         choices=["original", "dequantised"],
@@ -43,11 +44,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write, compare, say how it is used."""
     kind, to = find(args.format), free(args.format, Path(args.out))
+    alone = args.run == "base"  # as in eval and chat
+    if alone and args.format != "gguf":
+        raise ConfigError(f"the base alone is written as --format gguf, not {args.format}; a run named so is ./base")
     merged = args.format in MERGED
     if args.type is not None and kind.module not in ("gguf_model", "ollama"):
         raise ConfigError(f"--type is for --format gguf and ollama, not {args.format}")
-    if args.into is not None and not merged:
-        raise ConfigError(f"--into is for what is merged (--format {', '.join(MERGED)}), not {args.format}")
+    if args.into is not None and (alone or not merged):
+        raise ConfigError(f"--into is for an adapter that is merged (--format {', '.join(MERGED)})")
     with importing():
         from lorafit.export.base import Job
         from lorafit.model import gguf
@@ -56,19 +60,20 @@ def run(args: argparse.Namespace) -> None:
         from lorafit.verbs.merge import prompts
 
     out = terminal()
-    folder = adapter_folder(args.run)
-    quant, into = quant_of(folder), args.into or "original"
+    runs = [] if alone else [args.run]
+    folder = to if alone else adapter_folder(args.run)
+    quant, into = None if alone else quant_of(folder), args.into or "original"
     options: dict[str, Any] = dict(model=args.model, streamed=True, precision="fp32", device="cpu")
     with out.working("opening the base") as spinner:
         session = open_session(
-            [args.run], **options, quant="none" if into == "original" else None, say=out.say, working=spinner.rename
+            runs, **options, quant="none" if into == "original" else None, say=out.say, working=spinner.rename
         )
         trained = None
         if args.format == "hf" and into == "original" and quant is not None:
             spinner.rename("opening the base as it was trained on")
             trained = open_session([args.run], **options, working=spinner.rename).host
-        (name,) = session.host.adapters
-        chat, base = session.chat(name), session.host.base
+        name = next(iter(session.host.adapters), "base")
+        chat, base = session.chat(None if alone else name), session.host.base
         job = Job(
             session.host,
             name,
@@ -78,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
             dtype=stored_dtype(base.path),
             type=args.type or TYPES[0],
             trained=trained,
+            alone=alone,
             working=spinner.rename,
         )
         place = str(gguf.origin(base.path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.errors import ConfigError
+from lorafit.files import free
 from lorafit.log import table
 from lorafit.verbs.common import add_json, importing, print_json, terminal
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
             "--into quantised rounds the sum to 4 or 8 bits again, and of a change of 2% of the weights or less nothing but"
             " noise of its size is left in 4; leave it out, or see how much is lost with --force"
         )
+    to = free(Path(args.out))  # before the base is read, which takes long
     with importing():
         import torch
 
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = names.get(args.dtype) or stored_dtype(host.base.path)
         chat = session.chat(name)
-        rows, to = prompts(args.run, chat), Path(args.out)
+        rows = prompts(args.run, chat)
         if args.into == "quantised":
             proof = requantise(host, name, to, rows, dtype=dtype, chat=chat, working=spinner.rename)
         else:
