@@ -67,15 +67,14 @@ def _main() -> None:
 
     answers = []
     for prompt in asked["prompts"]:
-        body = {"prompt": prompt, "n_predict": asked["tokens"], "temperature": 0, "n_probs": 20, "cache_prompt": False}
-        done = post("/completion", {**body, "return_tokens": True})
-        given = iter([*done.get("completion_probabilities", []), None])
-        step, steps = next(given), []
-        for token in done["tokens"]:  # one that ends inside a character comes without probabilities
-            tops = []
-            if step is not None and step["id"] == token:
-                tops, step = [(top["id"], top["logprob"]) for top in step["top_logprobs"]], next(given)
-            steps.append((token, tops))
+        body = {"n_predict": 1, "temperature": 0, "n_probs": 20, "cache_prompt": False, "return_tokens": True}
+        steps: list[Any] = []
+        while len(steps) < asked["tokens"]:  # one at a time: a token that ends inside a character has no probabilities
+            done = post("/completion", {**body, "prompt": [*prompt, *(token for token, _ in steps)]})
+            if not done["tokens"]:  # it has stopped
+                break
+            given = done.get("completion_probabilities") or [{"top_logprobs": []}]
+            steps.append((done["tokens"][0], [(top["id"], top["logprob"]) for top in given[0]["top_logprobs"]]))
         answers.append(steps)
     ids = [
         post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
