@@ -781,7 +781,7 @@ def test_what_is_not_of_low_rank_is_brought_to_the_rank_it_was_trained_with(how,
 
 def test_a_great_loss_is_warned_of(adapters, tmp_path, capsys):
     for n, (words, warned) in enumerate(
-        [(["compress", "--rank", 1], True), (["compress", "--energy", 0.99], False), (["combine", "--how", "ties"], True)]
+        [(["compress", "--rank", 1], True), (["compress", "--energy", 0.99], False), (["combine", "--how", "ties", "--rank", 1], True)]
     ):
         way, *rest = words
         a, b = adapters["llama"]["a"], adapters["llama"]["rslora"]
