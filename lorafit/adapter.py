@@ -24,6 +24,7 @@ class Adapter(nn.Module):
         self.method = method
         self.options = dict(options)
         self.notes: dict[str, Any] = {}  # travels in lorafit.json
+        self.own: dict[str, dict[str, Any]] = {}  # the settings of sites that patterns give others than `options`
         self.layers = nn.ModuleDict({_key(path): layer for path, layer in layers.items()})
         told = [
             (path, layer) for path, layer in layers.items() if layer.dropout or type(layer).train is not Method.train
@@ -114,6 +115,7 @@ def create(
         if given and option not in options:
             raise AdapterError(f"method '{method}' has no {option}, so it takes no pattern for it")
     layers: dict[str, Method] = {}
+    others: dict[str, dict[str, Any]] = {}
     for site in sites:
         if site.kind not in kind.kinds:
             raise AdapterError(f"method '{method}' can't adapt {site.path}, which is of kind '{site.kind}'")
@@ -126,6 +128,8 @@ def create(
         if seed is not None:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{site.path}".encode()))
         layers[site.path] = kind(site, generator, **own)
+        if own != dict(options):
+            others[site.path] = own
     for site in whole:
         layers[site.path] = beside(site, kind)
     for site in tables if tokens else ():
@@ -136,7 +140,9 @@ def create(
                 f" it whole={site.path}"
             )
         layers.setdefault(site.path, Rows(site, tokens))
-    return Adapter(method, options, layers)
+    made = Adapter(method, options, layers)
+    made.own = others
+    return made
 
 
 def tables(sites: Mapping[str, Site]) -> list[Site]:

@@ -172,6 +172,27 @@ def test_save_and_load_give_the_same_logits(place, tmp_path):
             assert torch.equal(host.logits(x, LENGTHS), first)
 
 
+@pytest.mark.parametrize("method", [m for m, kind in METHODS.items() if "r" in settings(kind) and not kind.needs_codes])
+def test_what_patterns_give_a_site_is_saved(method, tmp_path):
+    """Also of methods whose files are lorafit's own; and a second time."""
+    targets = ["q_proj", "down_proj"]
+    host = Host(base("llama"))
+    options = {"rank_pattern": {"*.1.*": 2}}
+    if "alpha" in settings(METHODS[method]):
+        options["alpha_pattern"] = {"q_proj": 5.0}
+    randomize(host.add("a", method, targets, r=3, **options))
+    x = ids(21)
+    for name, place in (("b", tmp_path / "b"), ("c", tmp_path / "c")):
+        place.mkdir()
+        host.save(list(host.adapters)[-1], place)
+        host.load(place, name)
+        with torch.no_grad():
+            with host.route("a"):
+                want = host.logits(x, [21])
+            with host.route(name):
+                assert (host.logits(x, [21]) - want).abs().max() < 1e-5 * want.abs().max()
+
+
 # --- laws of training: over every method, whatever it asks of the loop --------------------------------------------------
 
 DOCUMENTS = {"a": rows([9, 5, 7, 4, 6, 8], seed=1), "b": rows([6, 12, 3, 10, 7, 5], seed=2)}

@@ -142,6 +142,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes:
     whole, rows = meant(config, sites, folder), indices(config, sites, folder)
     grouped, bad = by_site(tensors, sites, config.get("target_parameters") or [], whole)
     layers: dict[str, Method] = {}
+    others = {}
     for path, parts in grouped.items():
         site = sites[path]
         if path in rows:
@@ -149,7 +150,10 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes:
         elif path in whole:
             made, wrong = from_beside(parts, site, find(method))
         else:
-            made, wrong = from_peft(parts, site, method, options_for(path, config, options))
+            own_options = options_for(path, config, options)
+            made, wrong = from_peft(parts, site, method, own_options)
+            if own_options != options:
+                others[path] = own_options
         bad += [f"{path}: {reason}" for reason in wrong]
         if made is not None:
             layers[path] = made
@@ -160,4 +164,5 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes:
         raise AdapterError(f"{folder} doesn't fit this base: {listed or 'it holds no tensors'}")
     adapter = Adapter(method, options, layers)
     adapter.notes = {key: value for key, value in own.items() if key not in ("method", "options")}
+    adapter.own = others
     return adapter

@@ -46,7 +46,7 @@ def config_of(adapter: Adapter, sites: Mapping[str, Site], base_folder: str, mod
             known | _feedforward(known["target_modules"], plain, inputs) | {"peft_type": kind, "fan_in_fan_out": conv1d}
         )
     if options is None:
-        return config
+        return config | _patterns(adapter)
     found = {p: factors for p in paths if (factors := pair(adapter[p])) is not None}
     ranks = {p: a.shape[-2] for p, (a, _, _) in found.items()}
     alphas = {p: alpha_of(ranks[p], s, options["rslora"]) for p, (_, _, s) in found.items()}
@@ -71,7 +71,7 @@ def felt(adapter: Adapter) -> Adapter:
     if len(layers) == len(adapter.layers):
         return adapter
     kept = Adapter(adapter.method, adapter.options, layers)
-    kept.notes = adapter.notes
+    kept.notes, kept.own = adapter.notes, adapter.own
     return kept
 
 
@@ -88,6 +88,15 @@ def as_lora(adapter: Adapter) -> dict[str, Any] | None:
     pairs = Counter((f[0].shape[-2], alpha_of(f[0].shape[-2], f[2], root)) for f in found if f is not None)
     r, alpha = pairs.most_common(1)[0][0]
     return {"r": r, "alpha": alpha, "dropout": adapter.options.get("dropout", 0.0), "rslora": root}
+
+
+def _patterns(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    """What tells of no layer's factors which r and alpha it has."""
+    found = {}
+    for key, option in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
+        other = {re.escape(p): own[option] for p, own in adapter.own.items() if own.get(option) != adapter.options.get(option)}
+        found |= {key: other} if other else {}
+    return found
 
 
 def alpha_of(r: int, scale: float, rslora: bool) -> float:
