@@ -713,7 +713,7 @@ def broken(adapters, bases, tmp_path) -> dict[str, tuple[list[object], str]]:
         "nan convert": (["convert", tmp_path / "nan", out, "--to", "mlx"], "finite"),
         "cut": (["combine", out, good, cut], "can't be read"),
         "cut info": (["info", cut], "can't be read"),
-        "rank 0": (["info", copy("rank0", no_rank, {"r": 0, "rank_pattern": {}})], "r=0"),
+        "rank 0": (["info", copy("rank0", no_rank, {"r": 0, "rank_pattern": {}})], "adapter_config.json: r=0"),
         "changes nothing": (["verify", copy("still", still)], "changes nothing"),
         "another base": (["combine", out, good, adapters["tied"]["a"]], "different bases"),
         "another architecture": (["combine", out, good, adapters["gpt2"]["a"]], "different bases"),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorafit.adapter import Adapter
-from lorafit.errors import AdapterError
+from lorafit.errors import AdapterError, ConfigError
 from lorafit.methods import Method, find
 from lorafit.model.sites import Site
 from lorafit.peft_files.beside import from_beside, from_rows, indices, meant, to_beside
@@ -151,7 +151,10 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes:
             made, wrong = from_beside(parts, site, find(method))
         else:
             own_options = options_for(path, config, options)
-            made, wrong = from_peft(parts, site, method, own_options)
+            try:
+                made, wrong = from_peft(parts, site, method, own_options)
+            except ConfigError as error:  # of the method, which doesn't know where its settings come from
+                raise AdapterError(f"{folder / CONFIG}: {error}") from None
             if own_options != options:
                 others[path] = own_options
         bad += [f"{path}: {reason}" for reason in wrong]
