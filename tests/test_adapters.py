@@ -386,7 +386,9 @@ def test_info_and_diff_call_a_method_the_same(by, bases, adapters, tmp_path, cap
     assert call("adapter", "diff", adapters["llama"]["a"], folder, "--json") == 0
     different = json.loads(capsys.readouterr().out)["different"]
     assert info["method"] == different["method"][1] == "rslora" and "rslora" not in {*info["options"], *different}
-    assert {key: pair[1] for key, pair in different.items() if key in info["options"]}.items() <= info["options"].items()
+    assert {key: pair[1] for key, pair in different.items() if key in info["options"]}.items() <= info[
+        "options"
+    ].items()
     assert call("adapter", "info", folder) == 0
     text = capsys.readouterr().out
     assert "method       rslora r=4 alpha=3.0" in text and ("stored as lora" in text) == (by == "us")
@@ -781,7 +783,11 @@ def test_what_is_not_of_low_rank_is_brought_to_the_rank_it_was_trained_with(how,
 
 def test_a_great_loss_is_warned_of(adapters, tmp_path, capsys):
     for n, (words, warned) in enumerate(
-        [(["compress", "--rank", 1], True), (["compress", "--energy", 0.99], False), (["combine", "--how", "ties", "--rank", 1], True)]
+        [
+            (["compress", "--rank", 1], True),
+            (["compress", "--energy", 0.99], False),
+            (["combine", "--how", "ties", "--rank", 1], True),
+        ]
     ):
         way, *rest = words
         a, b = adapters["llama"]["a"], adapters["llama"]["rslora"]

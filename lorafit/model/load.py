@@ -86,7 +86,9 @@ def _checked(path: Path, weights: bool = True) -> Path:
     files = read_json(index).get("weight_map")
     for file in files.values() if isinstance(files, dict) else ():
         if not isinstance(file, str) or Path(file).name != file:  # transformers would follow it to wherever it leads
-            raise ModelError(f"{index} names {file!r}, which isn't a file of that folder; weights lie beside their index")
+            raise ModelError(
+                f"{index} names {file!r}, which isn't a file of that folder; weights lie beside their index"
+            )
     if weights and not any(path.glob("*.safetensors")):
         other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         has = f" (it has {', '.join(other[:3])})" if other else ""

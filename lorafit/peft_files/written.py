@@ -94,7 +94,11 @@ def _patterns(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """What tells of no layer's factors which r and alpha it has."""
     found = {}
     for key, option in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
-        other = {re.escape(p): own[option] for p, own in adapter.own.items() if own.get(option) != adapter.options.get(option)}
+        other = {
+            re.escape(p): own[option]
+            for p, own in adapter.own.items()
+            if own.get(option) != adapter.options.get(option)
+        }
         found |= {key: other} if other else {}
     return found
 

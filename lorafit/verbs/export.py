@@ -31,7 +31,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder or file to write")
     parser.add_argument("--format", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--type", choices=TYPES, help="of a merged GGUF file's weights; default f16")
-    parser.add_argument("--model", metavar="M", help="the base, if the adapter doesn't name it; of base alone by default the embedded model")
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="the base, if the adapter doesn't name it; of base alone by default the embedded model",
+    )
     parser.add_argument(
         "--into",
         choices=["original", "dequantised"],

@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> None:
     heads = ["method", *(["trained"] if trained else []), "settings", "targets", "kinds", "quant", "stored as"]
     print()
     print(table(heads, rows, "l" + "r" * bool(trained) + "lllll"))
-    print(f"\nall go through mixed batches, stacks and merging; {PAGE} has when to use which, lorafit methods NAME one alone")
+    print(
+        f"\nall go through mixed batches, stacks and merging; {PAGE} has when to use which, lorafit methods NAME one alone"
+    )
 
 
 def _page(m: dict[str, Any]) -> str:
@@ -83,7 +85,11 @@ def _page(m: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{wide}}  {text}" for label, text in lines if text)
 
 
-_QUANT = {"yes": "a quantised base", "needed": "a quantised base, which it needs", "own codes": "a quantised base in codes of its own"}
+_QUANT = {
+    "yes": "a quantised base",
+    "needed": "a quantised base, which it needs",
+    "own codes": "a quantised base in codes of its own",
+}
 
 
 def described(name: str) -> dict[str, Any]:
