@@ -92,7 +92,7 @@ def as_lora(adapter: Adapter) -> dict[str, Any] | None:
 
 def _patterns(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """What tells of no layer's factors which r and alpha it has."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for key, option in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
         other = {
             re.escape(p): own[option]
