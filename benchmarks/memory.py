@@ -3,6 +3,7 @@
     python benchmarks/memory.py --models DIR --out memory.json             measure every point, each in a process of its own
     python benchmarks/memory.py --models DIR --table                       the planner's table for models of many sizes
     python benchmarks/memory.py --models DIR --from memory.json --write docs/memory.md docs/zh/memory.md
+    python benchmarks/memory.py --time                                     seconds of a step, as planned and as taken
 
 Models of other shapes than the embedded one are written into DIR by benchmarks/shaped.py, with random weights: a measured
 point needs them whole (7B: 13.5 GB), the table their config.json alone.
@@ -14,9 +15,11 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ PLACE = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 ROW = 256  # tokens, about
 POINTS: list[tuple[str, str, int, dict[str, str]]] = [  # name, model, tokens a step, settings
     ("LoRA", "smollm2", 256, {}),
+    ("LoRA, evaluations and answers", "smollm2", 256, {"held_out_share": "0.3", "learn": "assistant"}),
+    ("EVA, evaluations and answers", "smollm2", 256, {"held_out_share": "0.3", "learn": "assistant", "method": "eva"}),
     ("LoRA", "smollm2", 2048, {}),
     ("LoRA, checkpointing", "smollm2", 2048, {"checkpointing": "true"}),
     ("LoRA", "smollm2", 8192, {}),
@@ -69,11 +74,17 @@ WORDS = [
 ]
 
 
-def rows(path: Path, tokens: int) -> Path:
-    """A file of texts, three steps of them; a step of `tokens` tokens has texts of about ROW."""
-    number = 3 * max(1, tokens // ROW) + 2
+TIMES = [(512, "none"), (2048, "none"), (512, "nf4"), (2048, "nf4")]  # tokens a step, how the base is stored
+TIMED = 8  # steps
+
+
+def rows(path: Path, tokens: int, answers: bool = False, steps: int = 3) -> Path:
+    """A file of texts, some steps of them; a step of `tokens` tokens has texts of about ROW. Or of questions and answers, so many
+    that some can be held out."""
+    number = steps * max(1, tokens // ROW) + (30 if answers else 2)
     texts = [" ".join(WORDS[(i * k + i) % len(WORDS)] for k in range(ROW)) for i in range(number)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    made = [{"prompt": text[:100], "completion": text[100:]} if answers else {"text": text} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     return path
 
 
@@ -109,7 +120,8 @@ def measure(folder: Path, only: str) -> list[dict[str, Any]]:
             print(f"{model}: left out, {place} has no weights", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            given = words(rows(Path(scratch) / "rows.jsonl", tokens), place, tokens, settings)
+            made = rows(Path(scratch) / "rows.jsonl", tokens, "held_out_share" in settings)
+            given = words(made, place, tokens, settings)
             said = lorafit("plan", *given, "--no-time", "--for", "1000G")
             run = Path(scratch) / "run"
             if settings.get("quant"):  # what is quantised for the first time isn't measured with it
@@ -122,6 +134,31 @@ def measure(folder: Path, only: str) -> list[dict[str, Any]]:
         found.append(point)
         off = point["predicted"] / point["measured"] - 1
         print(f"{name} {model} {tokens}: {size(point['predicted'])} {size(point['measured'])} {off:+.0%}", flush=True)
+    return found
+
+
+def timed() -> list[dict[str, Any]]:
+    """Seconds of a step of SmolLM2, as planned and as a training then took, the first step apart."""
+    found = []
+    for tokens, quant in TIMES:
+        with tempfile.TemporaryDirectory() as scratch:
+            made = rows(Path(scratch) / "rows.jsonl", tokens, steps=TIMED)
+            given = words(made, "smollm2", tokens, {"quant": quant, "steps": str(TIMED)})
+            began = time.perf_counter()
+            said = lorafit("plan", *given)
+            took = time.perf_counter() - began
+            run = Path(lorafit("train", *given, "--out", f"{scratch}/run")["run"])
+            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+        point = {"tokens": tokens, "quant": quant, "off": said["seconds_off"], "plan_took": took}
+        point["predicted"] = said["seconds_of"]["steps"] / TIMED
+        point["measured"] = statistics.fmean(step["seconds"] for step in steps)
+        found.append(point)
+        ratio = point["predicted"] / point["measured"]
+        print(
+            f"{tokens} {quant}: {point['predicted']:.2f} ±{point['off']:.0%} {point['measured']:.2f} s a step, ratio"
+            f" {ratio:.2f}; the whole plan took {took:.0f} s",
+            flush=True,
+        )
     return found
 
 
@@ -174,11 +211,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"), metavar="DIR")
     parser.add_argument("--only", default="", help="points whose name, model or tokens contain this")
+    parser.add_argument("--time", action="store_true", help="only the seconds of a step")
     parser.add_argument("--table", action="store_true", help="only the table of what fits")
     parser.add_argument("--out", type=Path, metavar="FILE")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="results measured before")
     parser.add_argument("--write", type=Path, nargs="*", default=[], metavar="PAGE")
     args = parser.parse_args()
+    if args.time:
+        timed()
+        return
     found: dict[str, Any] = json.loads(args.source.read_text(encoding="utf-8")) if args.source else {}
     if not args.source:
         if not args.table:

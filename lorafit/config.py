@@ -234,6 +234,8 @@ def byte_count(key: str, text: str, least: float = 1e6) -> int:
     if not found or (found[3] and not found[2]):
         raise ConfigError(f"{key}={text}: must be an amount of memory, for example {key}=6G or {key}=500M")
     amount = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    if not amount:
+        raise ConfigError(f"{key}={text}: must be more than nothing, for example {key}=6G")
     if amount < least:
         raise ConfigError(f"{key}={text}: that is {amount} bytes; write {key}={found[1]}G or {key}={found[1]}M")
     return amount

@@ -140,7 +140,7 @@ class Files:
     def again(self, *changes: str) -> str:
         """The command that trains anew with these settings changed."""
         known = {change.partition("=")[0] for change in changes}
-        drop = ["eval_every=none"] if known & {"steps", "epochs"} and self.config.get("eval_every") else []
+        drop = ["eval_every=auto"] if known & {"steps", "epochs"} and self.config.get("eval_every") else []
         return shlex.join(
             ["lorafit", "train", str(self.folder / "config.yaml"), "--out", f"{self.folder}-again", *changes, *drop]
         )

@@ -323,6 +323,7 @@ class Training:
         """Nothing is done yet."""
         self.watch = Watch(self.config.patience)
         self.seconds = self.busy = 0.0
+        self.evaluating = 0.0  # seconds of the last evaluation and its checkpoint
         self.tokens = 0
         self.peak = self.halvings = 0
         self.began = time.monotonic()
@@ -516,10 +517,12 @@ class Training:
 
     def _first(self, run: Run) -> None:
         """Where training starts from: held-out loss and answers before the first step."""
+        began = time.monotonic()
         if self.data.held_out:
             self._evaluate(run, 0)
         if self.config.start or self.data.held_out:
             self.checkpoint(run)
+        self.evaluating = time.monotonic() - began
 
     def _steps(self, run: Run, progress: Any, stop: Stop, writer: Any) -> str:
         config, job = self.config, self.job
@@ -546,16 +549,21 @@ class Training:
                 loss=self.watch.mean,
                 tokens_per_second=self.tokens / self.busy,
                 memory_bytes=self._used(),
+                pauses=self.evaluating * self._evaluations_left(step.number),
             )
+            began = time.monotonic()
             due = step.number % config.eval_every == 0 or step.number == job.steps
             if due and self.data.held_out and not reason:
                 loss, enough = self._evaluate(run, step.number, writer)
-                progress.update(step.number, job.steps, held_out_loss=loss)
+                left = self.evaluating * self._evaluations_left(step.number + 1)
+                progress.update(step.number, job.steps, pauses=left, held_out_loss=loss)
                 if enough:
                     self.checkpoint(run, enough)
                     return enough if step.number < job.steps else ""
             if due or step.number % config.checkpoint_every == 0 or stop.asked or reason:
                 self.checkpoint(run, "all steps done" if step.number == job.steps else "")
+                self.evaluating = time.monotonic() - began if due else self.evaluating
+                progress.pause(time.monotonic() - began)
             if reason:
                 job.failed = reason
                 return reason
@@ -566,6 +574,12 @@ class Training:
                 )
             last = time.monotonic()
         return ""
+
+    def _evaluations_left(self, step: int) -> int:
+        """After so many steps, this one's own among them."""
+        every, steps = self.config.eval_every, self.job.steps
+        assert every is not None
+        return -(-steps // every) - max(0, step - 1) // every if self.data.held_out else 0
 
     def _train(self, run: Run) -> Iterator[Step]:
         try:

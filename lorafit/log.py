@@ -113,6 +113,11 @@ class Eta:
         if self._last is None or step != self._last[0]:
             self._last = (step, now)
 
+    def pause(self, seconds: float) -> None:
+        """Something else than a step has just taken so long."""
+        if self._last is not None:
+            self._last = (self._last[0], self._last[1] + seconds)
+
     def left(self, steps: int, now: float) -> float | None:
         """Seconds until `steps` are done; None before two steps were seen."""
         if self._last is None or not self._total:
@@ -132,6 +137,7 @@ class Progress:
         self._every, self._clock = every, clock
         self._eta = Eta()
         self._step = self._steps = 0
+        self._pauses = 0.0
         self._figures: dict[str, float] = {}
         self._state = ""
         self._printed = -math.inf
@@ -147,9 +153,15 @@ class Progress:
         if self._pending:
             self._plain()
 
-    def update(self, step: int, steps: int, state: str = "", **figures: float | None) -> None:
+    def pause(self, seconds: float) -> None:
+        """Something else than a step has just taken so long."""
+        self._eta.pause(seconds)
+
+    def update(
+        self, step: int, steps: int, state: str = "", *, pauses: float | None = None, **figures: float | None
+    ) -> None:
         """Shows that `step` of `steps` is done. A figure that is None keeps its last value. With a `state` in words that is
-        shown instead of the step.
+        shown instead of the step. `pauses`: seconds of what is still to come between the steps; None: as before.
 
         Figures: loss, held_out_loss, tokens_per_second, memory_bytes.
         """
@@ -159,6 +171,7 @@ class Progress:
         now = self._clock()
         self._eta.update(step, now)
         self._step, self._steps, self._state = step, steps, state
+        self._pauses = self._pauses if pauses is None else pauses
         self._figures = {**self._figures, **{name: value for name, value in figures.items() if value is not None}}
         self._pending = True
         if not self._terminal.live:
@@ -177,7 +190,7 @@ class Progress:
         parts = [self._state or f"step {self._step}/{self._steps}"]
         parts += [label(self._figures[name]) for name, label in _FIGURES.items() if name in self._figures]
         if left is not None:
-            parts.insert(2, f"{duration(left)} left")
+            parts.insert(2, f"{duration(left + self._pauses)} left")
         if width is None:
             return "  ".join(parts)
         while len(parts) > 1 and len("  ".join(parts)) > width:

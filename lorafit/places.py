@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
-
 from lorafit.config import byte_count, nearest
 from lorafit.errors import ConfigError
 from lorafit.machine import SPARE, available
 from lorafit.machine import memory as taken
-from lorafit.model.load import pick_device
 
 # Memory in GB; 10^12 dense operations a second in bf16 with sums in fp32, in fp32 for those without bf16, where training is in
 # fp32; GB a second of its memory. As the makers' data sheets have them, rounded.
@@ -69,6 +66,10 @@ def this_machine(memory: int | None = None) -> Place:
 
 def here(device: str, memory: int | None = None) -> Place:
     """Where a run with this `device` takes its memory on this machine, or `memory` bytes of it."""
+    import torch  # here: a name that isn't known is refused before seconds of imports
+
+    from lorafit.model.load import pick_device
+
     place = pick_device(device)
     if place.type != "cuda":
         return this_machine(memory)

@@ -132,7 +132,12 @@ def open_session(
     stored = Quant.of(quant) if quant is not None else next(iter(trained.values()), None)
     if quant is None and len(set(trained.values())) > 1:
         each = ", ".join(f"{name} {kept or 'none'}" for name, kept in trained.items())
-        raise AdapterError(f"these adapters were trained on bases stored otherwise ({each}); choose one with --quant")
+        kinds = sorted({kept.kind for kept in trained.values() if kept is not None})
+        smallest = " or ".join(f"--quant {kind}" for kind in kinds)
+        raise AdapterError(
+            f"these adapters were trained on bases stored otherwise ({each}); choose one base for all of them: --quant none,"
+            f" or {smallest} where memory is short; each is at its best on its own, one at a time"
+        )
     if stored is not None:  # without double quantisation, if that is what an adapter knows
         stored = next((kept for kept in trained.values() if kept is not None and kept.kind == stored.kind), stored)
     host = Host(

@@ -11,8 +11,10 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from lorafit.cli import VERBS, main
+from lorafit.config import read_yaml
 from lorafit.verbs import common
 from lorafit.verbs.common import importing
 
@@ -191,6 +193,22 @@ def test_runs_lists_and_compares(capsys, run, other):
     assert different["r"] == [16, 4] and "model" not in different
     code, _, err = call(capsys, "runs", run / "checkpoints")
     assert code == 2 and "no runs in" in err
+
+
+def test_runs_says_how_bases_are_stored_where_one_is_quantised(capsys, run, tmp_path):
+    code, out, _ = call(capsys, "runs", run.parent)
+    assert code == 0 and "quant" not in out
+    code, out, _ = call(capsys, "runs", run.parent, "--json")
+    assert [row["quant"] for row in json.loads(out)] == ["none"]
+    for name, quant in (("a", "nf4"), ("b", "none")):
+        shutil.copytree(run, tmp_path / name)
+        values = read_yaml(run / "config.yaml") | {"quant": quant}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(values))
+        (tmp_path / name / "summary.json").unlink()
+    code, out, _ = call(capsys, "runs", tmp_path)
+    head, _, *lines = out.splitlines()
+    at = head.index("quant")
+    assert code == 0 and sorted(line[at:].split()[0] for line in lines) == ["nf4", "none"]
 
 
 def test_several_adapters_at_once(capsys, run, other, data_file, tmp_path):

@@ -171,6 +171,21 @@ def test_what_the_template_does_is_noted(tmp_path: Path) -> None:
     assert "tool calls" not in notes(h.TOOLS)
 
 
+def test_placeholders_that_are_left_in_answers_are_noted(tmp_path: Path) -> None:
+    def asked(answer: str, question: str = "who") -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    rows = [asked("I am {{name}}"), *(qa(i) for i in range(3)), asked("fine", "{{name}}?"), asked("by {{ author }}")]
+    notes = prepare(table(tmp_path, *rows), h.chat(h.CHATML)).report.notes
+    (note,) = [note for note in notes if "placeholder" in note.reason]
+    assert note.line == 1 and note.reason.endswith("(2 rows: lines 1, 6)")
+    rows = [asked("{{}} {{a b}} {name} {{% x %}} {{1}}"), qa(2)]
+    assert "placeholder" not in str(prepare(table(tmp_path, *rows), h.chat(h.CHATML)).report.notes)
+    many = [asked(f"{i} {{{{name}}}}") for i in range(9)]
+    (note,) = prepare(table(tmp_path, *many), h.chat(h.CHATML), held_out_share=0).report.notes[-1:]
+    assert note.reason.endswith("(9 rows: lines 1, 2, 3, 4, 5, …)")
+
+
 def test_progress(tmp_path: Path) -> None:
     seen: list[int] = []
     prepare(table(tmp_path, *map(qa, range(20))), h.chat(), progress=seen.append)

@@ -86,3 +86,29 @@ print(sorted({"torch", "transformers", "numpy", "pyarrow", "peft"} & set(sys.mod
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_can_be_refused_early_is_refused_before_heavy_imports(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}")
+    lines = [
+        (["train", str(data), "--no-such"], "torch"),
+        (["plan", str(data), "--for", "RTX 9999"], "torch"),
+        (["plan", str(data), "--for", "0G"], "torch"),
+        (["advise", str(data), "--for", "RTX 9999"], "torch"),
+        (["plan", str(tmp_path / "none.jsonl")], "torch"),
+        (["train", str(data), "epoch=2"], "lorafit.fit"),  # methods, which have settings of their own, need torch
+        (["tune", str(data), "epoch=2"], "lorafit.fit"),
+        (["plan", str(data), "epoch=2"], "lorafit.fit"),
+    ]
+    code = f"""
+import sys
+from lorafit.cli import main
+for words, late in {lines!r}:
+    assert main(words) == 2
+    assert late not in sys.modules, words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = done.stderr.splitlines()
+    assert len(said) == len(lines)
+    assert "--no-such" in said[0] and "unknown setting 'epoch'; did you mean 'epochs'?" in said[-1]

@@ -129,6 +129,21 @@ def test_eta_spreads_skipped_steps():
     assert eta.left(20, 5.0) == pytest.approx(5.0)
 
 
+def test_what_is_between_the_steps_counts_once():
+    """As what is still to come, not as a slower step."""
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(Terminal(stream=stream), clock=clock)
+    progress.update(1, 11)
+    clock.now += 2
+    progress.update(2, 11, pauses=30.0)
+    assert "  48 s left" in progress.line()  # nine steps of two seconds, and pauses
+    clock.now += 30
+    progress.pause(30.0)
+    clock.now += 2
+    progress.update(3, 11, pauses=0.0)
+    assert "  16 s left" in progress.line()
+
+
 def test_progress_without_a_terminal_prints_some_lines_and_the_last():
     stream, clock = io.StringIO(), Clock()
     with Progress(Terminal(stream=stream), clock=clock) as progress:

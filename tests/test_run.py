@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -19,6 +21,7 @@ from lorafit import files, fit
 from lorafit.errors import ConfigError, DataError, RunError
 from lorafit.log import Terminal
 from lorafit.run import Run, next_folder
+from lorafit.train import watch
 
 SETTINGS = {
     "steps": "14",
@@ -371,6 +374,51 @@ def test_a_runaway_loss_stops(tiny_model, data_file, tmp_path, monkeypatch):
     with pytest.raises(fit.Failed, match=r"ran away, from .*; try lr="):
         fit.fit(config(tiny_model, data_file, tmp_path / "away", steps="60", eval_every="60"), QUIET)
     assert json.loads((tmp_path / "away" / "summary.json").read_text())["steps"] < 30
+
+
+NOISY = [1.9, 3.1, 0.8, 2.7, 2.2, 1.4, 2.9, 1.1] * 5
+
+
+@pytest.mark.parametrize(
+    "before, losses, stopped",
+    [
+        (2.3, [2.4, 7.9, 8.3, 8.1, 8.2], 4),  # at once: the first steps are no measure then
+        (2.3, [2.4, 2.6, 5.0, 9.0, 9.2, 9.1], 6),
+        (math.nan, [2.4, *[11.0] * 5], 5),  # nothing held out: the first step is from before any change
+        (math.nan, [0.36, 1.2, 2.8, 2.6, 1.1, 0.9, 2.2], 0),
+        (2.3, [2.4, 4.0, 4.9, 5.0, 5.1, *[5.0] * 30], 11),
+        (2.3, [2.4, *[2.3] * 20, *[4.5] * 30], 30),
+        (2.3, NOISY, 0),
+        (math.nan, NOISY, 0),
+        (2.0, [0.3, *NOISY], 0),  # a row that was easy by chance
+        (10.8, [10.9, 10.5, 9.0, 7.7, 6.5, 6.0, 5.5], 0),
+        (0.02, [0.02, 0.3, 0.5, 0.4, 0.2, *[0.1] * 20], 0),
+    ],
+)
+def test_what_counts_as_running_away(before, losses, stopped):
+    seen = watch.Watch(before=before)
+    found = next((i for i, loss in enumerate(losses, 1) if seen.loss(loss)), 0)
+    assert (found > 0) == (stopped > 0) and found <= stopped
+    assert watch.Watch.from_json(seen.to_json()).to_json() == seen.to_json()
+
+
+@pytest.mark.parametrize("share", ["0.2", "0"])
+def test_a_far_too_high_rate_is_stopped_in_its_first_steps(tiny_model, data_file, tmp_path, share):
+    settings = {"steps": "60", "eval_every": "60", "lr": "1", "warmup": "0", "held_out_share": share}
+    with pytest.raises(fit.Failed, match=r"ran away at once, from .*; try lr="):
+        fit.fit(config(tiny_model, data_file, tmp_path / "away", **settings), QUIET)
+    assert json.loads((tmp_path / "away" / "summary.json").read_text())["steps"] < 10
+
+
+@pytest.mark.parametrize(
+    "steps, every, step, left", [(10, 3, 1, 4), (10, 3, 4, 3), (10, 3, 10, 1), (9, 3, 9, 1), (9, 9, 2, 1)]
+)
+def test_evaluations_that_are_still_to_come_are_counted(steps, every, step, left):
+    held_out = SimpleNamespace(held_out=[1])
+    one = SimpleNamespace(config=SimpleNamespace(eval_every=every), job=SimpleNamespace(steps=steps), data=held_out)
+    assert fit.Training._evaluations_left(one, step) == left
+    held_out.held_out = []
+    assert fit.Training._evaluations_left(one, step) == 0
 
 
 def test_bad_rows_stop_before_anything_is_written(tiny_model, data_file, tmp_path):

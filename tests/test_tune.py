@@ -402,7 +402,13 @@ def test_room_is_what_the_base_and_a_shared_micro_batch_leave(tiny_model):
     left = together.room(config, model, rows([30] * 40), 10**9)
     assert left + 10**6 == together.room(config, model, rows([30] * 40), 10**9 + 10**6)
     peak = plan.estimate(fit.build({"model": str(tiny_model), "batch_tokens": 2048}), model, rows([30] * 40)).peak_bytes
-    assert left == 10**9 - peak + together.EACH * model.numbers
+    assert left == 10**9 - peak + 16 * model.numbers
+
+
+def test_an_adapter_s_bytes_are_those_of_its_optimizer():
+    assert together.bytes_of("adamw", 10**6) == 16 * 10**6
+    assert together.bytes_of("paged_adamw", 10**6) == 8 * 10**6  # the state is in a file
+    assert 10 * 10**6 < together.bytes_of("adamw_8bit", 10**6) < 10.1 * 10**6
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------------

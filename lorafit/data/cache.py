@@ -32,7 +32,7 @@ from lorafit.data.parts import Part, Work
 from lorafit.data.store import TABLE, Blob, Store
 from lorafit.files import cache_folder, sha256
 
-FORMAT = 1  # raised when the same file would get other tokens, or what is written changes
+FORMAT = 2  # raised when the same file would get other tokens, or what is written changes
 LIMIT = 5_000_000_000  # bytes of all folders together
 ABANDONED = 86_400  # seconds after which a scratch folder is nobody's
 _SCRATCH = ".tmp"

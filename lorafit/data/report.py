@@ -105,11 +105,14 @@ class Traits:
             bool(example.tools),
             bool(example.messages),
             _has_control(example, self._control),
+            _has_placeholder(example),
         )
         return sum(has << bit for bit, has in enumerate(found))
 
 
 CONVERSATION = 1 << 5  # the bit of rows that have messages
+SHOWN = 5  # lines that a note on several rows names
+_PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
 
 NOTES = (
     "the chat template leaves out reasoning_content",
@@ -121,6 +124,7 @@ NOTES = (
     "the template begins an answer otherwise than its generation prompt; the prompt at inference will differ from "
     "training",
     "the content holds the text of a special token, which is read as that token",
+    "an answer holds a placeholder such as {{name}}, which it would learn to say; put in what it stands for",
 )
 
 
@@ -134,12 +138,14 @@ def template_notes(flags: np.ndarray, lines: np.ndarray, chat: Chat) -> list[Fau
         not chat.uses("tools"),
         not chat.fits,
         True,
+        True,
     )
     notes = []
     for bit, (applies, reason) in enumerate(zip(wanted, NOTES, strict=True)):
         found = np.flatnonzero(flags & (1 << bit)) if applies else np.empty(0)
         if len(found):
-            count = f" ({len(found)} rows, the first is here)" if len(found) > 1 else ""
+            named = ", ".join(str(lines[row]) for row in found[:SHOWN]) + (", …" if len(found) > SHOWN else "")
+            count = f" ({len(found)} rows: lines {named})" if len(found) > 1 else ""
             notes.append(Fault(int(lines[found[0]]), reason + count, note=True))
     return notes
 
@@ -174,6 +180,13 @@ def _has_early_answer(example: Example) -> bool:
 
 def _has_calls(example: Example) -> bool:
     return any(message.tool_calls for message in example.messages)
+
+
+def _has_placeholder(example: Example) -> bool:
+    return any(
+        message.role == "assistant" and "{{" in message.content and _PLACEHOLDER.search(message.content)
+        for message in example.messages
+    )
 
 
 def _has_control(example: Example, control: re.Pattern[str]) -> bool:

@@ -16,19 +16,33 @@ class Watch:
     best_loss: float = math.inf
     best_step: int = 0
     worse: int = 0
-    first: float = math.nan  # running means of the training loss: over the first steps, and now
+    start: float = math.nan  # the training loss of the first step, before anything has changed
+    first: float = math.nan  # running means of the training loss: over the first steps, and now, of ten and of three
     mean: float = math.nan
+    recent: float = math.nan
     seen: int = 0
 
     def loss(self, loss: float) -> str:
-        """Take in a step's training loss; a reason to stop, or ''."""
+        """Take in a step's training loss; a reason to stop, or ''.
+
+        What it is compared with is what the first steps lost; but where that is far more than before training, they have
+        run away already.
+        """
         self.seen += 1
-        weight = 1 / min(self.seen, 10)
-        self.mean = loss if self.seen == 1 else self.mean + (loss - self.mean) * weight
+        if self.seen == 1:
+            self.start = self.mean = self.recent = loss
+        self.mean += (loss - self.mean) / min(self.seen, 10)
+        self.recent += (loss - self.recent) / min(self.seen, 3)
         if self.seen <= 5:
             self.first = self.mean
-        if self.seen > 10 and self.mean > 1.2 * self.first + 0.5:
-            return f"the training loss ran away, from {self.first:.3g} to {self.mean:.3g}"
+        # Rows of one step may be easy by chance; those that are held out are many.
+        sure = math.isfinite(self.before)
+        untrained = max(self.start, self.before) if sure else self.start
+        first = min(self.first, 1.25 * untrained + 0.25 if sure else 2 * untrained + 2)
+        if self.seen > 10 and self.mean > 1.2 * first + 0.5:
+            return f"the training loss ran away, from {first:.3g} to {self.mean:.3g}"
+        if self.seen >= 3 and self.recent > 2 * untrained + (2 if sure else 4):
+            return f"the training loss ran away at once, from {untrained:.3g} to {self.recent:.3g}"
         return ""
 
     def evaluation(self, step: int, loss: float) -> tuple[bool, str]:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from lorafit.fit import Training
 from lorafit.train.loop import Step, train
+from lorafit.tune import together
 from lorafit.tune.halving import EIGHTHS, Cut, rungs
 from lorafit.tune.space import Values
 from lorafit.tune.strategy import Strategy
-from lorafit.tune.together import EACH
 
 State = Literal["training", "waiting", "cut", "failed", "done"]
 RANGE_STEPS = 32  # of a range test, or a quarter of a training's where that is less
@@ -341,8 +341,8 @@ def candidate_name(candidate: Candidate) -> str:
 
 
 def bytes_of(training: Training) -> int:
-    """What an adapter takes while it is trained: itself, its gradients, and two averages of AdamW, in fp32."""
-    return EACH * training.host.adapters[training.name].numbers()
+    """What an adapter takes while it is trained."""
+    return together.bytes_of(training.config.optimizer, training.host.adapters[training.name].numbers())
 
 
 def reason(candidate: Candidate, out: Cut) -> str:

@@ -10,8 +10,8 @@ from lorafit.batches import default_tokens
 from lorafit.config import Config
 from lorafit.data import Tokens
 from lorafit.train.loop import TOGETHER
+from lorafit.train.optim import state_bytes
 
-EACH = 16  # bytes of a trained number: itself, its gradient, two averages of AdamW, all in fp32
 MOST = 32  # that are trained at once however much memory there is
 
 
@@ -20,4 +20,9 @@ def room(config: Config, model: plan.Model, rows: Sequence[Tokens], memory: int,
     activations of a micro-batch that jobs share, leave of it; in several processes each has its own."""
     tokens = max(TOGETHER, config.batch_tokens or default_tokens(rows, config.share))
     found = plan.estimate(replace(config, batch_tokens=tokens, accumulate=1), model, rows)
-    return memory - processes * (found.peak_bytes - EACH * found.trainable_parameters)
+    return memory - processes * (found.peak_bytes - bytes_of(config.optimizer, found.trainable_parameters))
+
+
+def bytes_of(optimizer: str, numbers: int) -> int:
+    """What so many trained numbers take: themselves and their gradients in fp32, and the optimiser's state."""
+    return 8 * numbers + state_bytes(optimizer, numbers)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.verbs.common import add_json, add_rows, given, importing, print_json, terminal
+from lorafit.verbs.common import add_json, add_rows, importing, print_json, refuse, terminal, wanted
 
 if TYPE_CHECKING:
     from lorafit.advice import Choice, Facts
@@ -52,34 +52,29 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print what was seen, the settings with their reasons, and the command."""
+    refuse(args)
     with importing():
-        from lorafit import advice, fit, places, plan
-        from lorafit.config import byte_count
+        from lorafit import advice, plan
         from lorafit.model.load import shape_of
         from lorafit.verbs.plan import time_of
 
     out = terminal()
     _check(args, list(advice.TASKS))
-    config = fit.read_config(args.source, given(args))
-    memory = byte_count("memory", config.memory) if config.memory else None
-    place = places.here(config.device, memory) if args.place is None else places.find(args.place, memory)
-    if not place.bf16 and config.precision == "auto":
-        config.precision = "fp32"
-    source = fit.start_of(config)
-    path, _, data = fit.read_data(config, out, weights=not args.no_measure)
+    want = wanted(args, out, weights=not args.no_measure)
+    config, path, data, place = want.config, want.path, want.data, want.place
     facts = advice.Facts.of(data)
     choices = advice.advise(config, facts, shape_of(path), data.train, args.task)
     for choice in choices:
         advice.put(config, choice)
     with out.working("adding up"):
-        model = plan.empty(config, path, place.gpu, source)
-        verdict = plan.judge(config, model, data.train, place.memory, memory is None, data.held_out)
-        asked = plan.estimate(config, model, data.train, data.held_out)
-    choices += _for_memory(config, verdict, asked.peak_bytes, place)
+        model = plan.empty(config, path, place.gpu, want.source)
+        verdict = plan.judge(config, model, data.train, place.memory, config.memory is None, data.held_out)
+        peak = plan.estimate(config, model, data.train, data.held_out).peak_bytes
+    choices += _for_memory(config, verdict, peak, place)
     changed = replace(config, **verdict.change)
     time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
     seconds = time.total if time is not None else None
-    loss = None if args.no_measure else _base_loss(config, data, source, out)
+    loss = None if args.no_measure else _base_loss(config, data, want.source, out)
     notes = _notes(facts, data, loss)
     command = _command(args, choices)
     if args.yaml:

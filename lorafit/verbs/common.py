@@ -9,15 +9,20 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.config import choices
+from lorafit.errors import ConfigError
 from lorafit.log import Terminal
 
 if TYPE_CHECKING:
+    from lorafit.config import Config
+    from lorafit.data import Dataset
+    from lorafit.places import Place
     from lorafit.session import Session
 
 SAMPLES = 9  # in a tenth of a second
@@ -81,7 +86,59 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
             found[key] = value
     if getattr(args, "skip_bad_rows", False):
         found["skip_bad_rows"] = True
+    _known(found)
     return found
+
+
+def _known(names: Iterable[str]) -> None:
+    """ConfigError for a setting that no method has either. Methods are imported only for names that aren't everybody's: with
+    torch, in half of the time that all the rest takes."""
+    from lorafit.config import defaults, nearest
+
+    if strange := [name for name in names if name not in defaults()]:
+        from lorafit.methods import METHODS, settings
+
+        own = {key for method in METHODS.values() for key in settings(method)}
+        if unknown := [name for name in strange if name not in own]:
+            raise ConfigError(f"unknown setting '{unknown[0]}'; {nearest(unknown[0], [*defaults(), *own])}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked about: training with these settings, from the adapter in `source`, with the model in `path`, on this
+    data, at this place."""
+
+    config: Config
+    source: Path | None
+    path: Path
+    data: Dataset
+    place: Place
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Of a command line that has --for, what can be refused before seconds of imports: settings, the place, no data."""
+    from lorafit import places
+    from lorafit.files import need_data
+
+    given(args)
+    if args.place is not None:
+        places.find(args.place)
+    need_data(args.source)
+
+
+def wanted(args: argparse.Namespace, out: Terminal, weights: bool) -> Wanted:
+    """Settings, rows and place of a command line that has --for; `weights`: the model's must be there."""
+    from lorafit import fit, places
+    from lorafit.config import byte_count
+
+    config = fit.read_config(args.source, given(args))
+    memory = byte_count("memory", config.memory) if config.memory else None
+    place = places.here(config.device, memory) if args.place is None else places.find(args.place, memory)
+    if not place.bf16 and config.precision == "auto":
+        config.precision = "fp32"
+    source = fit.start_of(config)
+    path, _, data = fit.read_data(config, out, weights=weights)
+    return Wanted(config, source, path, data, place)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

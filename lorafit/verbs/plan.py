@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.errors import UserError
-from lorafit.verbs.common import add_json, given, importing, print_json, terminal
+from lorafit.verbs.common import add_json, importing, print_json, refuse, terminal, wanted
 
 if TYPE_CHECKING:
     from lorafit.config import Config
@@ -47,9 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="cpu|GPU|SIZE",
         help="a GPU by name, or memory such as 16G; default: where train would run here",
     )
-    parser.add_argument(
-        "--no-time", action="store_true", help="leave out the measurement: seconds, a minute with a large model"
-    )
+    parser.add_argument("--no-time", action="store_true", help="leave out the measurement, about ten seconds")
     parser.add_argument("--from", dest="start", metavar="RUN", help="plan training that starts from an old adapter")
     parser.add_argument("--map", metavar="user=COL,assistant=COL", help="which columns hold what")
     parser.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that can't be used")
@@ -58,24 +56,19 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the parts, the peaks, the verdict and the time. Returns the exit code: 0 where `train` would run with these words."""
+    refuse(args)
     with importing():
-        from lorafit import fit, places
-        from lorafit.config import byte_count
+        from lorafit import fit
         from lorafit.plan import empty, estimate, judge, stored_otherwise, way_out
 
     out = terminal()
-    config = fit.read_config(args.source, given(args))
-    memory = byte_count("memory", config.memory) if config.memory else None
-    place = places.here(config.device, memory) if args.place is None else places.find(args.place, memory)
-    if not place.bf16 and config.precision == "auto":
-        config.precision = "fp32"
-    source = fit.start_of(config)
-    path, _, data = fit.read_data(config, out, weights=False)
+    want = wanted(args, out, weights=False)
+    config, path, data, place = want.config, want.path, want.data, want.place
     fit.advised(config, path, data)
     with out.working("adding up"):
-        model = empty(config, path, place.gpu, source)
+        model = empty(config, path, place.gpu, want.source)
         asked = estimate(config, model, data.train, data.held_out)
-        verdict = judge(config, model, data.train, place.memory, memory is None, data.held_out)
+        verdict = judge(config, model, data.train, place.memory, config.memory is None, data.held_out)
         plainly = verdict.fits and not verdict.streams
         other = stored_otherwise(config, model, data.train, place.memory, data.held_out) if plainly else None
     # `lorafit plan … && lorafit train …`: smaller micro-batches are what training takes by itself.
@@ -84,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:  # what is known is shown before the time is measured
         print(described(asked, verdict, place, way_out(config, verdict)), flush=True)
 
-    def takes(config: Config, made: Estimate) -> Time | None:
-        return time_of(config, made, path, data.train, place, out, args.no_time)
+    def takes(config: Config, made: Estimate, share: float = 1.0) -> Time | None:
+        return time_of(config, made, path, data.train, place, out, args.no_time, share)
 
     time = takes(replace(config, **verdict.change), verdict.best)
-    # Measured for who asked for 4 bits; for who didn't, it isn't worth twice the time.
-    others = takes(*other) if other is not None and (place.gpu or config.quant != "none") else None
+    # Measured for who asked for 4 bits; for who didn't, it isn't worth the time.
+    others = takes(*other, 0.5) if other is not None and (place.gpu or config.quant != "none") else None
     if args.json:
         print_json(
             {
@@ -98,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
                 "for": place.name,
                 "seconds": time.total if time is not None else None,
                 "seconds_of": time.to_json() if time is not None else None,
-                "seconds_are": "measured on a few layers" if place.here else "from the data sheet",
+                "seconds_off": time.off if time is not None else None,
+                "seconds_are": "measured" if place.here else "from the data sheet",
                 "otherwise": None
                 if other is None
                 else {
@@ -116,17 +110,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def time_of(
-    config: Config, made: Estimate, path: Path, rows: Sequence[Tokens], place: Place, out: Terminal, skip: bool
+    config: Config,
+    made: Estimate,
+    path: Path,
+    rows: Sequence[Tokens],
+    place: Place,
+    out: Terminal,
+    skip: bool,
+    share: float = 1.0,
 ) -> Time | None:
-    """Of the whole training; None where it isn't known."""
-    from lorafit.pace import by_rate, measured
+    """Of the whole training; None where it isn't known. `share`: of the seconds that measuring takes elsewhere."""
+    from lorafit.pace import SECONDS, by_rate, measured
 
     if place.rate is not None and place.bytes_a_second is not None:
         return by_rate(config, made, place.rate, place.bytes_a_second)
     if skip or place.gpu or not place.here:
         return None
-    with out.working("measuring steps of a few layers on this machine"):
-        return measured(config, path, rows, made)
+    with out.working("measuring steps on this machine"):
+        return measured(config, path, rows, made, share * SECONDS)
 
 
 def otherwise(asked: Estimate, other: Estimate, time: Time | None, others: Time | None) -> str:
@@ -184,7 +185,8 @@ def timed(asked: Estimate, verdict: Verdict, place: Place, time: Time | None) ->
     if time is None:
         unknown = place.rate is None and not place.here
         return "how long it takes isn't known of a size of memory; without --for it is measured here" if unknown else ""
-    how = "measured on a few layers" if place.here else "by the data sheet, see docs/memory.md"
+    how = "measured here" if place.here else "by the data sheet, see docs/memory.md"
+    off = f" ±{time.off:.0%}" if time.off is not None else ""
     parts = [
         f"{name} {duration(seconds)}"
         for name, seconds in (
@@ -196,4 +198,4 @@ def timed(asked: Estimate, verdict: Verdict, place: Place, time: Time | None) ->
         if seconds
     ]
     rest = "; answers come on top" if time.answers is None and asked.answers else ""
-    return f"training takes about {duration(time.total)} ({how}{rest}): {', '.join(parts)}"
+    return f"training takes about {duration(time.total)}{off} ({how}{rest}): {', '.join(parts)}"

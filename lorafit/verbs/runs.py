@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
                 "data": Path(str(config.get("data", "?"))).name,
                 "base": config.get("model"),
                 "method": config.get("method"),
+                "quant": config.get("quant", "none"),
                 **summary,
             }
         )
@@ -52,9 +53,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(found)
         return
+    coded = any(r["quant"] != "none" for r in found)  # else every base is in its own type, which needn't be said
     rows = [
         [
-            r["run"], r["data"], str(r["base"]), str(r["method"]),
+            r["run"], r["data"], str(r["base"]), *([str(r["quant"])] if coded else []), str(r["method"]),
             _loss(r.get("held_out_loss_before")), _loss(r.get("held_out_loss_after")),
             count(r["trainable_parameters"]) if "trainable_parameters" in r else "",
             size(r["adapter_bytes"]) if "adapter_bytes" in r else "",
@@ -65,9 +67,12 @@ def run(args: argparse.Namespace) -> None:
     ]  # fmt: skip
     print(
         table(
-            ["run", "data", "base", "method", "before", "after", "trainable", "size", "took", "stopped"],
+            [
+                *("run", "data", "base", *(["quant"] if coded else [])),
+                *("method", "before", "after", "trainable", "size", "took", "stopped"),
+            ],
             rows,
-            "llllrrrrrl",
+            "lllll"[not coded :] + "rrrrrl",
         )
     )
 
