@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import shutil
 import statistics
@@ -31,7 +32,12 @@ ROW = 256  # tokens, about
 POINTS: list[tuple[str, str, int, dict[str, str]]] = [  # name, model, tokens a step, settings
     ("LoRA", "smollm2", 256, {}),
     ("LoRA, evaluations and answers", "smollm2", 256, {"held_out_share": "0.3", "learn": "assistant"}),
-    ("EVA, evaluations and answers", "smollm2", 256, {"held_out_share": "0.3", "learn": "assistant", "method": "eva"}),
+    (
+        "EVA, evaluations and answers",
+        "smollm2",
+        256,
+        {"held_out_share": "0.3", "learn": "assistant", "method": "eva", "tau": "0.5"},
+    ),
     ("LoRA", "smollm2", 2048, {}),
     ("LoRA, checkpointing", "smollm2", 2048, {"checkpointing": "true"}),
     ("LoRA", "smollm2", 8192, {}),
@@ -82,7 +88,8 @@ def rows(path: Path, tokens: int, answers: bool = False, steps: int = 3) -> Path
     """A file of texts, some steps of them; a step of `tokens` tokens has texts of about ROW. Or of questions and answers, so many
     that some can be held out."""
     number = steps * max(1, tokens // ROW) + (30 if answers else 2)
-    texts = [" ".join(WORDS[(i * k + i) % len(WORDS)] for k in range(ROW)) for i in range(number)]
+    # In an order of their own: rows that begin alike would share the memory of that.
+    texts = [" ".join(random.Random(i).choices(WORDS, k=ROW)) for i in range(number)]
     made = [{"prompt": text[:100], "completion": text[100:]} if answers else {"text": text} for text in texts]
     path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     return path
