@@ -403,7 +403,7 @@ def test_what_counts_as_running_away(before, losses, stopped):
 
 
 def test_a_loss_that_explodes_at_once_stops(tiny_model, data_file, tmp_path, monkeypatch):
-    """As SmolLM2's does with lr=0.1; a tiny model's logits can't."""
+    """As SmolLM2's does with lr=0.05: 2.95, 9.67, 20.2. A tiny model's logits can't, so its loss is made to."""
     from lorafit.train import loop
 
     plain, factors = loop.losses, iter([1.0, 1.2, *[4.0] * 60])
