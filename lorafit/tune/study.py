@@ -10,7 +10,6 @@ state.json is replaced as one file after the checkpoints it names are there, so 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
@@ -22,14 +21,11 @@ from typing import Any
 
 from lorafit import config as settings
 from lorafit import files, fit, places, plan, tried
-from lorafit.config import Config
 from lorafit.errors import ConfigError, ModelError, OutOfMemory, RunError
 from lorafit.evaluate import prompt_of, score_answers
 from lorafit.fit import Training
 from lorafit.log import Progress, Terminal, duration
 from lorafit.machine import Stop, gpu_memory_limit, memory_limit, out_of_memory
-from lorafit.methods import find
-from lorafit.methods import settings as method_settings
 from lorafit.native import build as kernels
 from lorafit.native import pool
 from lorafit.run import Run, next_folder
@@ -37,18 +33,13 @@ from lorafit.tune import together
 from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
 from lorafit.tune.options import Options, budget_of
-from lorafit.tune.samplers import sampler
+from lorafit.tune.proposals import Proposals
 from lorafit.tune.search import Candidate, Event, Round, Search, name_of
-from lorafit.tune.space import Choice, Range, Space, Values, edges, settled, space
-from lorafit.tune.stages import Staged
-from lorafit.tune.strategy import AllTogether, Strategy
+from lorafit.tune.space import Choice, Range, Values, space
 
-FINALISTS = 3  # that are trained to their end where not the loss decides
 ANSWERS = 64  # held-out rows that are answered for another objective
 CANDIDATES = 8  # where no budget is given
 QUIET = Terminal(quiet=True)
-RANKS = (32, 8, 64)
-SHAPING = {"method", "targets", "rank_pattern", "alpha_pattern"}  # settings that an adapter may not be possible with
 
 
 def tune(source: str | None, given: Mapping[str, Any], options: Options, terminal: Terminal | None = None) -> Run:
@@ -114,10 +105,9 @@ class Study:
             raise ConfigError(
                 f"method={base.config.method} has codes of its own made of the base; others can't share them"
             )
-        self.start: Values = {**settings.flat(base.config), "lr": base.job.lr}
         base.host.remove(base.name)
-        self.space = self._space()
-        self._try_edges()
+        self.proposals = Proposals(asked, options, base)
+        self.proposals.try_edges()
         if base.config.native and base.host.base.device.type == "cpu" and not kernels.on():
             kernels.switch(True)
             with terminal.working("compiling the kernels, once"):
@@ -126,7 +116,7 @@ class Study:
         self.limit = amount if isinstance(amount, float) else None
         size = amount if isinstance(amount, int) else None
         self.search = Search(
-            self._strategy(size),
+            self.proposals.strategy(size),
             self.make,
             places=min(options.together or together.MOST, together.MOST),
             room=self._room(),
@@ -138,60 +128,7 @@ class Study:
         self.seconds = 0.0  # of earlier parts of a search that was taken up
         self.began = time.monotonic()
 
-    # --- what is searched ------------------------------------------------------------------------------------------------
-
-    def _space(self) -> Space:
-        if self.options.space is not None:
-            return space(self.options.space, self.asked)
-        config, rate = self.base.config, self.base.job.lr
-        kind, staged = find(config.method), self.options.search == "staged"
-        wide = 30.0 if staged else 10.0
-        found: dict[str, Range | Choice] = {"lr": Range(rate / wide, rate * wide, log=True)}
-        if "r" in config.options:
-            found["r"] = Choice(RANKS if staged else tuple(sorted({*RANKS, config.options["r"]})))
-        if self.options.search != "grid":
-            sites: list[list[str]] = [["attention"]] if kind.targets == ("all-linear",) else [["all-linear"]]
-            found["targets"] = Choice(tuple(sites if staged else [[], *sites]))
-        found = {key: one for key, one in found.items() if key not in self.asked}
-        if not found:
-            raise ConfigError(
-                "lr, r and targets are all set, so nothing is left to search; leave one out or give --space"
-            )
-        return found
-
-    def _try_edges(self) -> None:
-        """An adapter that can't be made is an error before anything is trained."""
-        own = SHAPING | set(method_settings(find(self.base.config.method)))
-        for key, value in edges(self.space):
-            config = self.config_of({key: value})
-            if key in own or key in config.options:
-                with contextlib.suppress(ModelError):
-                    plan.empty(config, self.base.host.base.path, self.base.host.base.device.type != "cpu")
-
-    def _strategy(self, size: int | None) -> Strategy:
-        finalists = 1 if self.options.objective == "loss" else FINALISTS
-        if self.options.search == "staged":
-            return Staged(self.space, self.start, size, finalists)
-        kind: Any = self.options.search
-        made = sampler(kind, self.space, self.base.config.seed)
-        if size is not None and kind == "grid" and self.options.budget is None:
-            size = made.most
-        return AllTogether(made, size, finalists)
-
-    def config_of(self, values: Values) -> Config:
-        """A candidate's settings: all that were chosen for the baseline stay, but for what follows from `values`."""
-        flat = settled(values, {key: value for key, value in self.start.items() if value is not None})
-        for key in ("eval_every", "out"):
-            flat.pop(key, None)
-        kind = find(str(flat["method"]))
-        if "method" in values and "lr" not in values and "lr" not in self.asked:
-            flat["lr"] = self.start["lr"] * kind.lr_factor / find(self.base.config.method).lr_factor
-        known = {*settings.defaults(), *method_settings(kind)}
-        config = fit.build({key: value for key, value in flat.items() if key in known})
-        config.eval_every = self.base.config.eval_every if "eval_every" in self.asked else None
-        if kind.codes and config.quant != "none":
-            raise ConfigError(f"method={config.method} makes codes of its own of a quantised base; it can't share one")
-        return config
+    # --- candidates ------------------------------------------------------------------------------------------------------
 
     def make(self, number: int, values: Values) -> Training:
         """A new candidate's adapter, job and run folder."""
@@ -203,7 +140,7 @@ class Study:
         return training
 
     def _made(self, number: int, values: Values) -> Training:
-        training = self.base.beside(name_of(number), self.config_of(values))
+        training = self.base.beside(name_of(number), self.proposals.config_of(values))
         training.terminal = QUIET
         training.expected = None
         run = self.of(number)
@@ -523,7 +460,8 @@ class Study:
         for number, c in self.search.candidates.items():
             own = settings.read_yaml(self.of(number).folder / "config.yaml")
             shape = {
-                key: own.get(key) for key in ("lr", "r", "alpha", "method", "targets", "batch_tokens", *self.space)
+                key: own.get(key)
+                for key in ("lr", "r", "alpha", "method", "targets", "batch_tokens", *self.proposals.space)
             }
             row = {**_candidate(c), "settings": {key: value for key, value in shape.items() if value is not None}}
             candidates.append({**row, "score": scores.get(number), "winner": c is winner})
@@ -532,7 +470,7 @@ class Study:
             "search": self.options.search,
             "budget": self.options.budget or str(CANDIDATES),
             "objective": self.options.objective,
-            "searched": list(self.space),
+            "searched": list(self.proposals.space),
             "seconds": round(self.spent(), 2),
             "trainings": round(self.search.done(), 3),
             "held_out_loss_before": self.search.before,
@@ -546,7 +484,7 @@ class Study:
     def say_what(self) -> None:
         """What is about to happen, before it does."""
         base, say = self.base, self.terminal.say
-        what = "; ".join(f"{key} {_shape(one)}" for key, one in self.space.items())
+        what = "; ".join(f"{key} {_shape(one)}" for key, one in self.proposals.space.items())
         place = base.host.base
         say(f"base      {base.config.model}: {base.config.precision} on {place.device}")
         say(f"data      {len(base.data.train)} rows to train on, {len(base.data.held_out)} held out")
