@@ -35,6 +35,7 @@ class Staged:
 
     def __init__(self, searched: Space, start: Values, size: int | None, finalists: int) -> None:
         self.searched, self.start, self.size, self.finalists = searched, start, size, finalists
+        self.timed = size is None  # how many there is time for is asked again before each stage
         self.rate: float | None = None
         self.stages = list(searched)
         self.values: dict[int, Values] = {}
@@ -76,6 +77,8 @@ class Staged:
             self.over = True
             return
         self._begin([], best)
+        if self.timed and self.stages:
+            self.size = None
 
     def _begin(self, first: list[Values], best: int | None = None) -> None:
         """Make the next stage's candidates: beside `first`, others than the best so far."""
