@@ -384,6 +384,28 @@ def test_a_search_goes_on_where_memory_has_room_for_one(tiny_model, data_file, t
     assert first == ["joined", "evaluated", "evaluated", "rung", "joined"]  # the second came when the first was waiting
 
 
+def test_who_waits_on_disk_goes_on_with_the_same_bits(tiny_model, data_file, tmp_path, monkeypatch):
+    """Beside one at a time with memory for all; dropout's draws are those of the step that it has come to."""
+    words = {"search": "grid", "space": {"lr": [3e-4, 1e-3, 3e-3], "method": ["lora", "dora"]}}
+    held = searched(tiny_model, data_file, tmp_path / "held", {"dropout": "0.1"}, together=1, **words)
+    woken, plain, most = [], study.Study._restored, []
+    monkeypatch.setattr(study.Study, "_room", lambda self: 0)
+    monkeypatch.setattr(study.Study, "_restored", lambda self, c: woken.append(c.number) or plain(self, c))
+    save = study.Study.save
+
+    def saved(self):
+        save(self)
+        most.append(sum(c.training is not None for c in self.search.candidates.values()))
+
+    monkeypatch.setattr(study.Study, "save", saved)
+    rested = searched(tiny_model, data_file, tmp_path / "rested", {"dropout": "0.1"}, **words)
+    assert woken and max(most) == 1
+    both = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (held, rested)]
+    assert both[0] == both[1]
+    for name in ("tune", "metrics", "evaluations"):
+        assert timeless(fit.Run(held).records(name)) == timeless(fit.Run(rested).records(name)), name
+
+
 def test_time_becomes_a_number_of_candidates(tiny_model, data_file, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Study, "_time_for", lambda self, done: 6 if done >= 0.5 else 0)
     run = searched(tiny_model, data_file, tmp_path / "run", search="random", budget="1h")
@@ -392,6 +414,23 @@ def test_time_becomes_a_number_of_candidates(tiny_model, data_file, tmp_path, mo
     assert events.count("budget") == 1 and events.index("budget") > events.index("rung")
     staged = searched(tiny_model, data_file, tmp_path / "staged", budget="1h")
     assert len(json.loads((staged / "tune.json").read_text())["candidates"]) == 6
+
+
+def test_how_many_there_is_time_for_is_asked_before_each_stage():
+    searched_ = {"lr": Range(1e-5, 1e-1, log=True), "r": Choice((32, 8, 64)), "targets": Choice((["attention"],))}
+    staged = Staged(searched_, {"lr": 1e-3, "r": 16, "targets": []}, None, 1)
+    staged.centre(1e-3)
+    stages = []
+    for size in (0, 7, 6, 0):  # what the first ones took looks like time for seven; the second stage takes longer
+        if size:
+            staged.resize(size)
+        stages.append([])
+        while (values := staged.ask()) is not None:
+            stages[-1].append(set(values))
+            for rung in (0, 1):
+                staged.report(len(staged.values), rung, values.get("lr", 1e-3))
+    assert stages[0] == [set(), {"lr"}, {"lr"}, {"lr"}]
+    assert stages[1] == [{"lr", "r"}, {"lr", "r"}] and stages[2] == [] and staged.size == 6 and staged.over
 
 
 def test_room_is_what_the_base_and_a_shared_micro_batch_leave(tiny_model):
@@ -535,6 +574,15 @@ def test_kill_9_and_ctrl_c_lose_nothing(whole, tiny_model, data_file, tmp_path, 
 )
 def test_wherever_it_dies_it_goes_on_with_the_same_bits(whole, data_file, broken, where, count):
     check_the_same(broken(data_file, where, count), whole)
+
+
+@pytest.mark.parametrize(("where", "count"), [("record", 45), ("sync", 90)])
+def test_it_goes_on_with_the_same_bits_where_some_wait_on_disk(
+    tiny_model, data_file, tmp_path, broken, monkeypatch, where, count
+):
+    monkeypatch.setattr(study.Study, "_room", lambda self: 0)
+    unbroken = searched(tiny_model, data_file, tmp_path / "unbroken", {"dropout": "0.1"}, budget="6")
+    check_the_same(broken(data_file, where, count), unbroken)
 
 
 def test_a_search_is_not_taken_up_with_other_rows(data_file, tmp_path, broken):

@@ -34,7 +34,8 @@ def name_of(number: int) -> str:
 
 @dataclass
 class Candidate:
-    """One set of settings, and how far it has come. `training` is None when it is out: only its figures are left."""
+    """One set of settings, and how far it has come. `training` is None when it is out, and only its figures are left, or while
+    it waits on disk."""
 
     number: int
     values: Values
@@ -76,12 +77,13 @@ class Round:
 
 
 Make = Callable[[int, Values], Training]
+Wake = Callable[[Candidate], Training]
 
 
 class Search:
-    """`make` makes a candidate's adapter and job; `places` is how many train at once, `room` the bytes that all adapters may
-    take with their gradients and optimisers. `time_for` says, from the trainings done so far (whole and parts), how many
-    candidates there is time for; it is asked where the strategy has no size.
+    """`make` makes a candidate's adapter and job, `wake` those of one that waited on disk; `places` is how many train at once,
+    `room` the bytes that all adapters may take with their gradients and optimisers. `time_for` says, from the trainings done so
+    far (whole and parts), how many candidates there is time for; it is asked where the strategy has no size.
 
     Everything that a search is taken up from lies in `candidates`, `calls` (those of the strategy, in order), `halvings` and
     `before`.
@@ -93,10 +95,11 @@ class Search:
         make: Make,
         *,
         places: int,
+        wake: Wake | None = None,
         room: int | None = None,
         time_for: Callable[[float], int] = lambda done: 8,
     ) -> None:
-        self.strategy, self.make = strategy, make
+        self.strategy, self.make, self.wake = strategy, make, wake
         self.places, self.room, self.time_for = places, room, time_for
         self.candidates: dict[int, Candidate] = {}
         self.calls: list[list[Any]] = []
@@ -234,9 +237,11 @@ class Search:
 
     def following(self) -> Candidate | None:
         """Who takes a free place, made if it is new."""
+        if not self._has_room():
+            return None
         if (ready := self._ready()) is not None:
             return ready
-        if not self._idle and self._has_room():
+        if not self._idle:
             values = self.call("ask")
             return self._join(values) if values is not None else self._ready()  # the last stage may just have ended
         if self._idle and self.strategy.size is None and not self._training():
@@ -248,14 +253,18 @@ class Search:
         return None
 
     def _ready(self) -> Candidate | None:
-        """Of those who may go on, the farthest, and the best of these."""
+        """Of those who may go on, the farthest, and the best of these; in memory again."""
         passed = self.strategy.verdicts().passed
         ready = [
             c
             for c in self.candidates.values()
             if c.state == "waiting" and c.number in passed.get(len(c.losses) - 1, frozenset())
         ]
-        return max(ready, key=lambda c: (len(c.losses), -c.losses[-1], -c.number), default=None)
+        best = max(ready, key=lambda c: (len(c.losses), -c.losses[-1], -c.number), default=None)
+        if best is not None and best.training is None:
+            assert self.wake is not None
+            best.training = self.wake(best)
+        return best
 
     def _join(self, values: Values) -> Candidate:
         number = len(self.candidates) + 1
@@ -274,10 +283,23 @@ class Search:
         training.watch.evaluation(0, self.before)
 
     def _has_room(self) -> bool:
-        """Whether another adapter like the largest fits into memory. Where nobody is training one may always come: those who
-        wait for it hold memory too."""
-        held = [bytes_of(c.training) for c in self.candidates.values() if c.training is not None]
+        """Whether another adapter like the largest fits into memory beside those that don't wait: those that do may lie on disk,
+        so it doesn't matter here where they are. Where nobody is training one may always come."""
+        held = self._held(("training", "done"))
         return self.room is None or not self._training() or sum(held) + max(held) <= self.room
+
+    def _held(self, states: Sequence[State]) -> list[int]:
+        return [bytes_of(c.training) for c in self.candidates.values() if c.training is not None and c.state in states]
+
+    def rest(self) -> list[int]:
+        """Free the memory of as many of those who wait as there is no room for, once all that they are is on disk. Who they
+        are."""
+        gone = []
+        for candidate in [c for c in self.candidates.values() if c.state == "waiting" and c.training is not None]:
+            if self.room is not None and sum(self._held(("training", "done", "waiting"))) > self.room:
+                self._forget(candidate)
+                gone.append(candidate.number)
+        return gone
 
     def done(self) -> float:
         """Trainings done so far, whole and parts."""

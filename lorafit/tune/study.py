@@ -40,6 +40,7 @@ from lorafit.tune.space import Choice, Range, Values, space
 ANSWERS = 64  # held-out rows that are answered for another objective
 CANDIDATES = 8  # where no budget is given
 QUIET = Terminal(quiet=True)
+OUT = ("cut", "failed")  # states of a candidate that doesn't go on
 
 
 def tune(source: str | None, given: Mapping[str, Any], options: Options, terminal: Terminal | None = None) -> Run:
@@ -119,6 +120,7 @@ class Study:
             self.proposals.strategy(size),
             self.make,
             places=min(options.together or together.MOST, together.MOST),
+            wake=self._restored,
             room=self._room(),
             time_for=self._time_for,
         )
@@ -217,7 +219,7 @@ class Study:
         self.search.halvings, self.search.before = state["halvings"], state["before"]
         for saved in state["candidates"]:
             self._put_back(saved)
-        out = len([c for c in self.search.candidates.values() if c.training is None])
+        out = len([c for c in self.search.candidates.values() if c.state in OUT])
         self.terminal.say(
             f"going on with {len(self.search.candidates)} candidates, {out} of them out, after {duration(self.seconds)}"
         )
@@ -238,20 +240,25 @@ class Study:
         values = {**saved, "losses": [math.inf if loss is None else loss for loss in saved["losses"]]}
         values["best_loss"] = math.inf if saved["best_loss"] is None else saved["best_loss"]
         candidate = Candidate(**{**values, "training": None})
-        if candidate.state in ("training", "waiting", "done"):
-            training = self._made(candidate.number, candidate.values)
-            run = self.of(candidate.number)
-            for stale in (run.folder / "checkpoints").iterdir():
-                if stale.name > f"step-{candidate.taken:06d}" or stale.name.startswith("."):
-                    shutil.rmtree(stale)
-            checkpoint = run.at(candidate.taken)
-            training.check_shape(checkpoint)
-            training.job.optimizer = training.optimizer(run)
-            training.restore(run, checkpoint)
-            training.began = time.monotonic() - training.seconds
-            candidate.training = training
+        if candidate.state not in OUT:
             self.saved[candidate.number] = (candidate.taken, candidate.state)
+        if candidate.state in ("training", "done"):
+            candidate.training = self._restored(candidate)
         self.search.put_back(candidate)
+
+    def _restored(self, candidate: Candidate) -> Training:
+        """A candidate's adapter and job, and its records, as its checkpoint holds them."""
+        training = self._made(candidate.number, candidate.values)
+        run = self.of(candidate.number)
+        for stale in (run.folder / "checkpoints").iterdir():
+            if stale.name > f"step-{candidate.taken:06d}" or stale.name.startswith("."):
+                shutil.rmtree(stale)
+        checkpoint = run.at(candidate.taken)
+        training.check_shape(checkpoint)
+        training.job.optimizer = training.optimizer(run)
+        training.restore(run, checkpoint)
+        training.began = time.monotonic() - training.seconds
+        return training
 
     # --- the search ------------------------------------------------------------------------------------------------------
 
@@ -399,8 +406,10 @@ class Study:
             "candidates": [_candidate(c) for c in search.candidates.values()],
         }
         files.write_json(self.run.folder / "tune" / "state.json", state)
+        for number in search.rest():
+            self.books.forget(number)
         for number, candidate in search.candidates.items():
-            if candidate.training is None:
+            if candidate.state in OUT:
                 self.books.forget(number)
                 shutil.rmtree(self.of(number).folder / "checkpoints", ignore_errors=True)
 
