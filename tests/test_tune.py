@@ -150,8 +150,9 @@ def test_a_third_goes_on_so_a_search_costs_less_than_a_third_of_training_all():
     assert halving.rungs(64) == (8, 24) and halving.rungs(400) == (50, 150)
     assert halving.rungs(24) == (9, 18) and halving.rungs(25) == (8, 16) and halving.rungs(10) == (8, 10)
     assert halving.rungs(2) == (2, 2)
-    assert halving.keeps(32) == (11, 4) and halving.keeps(8) == (3, 1) and halving.keeps(2) == (2, 1)
-    for size in (16, 32, 64):
+    assert halving.keeps(32) == (11, 3) and halving.keeps(12) == (4, 1) and halving.keeps(2) == (2, 1)
+    assert halving.keeps(12, finalists=3) == (4, 3)
+    for size in (6, 7, 8, 9, 10, 12, 16, 32, 64):
         assert halving.cost(size) < size / 3
 
 

@@ -28,9 +28,10 @@ def rungs(steps: int) -> tuple[int, int]:
 
 
 def keeps(size: int, finalists: int = 1) -> tuple[int, int]:
-    """How many of `size` candidates go on from each rung."""
+    """How many of `size` candidates go on from each rung: rounded up from the first, where losses say little yet, and down from
+    the second, after which one costs as much as five have before the first."""
     first = max(math.ceil(size / ETA), min(size, 2))
-    return first, max(math.ceil(first / ETA), min(first, finalists))
+    return first, max(first // ETA, min(first, finalists))
 
 
 def cost(size: int, finalists: int = 1) -> float:
