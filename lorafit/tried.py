@@ -28,7 +28,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             f"{c['settings']['lr']:.2g}",
             *(_figure(c["losses"][i] if i < len(c["losses"]) else None) for i in (0, 1)),
             _figure(c["best_loss"]) if c["best_step"] else "",
-            "the winner" if c["winner"] else c["why"] or c["state"],
+            "the winner" if c["winner"] else c["why"] or ("trained to its end" if c["state"] == "done" else c["state"]),
         ]
         for c in order(candidates(found))
     ]

@@ -62,11 +62,13 @@ class Verdicts:
 class Heat:
     """Candidates that are compared with each other. `size`: how many there will be; None: not known yet, nobody is judged.
 
-    `losses` by rung and candidate; infinite for one that has failed. Equal losses: the earlier candidate is the better.
+    `losses` by rung and candidate; infinite for one that has failed. Equal losses: the earlier candidate is the better. `spared`
+    go on whatever their losses are, beside as many others as go on without them.
     """
 
     size: int | None
     finalists: int = 1
+    spared: frozenset[int] = frozenset()
     losses: tuple[dict[int, float], ...] = field(default_factory=lambda: tuple({} for _ in EIGHTHS))
 
     def verdicts(self) -> Verdicts:
@@ -79,13 +81,14 @@ class Heat:
         for rung, keep in enumerate(keeps(self.size, self.finalists)):
             there = {n: loss for n, loss in self.losses[rung].items() if rung == 0 or n in passed[rung - 1]}
             missing = entering - len(there)
-            passed[rung] = frozenset(n for n, ahead in ranked(there) if ahead + missing < keep and _finite(there[n]))
+            good = {n for n, ahead in ranked(there) if ahead + missing < keep or n in self.spared}
+            passed[rung] = frozenset(n for n in good if _finite(there[n]))
             cut |= {
                 n: Cut(rung, ahead + 1, entering, keep)
                 for n, ahead in ranked(there)
-                if ahead >= keep or not _finite(there[n])
+                if (ahead >= keep and n not in self.spared) or not _finite(there[n])
             }
-            entering = keep if missing else len(passed[rung])
+            entering = keep + len(self.spared) if missing else len(passed[rung])
         return Verdicts(passed, cut)
 
     def complete(self) -> bool:

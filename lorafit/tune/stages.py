@@ -1,8 +1,8 @@
 """Searching one setting at a time: the settings as they are, then the learning rate, the rank, the sites.
 
 Each stage tries other values of one setting of the best candidate so far and compares them with it, after the same share of
-training. The last stage's best is trained to its end. Ranks and sites are compared at a good learning rate, which decides
-more than they do (arXiv 2602.04998).
+training. The best of all is trained to its end, and so are the settings as they are: what is found is never worse. Ranks and
+sites are compared at a good learning rate, which decides more than they do (arXiv 2602.04998).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lorafit.tune.halving import EIGHTHS, SHARES, Cut, Heat, Verdicts, keeps, ra
 from lorafit.tune.space import Range, Space, Values, digits, nearly
 from lorafit.tune.strategy import FIRST
 
+AS_THEY_ARE = frozenset({1})  # the first candidate
 APART = 3.0  # between neighbouring learning rates
 FEW = 7  # rates that a stage tries at most
 
@@ -91,7 +92,7 @@ class Staged:
         if not self.ahead:
             self.over = best is not None
             return
-        self.heats.append(Heat(len(self.ahead) + (best is not None)))
+        self.heats.append(Heat(len(self.ahead) + (best is not None), spared=frozenset() if self.heats else AS_THEY_ARE))
         if best is not None:
             for rung, losses in enumerate(self.heats[-1].losses):
                 losses[best] = self._loss(best, rung)
@@ -135,15 +136,17 @@ class Staged:
         cut = {n: out for found in judged for n, out in found.cut.items() if out.rung == 0 and n not in self.last}
         cut = {n: out for n, out in cut.items() if n not in passed[0]}
         good = [n for n, _ in ranked(self.last) if math.isfinite(self.last[n])][: self.finalists]
+        spared = [n for n in AS_THEY_ARE if math.isfinite(self.last.get(n, math.inf))]
+        good += [n for n in spared if n not in good]
         for number, before in ranked(self.last):
             if number not in good:
                 cut[number] = Cut(len(EIGHTHS) - 1, before + 1, len(self.last), self.finalists)
-        passed[1] = frozenset(good) if self.over else frozenset()
+        passed[1] = frozenset(good if self.over else spared)
         return Verdicts(passed, cut)
 
     def cost(self, size: int) -> float:
-        """Of a stage with half of the candidates, and of others that share the rest."""
-        total, left, stages = SHARES[-1] - SHARES[-2], size - 1, max(1, len(self.searched))
+        """Of a stage with half of the candidates, and of others that share the rest; two are trained to their end."""
+        total, left, stages = min(size, 2) * (SHARES[-1] - SHARES[-2]), size - 1, max(1, len(self.searched))
         for stage in range(stages):
             own = (math.ceil(left / 2) if stage < stages - 1 else left) + (stage == 0)
             left -= own - (stage == 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lorafit.tune.halving import Heat, Verdicts, cost
+from lorafit.tune.halving import SHARES, Heat, Verdicts, cost
 from lorafit.tune.space import Values
 
 FIRST = 4  # candidates that are tried while it isn't known yet for how many there is time
@@ -80,7 +80,10 @@ class AllTogether:
         if self.asked >= limit:
             return None
         self.asked += 1
-        return self.sampler.draw(self.asked, self.size)
+        values = self.sampler.draw(self.asked, self.size)
+        if not values:  # the settings as they are: what is found is never worse
+            self.heat.spared = frozenset({self.asked})
+        return values
 
     def report(self, number: int, rung: int, loss: float) -> None:
         """For the heat, and at the first rung for the sampler."""
@@ -93,5 +96,5 @@ class AllTogether:
         return self.heat.verdicts()
 
     def cost(self, size: int) -> float:
-        """Of one heat."""
-        return cost(size, self.heat.finalists)
+        """Of one heat, and of what is spared in it."""
+        return cost(size, self.heat.finalists) + len(self.heat.spared) * (SHARES[-1] - SHARES[0])
