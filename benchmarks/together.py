@@ -5,8 +5,9 @@
 
 The candidates have ranks 8 to 64 and four learning rates, and steps of --tokens tokens each. Together and one after another
 are timed in turn in one process, so that a slow minute falls on both; the median of their steps counts, without the first.
-Peaks of memory are of processes of their own: all together, and the candidate of the largest rank alone. PEFT's candidates
-run one after another under transformers' Trainer, one of each rank. Nothing else should run meanwhile.
+Peaks of memory are of processes of their own: all together, and the candidate of the largest rank alone, both with
+--optimizer. PEFT's candidates run one after another under transformers' Trainer, one of each rank. Nothing else should run
+meanwhile.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lorafit.host import Host
 from lorafit.machine import peak_memory
 from lorafit.model.load import load, locate
 from lorafit.native import build, pool
+from lorafit.train import optim
 from lorafit.train.loop import Job, train
 
 RANKS = (8, 16, 32, 64)
@@ -54,7 +56,9 @@ def started(host: Host, args: argparse.Namespace, numbers: Sequence[int]) -> lis
         host.add(name, "lora", r=RANKS[number % 4], alpha=32.0, seed=number)
         steps = [as_tokens(step) for step in steps_of(args, number)]
         plan = GivenPlan([row for step in steps for row in step], args.tokens, given=steps, seed=number)
-        jobs.append(Job(name, plan, len(steps), RATES[number // 4 % 4], warmup=0.0))
+        lr = RATES[number // 4 % 4]
+        optimizer = optim.optimizer(host.adapters[name], lr, 0.0, args.optimizer)
+        jobs.append(Job(name, plan, len(steps), lr, warmup=0.0, optimizer=optimizer))
     return jobs
 
 
@@ -96,7 +100,8 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 def ask(args: argparse.Namespace, side: str, count: int, *more: str) -> dict[str, Any]:
     """A worker's figures."""
     words = ["--side", side, "--candidates", str(count), "--tokens", str(args.tokens), "--steps", str(args.steps)]
-    given = ["--model", args.model, "--precision", args.precision, "--repeats", str(args.repeats), *more]
+    given = ["--model", args.model, "--precision", args.precision, "--repeats", str(args.repeats)]
+    given += ["--optimizer", args.optimizer, *more]
     done = subprocess.run([sys.executable, __file__, *words, *given], stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -122,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw_8bit"))
     parser.add_argument("--candidates", default="8", help="how many; several numbers make a curve")
     parser.add_argument("--tokens", type=int, default=64, help="of a candidate's step")
     parser.add_argument("--steps", type=int, default=8)
@@ -134,7 +140,12 @@ def main() -> None:
     if args.side:
         print(json.dumps(worker(args)))
         return
-    found: dict[str, Any] = {"tokens": args.tokens, "machine": harness.machine(), "counts": {}}
+    found: dict[str, Any] = {
+        "tokens": args.tokens,
+        "optimizer": args.optimizer,
+        "machine": harness.machine(),
+        "counts": {},
+    }
     alone = ask(args, "memory", 8, "--alone")["peak_rss_bytes"]
     for count in map(int, args.candidates.split(",")):
         speed = ask(args, "speed", count)
