@@ -22,7 +22,7 @@ constexpr size_t SMALLEST = size_t(1) << 17;  // the C library serves smaller on
 constexpr size_t STEP = size_t(1) << 14;
 // What is kept above the most that was ever in use, a quarter of it at most. Without any, what a step has freed is given back
 // to make room for blocks of another size, and asked for again in the next step: up to a quarter of a small step's time.
-constexpr size_t SPARE = size_t(1) << 28;
+constexpr size_t SPARE = size_t(1) << 27;
 constexpr size_t LARGEST = size_t(1) << 26;  // that is mapped at once
 
 struct Block {
