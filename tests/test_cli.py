@@ -245,7 +245,7 @@ def test_methods_of_a_model(capsys, tiny_model):
 
 def test_one_method(capsys, tiny_model):
     code, out, _ = call(capsys, "methods", "dora")
-    assert code == 0 and "m·V/‖V‖ − W" in out and "r=16 alpha=32.0" in out and "docs/methods.md" in out
+    assert code == 0 and "m·V/‖V‖ − W" in out and "r=16 alpha=32.0" in out and "docs/methods/dora.md" in out
     assert "arxiv.org/abs/2402.09353" in out and "not with   experts" in out and "rslora" in out and "loftq" not in out
     code, out, _ = call(capsys, "methods", "ia3", "--model", tiny_model, "--json")
     found = json.loads(out)

@@ -19,6 +19,7 @@ class LoftQ(Method):
     about = "LoRA from what quantising lost; needs quant, makes codes of its own"
     formula = "s·(B·A − B₀·A₀), B₀·A₀ the leading part of what quantising lost"
     paper = "2310.08659"
+    kinds = frozenset({"linear", "conv1d", "embedding"})  # a base with experts isn't quantised
     codes = "iterations"
     needs_codes = True
 

@@ -1,6 +1,6 @@
 """RefLoRA (arXiv 2505.18877): LoRA whose steps don't depend on how the product B·A is split into B and A.
 
-(B·P⁻¹, Pᵀ·A)… are the same adapter for any P, but a gradient step takes each elsewhere. Of all splits the best is given by
+(B·P⁻ᵀ, Pᵀ·A) are the same adapter for any P, but a gradient step takes each elsewhere. Of all splits the best is given by
 S = P·Pᵀ with S·(A·Aᵀ)·S = Bᵀ·B, the one under which both sides are alike. RefLoRA takes the step as that split would: A's
 gradient is multiplied by S⁻¹, B's by S. RefLoRA-S uses the best single number instead, and splits anew after each step so that
 ‖A‖ = ‖B‖, which AdamW's state has to follow.

@@ -17,6 +17,11 @@ EXAMPLE = """\
 PAGE = "docs/methods.md"
 
 
+def page_of(name: str) -> str:
+    """The document of one method."""
+    return f"docs/methods/{name.replace('+', '-plus')}.md"
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments."""
     parser.add_argument("method", nargs="?", metavar="METHOD", help="this one alone, with all that is known of it")
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         [
             str(m["method"]),
             *([_count(m["trainable"])] if trained else []),
-            " ".join(f"{key}={_shown(value)}" for key, value in m["settings"].items()) or "-",
+            " ".join(f"{key}={shown(value)}" for key, value in m["settings"].items()) or "-",
             ",".join(m["targets"]),
             ",".join(m["kinds"]),
             str(m["quant"]),
@@ -71,8 +76,8 @@ def _page(m: dict[str, Any]) -> str:
         (m["method"], m["about"]),
         ("adds to W", m["formula"] or "-"),
         ("paper", f"https://arxiv.org/abs/{m['paper']}" if m["paper"] else "-"),
-        ("more", f"{PAGE}: when to use it, and its trap"),
-        ("settings", " ".join(f"{key}={_shown(value)}" for key, value in m["settings"].items()) or "-"),
+        ("more", f"{page_of(m['method'])}: when to use it, and its trap"),
+        ("settings", " ".join(f"{key}={shown(value)}" for key, value in m["settings"].items()) or "-"),
         ("trained", f"{_count(m['trainable'])} numbers of that model" if "trainable" in m else ""),
         ("targets", f"{','.join(m['targets'])} unless others are named; kinds that it takes: {', '.join(m['kinds'])}"),
         ("goes with", "mixed batches, stacks, resuming, whole=, new_tokens=, " + _QUANT[m["quant"]]),
@@ -145,5 +150,6 @@ def _count(number: int | None) -> str:
     return "-" if number is None else count(number)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as it is written."""
     return ",".join(value) if isinstance(value, list) else str(value)
