@@ -117,6 +117,7 @@ def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on w
         fill(scratch)
         for file in scratch.iterdir():
             if file.is_file():
+                file.chmod(0o644)  # safetensors files come out readable by their owner alone
                 _sync(file)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():

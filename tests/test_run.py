@@ -481,7 +481,13 @@ def test_write_folder_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError):
         files.write_folder(tmp_path / "x", fails)
     assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x" / "old").exists()
-    files.write_folder(tmp_path / "x", lambda place: (place / "new").write_text("new"))
+
+    def new(place):
+        (place / "new").write_text("new")
+        (place / "new").chmod(0o600)  # as safetensors makes them
+
+    files.write_folder(tmp_path / "x", new)
+    assert (tmp_path / "x" / "new").stat().st_mode & 0o777 == 0o644
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
 
 

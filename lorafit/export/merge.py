@@ -282,8 +282,6 @@ def write_settings(base: Base, place: Path, dtype: torch.dtype, chat: Chat | Non
         if chat is not None:
             tokenizer.chat_template = chat.template
         tokenizer.save_pretrained(place)
-    for path in place.iterdir():
-        path.chmod(0o644)  # safetensors files come out readable by their owner alone
 
 
 @torch.no_grad()
