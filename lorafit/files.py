@@ -172,5 +172,8 @@ def _sync(path: Path) -> None:
 
 def refused(path: Path, error: OSError, again: str = "go on with --resume") -> RunError:
     """The error for a file that can't be written; `again` says what to do after making space, if anything."""
-    todo = f"free some space, then {again}" if error.errno == errno.ENOSPC else "check the folder's permissions"
-    return RunError(f"can't write {path}: {error.strerror or error}" + (f"; {todo}" if again else ""))
+    short = error.errno is None and "requested and" in str(error)  # of numpy, which names no number for it
+    said = os.strerror(errno.ENOSPC) if short else error.strerror or error
+    full = short or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    todo = f"free some space, then {again}" if full else "check the folder's permissions"
+    return RunError(f"can't write {path}: {said}" + (f"; {todo}" if again else ""))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -468,6 +469,13 @@ def test_next_folder(tmp_path):
     assert next_folder("a b/My data.v2.jsonl", tmp_path).name == "My-data.v2-1"
     (tmp_path / "My-data.v2-1").mkdir()
     assert next_folder("My data.v2.jsonl", tmp_path).name == "My-data.v2-2"
+
+
+def test_a_short_write_is_a_full_disk(tmp_path):
+    """numpy names no number for it; GGUF files are written through numpy."""
+    with pytest.raises(RunError) as error:
+        files.write_file(tmp_path / "x.gguf", lambda place: numpy.zeros(10**6).tofile("/dev/full"), "export again")
+    assert str(error.value).endswith("x.gguf: No space left on device; free some space, then export again")
 
 
 def test_write_folder_is_whole_or_not_at_all(tmp_path):
