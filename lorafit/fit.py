@@ -336,6 +336,8 @@ class Training:
         config = self.config
         if source is not None:
             adapter = self.host.load(source, self.name)
+            for line in peft_files.passed_over(source):
+                self.terminal.say(line)
             config.method, config.options = adapter.method, dict(adapter.options)
             return
         with self.terminal.working("making the adapter"):

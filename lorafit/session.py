@@ -15,7 +15,7 @@ from lorafit.model.load import load, stop_ids
 from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native.quantised import KINDS
-from lorafit.peft_files import read_config, read_notes
+from lorafit.peft_files import passed_over, read_config, read_notes
 from lorafit.route import Stack
 
 Say = Callable[[str], object]
@@ -156,6 +156,8 @@ def open_session(
         adapter = host.load(folder, name)
         if "fingerprint" not in adapter.notes:
             say(f"{folder} doesn't say which weights it was made for; only names and shapes were checked")
+        for line in passed_over(folder):
+            say(line)
         if trained[name] != stored:
             then, now = (kept or "its own precision" for kept in (trained[name], stored))
             say(f"{name} was trained on a base in {then}; this one is in {now}")

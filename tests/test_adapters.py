@@ -560,6 +560,7 @@ def test_minimind_adapters(bases, tmp_path, capsys):
     for name in ("evil", "plain", "list", "other"):
         assert call("adapter", "convert", tmp_path / f"{name}.pth", tmp_path / "no", "--model", bases["llama"]) == 2
         error = capsys.readouterr().err.strip()
+        assert name not in ("evil", "plain") or "it holds more than tensors" in error
         assert len(error.splitlines()) == 1 and f"{name}.pth" in error
     assert not (tmp_path / "owned").exists() and not (tmp_path / "no").exists()
 
@@ -608,12 +609,14 @@ def test_a_pth_that_was_cut_or_changed_is_one_line(bases, tmp_path, capsys):
     whole = tmp_path / "whole.pth"
     torch.save(crafted()["narrow"], whole)
     data = whole.read_bytes()
-    for number, wrong in enumerate((data[: len(data) // 2], data[:20] + bytes(40) + data[60:], b"", b"PK\x03\x04")):
+    wrongs = (data[: len(data) // 2], data[:-1], data[:20] + bytes(40) + data[60:], b"", b"PK\x03\x04")
+    for number, wrong in enumerate(wrongs):
         file = tmp_path / f"{number}.pth"
         file.write_bytes(wrong)
         assert call("adapter", "convert", file, tmp_path / "no", "--model", bases["llama"]) == 2
         error = capsys.readouterr().err.strip()
         assert len(error.splitlines()) == 1 and f"{number}.pth is refused" in error, error
+        assert ("cut off" if wrong else "isn't a file of torch's") in error, error
     assert not (tmp_path / "no").exists()
 
 
@@ -825,3 +828,64 @@ def test_a_full_delta_needs_a_rank(bases, adapters, tmp_path, capsys):
 def test_verify(adapters, capsys):
     assert call("adapter", "verify", adapters["llama"]["a"], "--json") == 0
     assert json.loads(capsys.readouterr().out)["effect"] > 0
+
+
+def test_verify_says_that_numbers_are_too_large(adapters, tmp_path, capsys):
+    large = shutil.copytree(adapters["llama"]["a"], tmp_path / "large")
+    file = large / "adapter_model.safetensors"
+    st.save_file({key: t.sign() * 1e25 for key, t in st.load_file(file).items()}, file)
+    assert call("adapter", "verify", large) == 2
+    assert "its numbers are too large: with it the logits of" in capsys.readouterr().err
+
+
+def test_a_sum_that_cancels_out_has_lost_nothing(adapters, tmp_path, capsys):
+    one = adapters["llama"]["a"]
+    assert call("adapter", "combine", tmp_path / "zero", f"{one}:1", f"{one}:-1", "--how", "svd", "--rank", 1) == 0
+    text = capsys.readouterr().out
+    assert "lost       0.000%" in text and "changes nothing" in text and "most lost at" not in text
+    assert not any(
+        t.any() for key, t in st.load_file(tmp_path / "zero" / "adapter_model.safetensors").items() if "B" in key
+    )
+
+
+def test_a_compressed_file_that_grew_is_said(bases, tmp_path, capsys):
+    host = opened(bases["llama"])
+    randomize(host.add("small", "ia3", ["q_proj"]), 0.1)
+    words = [saved(host, "small", tmp_path), tmp_path / "grown", "--rank", 4]
+    assert call("adapter", "compress", *words) == 0
+    assert "warning    that is no smaller: what ia3 stores" in capsys.readouterr().out
+
+
+def test_settings_of_a_later_peft_are_named_once(adapters, tmp_path, capsys):
+    place = shutil.copytree(adapters["llama"]["a"], tmp_path / "later")
+    file = place / "adapter_config.json"
+    off = {"use_a": False, "use_b": None, "use_c": {}, "use_d": ""}
+    file.write_text(json.dumps(json.loads(file.read_text()) | off))
+    for words in (["info", place], ["verify", place]):
+        assert call("adapter", *words) == 0
+        assert "not known here" not in capsys.readouterr().err
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_what_comes": True, "and_how": {"much": 3}}))
+    for words in (["info", place], ["verify", place]):
+        assert call("adapter", *words) == 0
+        out, err = capsys.readouterr()
+        assert err.count("has and_how, use_what_comes, not known here and passed over") == 1 and "not known" not in out
+
+
+def test_what_peft_writes_itself_is_known():
+    from dataclasses import fields
+
+    from peft import AdaLoraConfig, IA3Config, LoraConfig
+
+    from lorafit.peft_files.settings import _KNOWN, _UNSUPPORTED
+
+    theirs = {field.name for kind in (LoraConfig, IA3Config, AdaLoraConfig) for field in fields(kind)}
+    assert theirs <= _KNOWN | set(_UNSUPPORTED)
+    assert {key for key in _KNOWN if key not in theirs} <= {"peft_version"}
+
+
+def test_a_base_of_mlx_that_is_no_name_is_refused(bases, adapters, tmp_path, capsys):
+    assert call("adapter", "convert", adapters["llama"]["a"], tmp_path / "mlx", "--to", "mlx") == 0
+    file = tmp_path / "mlx" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": 5}))
+    assert call("adapter", "convert", tmp_path / "mlx", tmp_path / "no", "--model", bases["llama"]) == 2
+    assert "model=5 can't be meant" in capsys.readouterr().err

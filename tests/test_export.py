@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
+import safetensors.torch as st
 import torch
 from data_helpers import CHATML, STRIPS_THINK, WITH_BOS, tokenizer
 from gguf_files import alternating
@@ -212,6 +214,17 @@ def test_the_documents_show_that(matrix, page):
     assert found and found[1] == want, f"put this between the markers of {page}:\n{want}"
 
 
+def test_new_tokens_beside_ia3_go_where_the_documents_say(tmp_path):
+    place = folder(tmp_path)
+    adapter = trained(tmp_path, place, "ia3", tokens=("<tool>",))
+    with pytest.raises(AdapterError, match="PEFT's IA3 has no place for new tokens; merge it with --format hf"):
+        export("peft", job(place, adapter), tmp_path / "no")
+    with pytest.raises(AdapterError, match="merge it with --format hf"):
+        export("peft-portable", job(place, adapter), tmp_path / "no")
+    export("hf", job(place, adapter), tmp_path / "merged")
+    agree(theirs("hf", tmp_path / "merged", place), logits(place, adapter), ROUNDED["hf"])
+
+
 # --- adapters ----------------------------------------------------------------------------------------------------------
 
 PATTERNS = dict(r=4, alpha=6.0, rslora=True, rank_pattern={"k_proj": 2, "*.1.*": 7}, alpha_pattern={"q_proj": 3.0})
@@ -313,6 +326,20 @@ def test_an_export_that_went_wrong_is_refused(tmp_path, monkeypatch, name):
 
 def doubled(pairs):
     return {path: (a, b * 2) for path, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("by", [1e13, 1e25, 1e38])
+def test_numbers_too_large_are_the_users_to_mend(tmp_path, name, by):
+    """Factors that are finite, whose product isn't, or moves the logits beyond any number; at last B times its scale."""
+    place = folder(tmp_path)
+    adapter = trained(tmp_path, place, alpha=1e3)
+    tensors = st.load_file(adapter / "adapter_model.safetensors")
+    st.save_file({key: (t.sign() * by) for key, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    out = tmp_path / f"out{FORMATS[name].suffix}"
+    with pytest.raises(AdapterError, match=r"too large|isn't finite") as error:
+        export(name, job(place, adapter), out)
+    assert "\n" not in str(error.value) and ".tmp" not in str(error.value) and not out.exists()
 
 
 def test_folders_above_a_refused_export_are_not_left(tmp_path):
@@ -487,6 +514,17 @@ def test_the_verb_says_what_it_compared(tmp_path, capsys):
     assert main(["export", str(adapter), str(tmp_path / "m.gguf"), "--format", "gguf", "--type", "q8_0"]) == 0
     text = capsys.readouterr().out
     assert "llama-cli -m" in text and "rounding all weights to q8_0" in text and "same best token" in text
+
+
+def test_the_command_to_go_on_with_is_quoted(tmp_path, capsys):
+    place, odd = folder(tmp_path), tmp_path / 'it\'s a "run" OUT'
+    trained(tmp_path, place).rename(odd)
+    for name, said in (("ollama", f"cd {shlex.quote(str(tmp_path / 'o o'))} && ollama create"), ("peft", "'OUT'")):
+        out = tmp_path / f"{name[0]} {name[0]}"
+        assert main(["export", str(odd), str(out), "--format", name]) == 0
+        last = capsys.readouterr().out.splitlines()[-1].strip()
+        assert said.replace("'OUT'", repr(str(out))) in last
+        assert name == "peft" or shlex.split(last)[5] == odd.name.lower()
 
 
 def test_the_base_alone_as_gguf(tmp_path, capsys):

@@ -179,6 +179,7 @@ def test_an_embedding_adapter_that_forgets_the_tied_head_is_refused(tmp_path):
         {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
         {"target_modules": [], "target_parameters": ["experts.gate_up_proj"], "alpha_pattern": {"experts": 60}},
         {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},  # the last is the end of a parameter here, of no module
         {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     ],
 )
@@ -250,4 +251,67 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     host = saved(tmp_path)
     edit(tmp_path, lambda t: next(iter(t.values())).fill_(torch.nan))
     with pytest.raises(AdapterError, match="aren't finite; the adapter is damaged"):
+        host.load(tmp_path, "b")
+
+
+def test_types_that_torch_cannot_compute_with_are_read(tmp_path):
+    host = saved(tmp_path)
+
+    def eight_bits(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+    edit(tmp_path, eight_bits)
+    loaded = host.load(tmp_path, "b")
+    path, layer = next(iter(loaded.items()))
+    assert torch.equal(layer.a, host.adapters["a"][path].a.to(torch.float8_e4m3fn).float())
+
+
+def test_numbers_that_fp32_cannot_hold_are_refused(tmp_path):
+    host = saved(tmp_path)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    edit(tmp_path, lambda t: t.update({name: t[name].double() * 1e300}))
+    with pytest.raises(AdapterError) as error:
+        host.load(tmp_path, "b")
+    assert str(tmp_path / "adapter_model.safetensors") in str(error.value) and name in str(error.value)
+    assert "aren't finite in fp32" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
+def test_patterns_that_never_end_are_refused(tmp_path, key):
+    host = saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for pattern in ("(.*)*(.*)*(.*)*y", "(a|ab)*y", "(.|.)*y", "(.{1,60}){1,60}y", ".*" * 12 + "y", "((?:a?){64}b)?y"):
+        file.write_text(json.dumps(config | {key: pattern if key == "target_modules" else {pattern: 3}}))
+        with pytest.raises(AdapterError) as error:
+            host.load(tmp_path, "b")
+        assert f"{key} has the pattern {pattern!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_patterns_as_people_write_them_pass(tmp_path):
+    host = saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    names = "|".join(rf"model\.layers\.{i}\.self_attn\.q_proj" for i in range(200))
+    usual = [r".*\.layers\.[0-9]+\.(q|k)_proj", names, r"^model\.layers\.([0-9]|1[0-5])\..*(q|v)_proj$", r"h.\d{1,2}"]
+    for number, pattern in enumerate([*usual, r"(?!.*vision).*\.(?:self_attn|mlp)\.(?:[a-z]+_proj|fc[12])"]):
+        file.write_text(json.dumps(config | {"target_modules": pattern, "rank_pattern": {f"({pattern})x": 3}}))
+        host.load(tmp_path, str(number))
+
+
+def test_a_name_where_a_list_belongs_is_refused(tmp_path):
+    host = saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": "lm_head"}))
+    with pytest.raises(AdapterError, match=r"modules_to_save='lm_head' must be a list of names; write \[\"lm_head\"\]"):
+        host.load(tmp_path, "b")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda"])
+def test_a_start_that_changed_the_base_names_the_way_out(tmp_path, start):
+    host = saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"init_lora_weights={start}.*path_initial_model_for_weight_conversion="):
         host.load(tmp_path, "b")

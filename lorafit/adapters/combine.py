@@ -145,10 +145,13 @@ def _size(opened: Opened, path: str) -> str:
 def _summed(path: str, there: Sequence[tuple[Opened, float]], how: str, rank: int | None) -> tuple[Delta, float, float]:
     """The sum by its factors, with the energy it lacks and had."""
     each = [source.delta(path) for source, _ in there]
-    whole = deltas.total([delta * weight for delta, (_, weight) in zip(each, there, strict=True)])
+    parts = [delta * weight for delta, (_, weight) in zip(each, there, strict=True)]
+    whole = deltas.total(parts)
     if how == "cat":
         return whole, 0.0, whole.norm() ** 2
     s = whole.values()
+    if float(s.norm()) <= deltas.NOTHING * max(part.norm() for part in parts):  # they cancel out, but for rounding
+        return whole.truncated(1)[0] * 0.0, 0.0, 0.0
     most = deltas.actual(s) if how == "linear" else rank or max(source.rank(path) or 0 for source, _ in there)
     found, lost = whole.truncated(min(most, deltas.actual(s)))
     return found, 0.0 if how == "linear" else lost, float(s.square().sum())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def _mlx(folder: Path) -> Foreign:
         raise AdapterError(f"{folder / CONFIG} has no lora_parameters with a scale; it isn't mlx-lm's")
     if isinstance(given["scale"], bool) or not math.isfinite(given["scale"]):
         raise AdapterError(f"{folder / CONFIG}: scale={given['scale']} can't be meant; the file is damaged")
+    if not isinstance(config.get("model") or "", str):
+        raise AdapterError(f"{folder / CONFIG}: model={config['model']!r} can't be meant; the file is damaged")
     try:
         tensors = safetensors.torch.load_file(folder / MLX_WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -95,7 +98,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; torch's own text is of many lines and tells to trust the file
-        line = "it isn't a file of torch's" if not _is_torch(path) else "it holds more than tensors"
+        if not _is_torch(path):
+            line = "it isn't a file of torch's"
+        elif isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):
+            line = "it holds more than tensors"
+        else:
+            line = "it can't be read, it is cut off or damaged"
         raise AdapterError(f"{path} is refused: {line} ({type(error).__name__})") from None
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
         raise AdapterError(f"{path} is refused: it must hold tensors by name and nothing else")
@@ -138,9 +146,10 @@ def _paired(tensors: Mapping[str, Tensor], pattern: str, file: Path) -> dict[str
         if match is None or tensor.ndim != 2 or 0 in tensor.shape:
             bad.append(key)
             continue
-        if not bool(tensor.isfinite().all()):
-            raise AdapterError(f"{file}: {key} holds numbers that aren't finite; the adapter is damaged")
-        halves.setdefault(match[1], {})[match[2].lower()] = tensor.float()
+        number = tensor.float()
+        if not bool(number.isfinite().all()):
+            raise AdapterError(f"{file}: {key} holds numbers that aren't finite in fp32; the adapter is damaged")
+        halves.setdefault(match[1], {})[match[2].lower()] = number
     bad += [path for path, parts in halves.items() if set(parts) != {"a", "b"}]
     if bad or not halves:
         listed = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
@@ -253,7 +262,7 @@ def write_mlx(opened: Opened, out: Path) -> float:
         (place / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         worst = proved(off(_mlx(place).formulas, opened.adapter))
 
-    files.write_folder(out, fill, again="again")
+    files.write_folder(out, fill, again="try again")
     return worst
 
 

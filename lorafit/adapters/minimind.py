@@ -88,7 +88,7 @@ def write(tensors: Mapping[str, Tensor], name: object, tokenizer: Path, out: Pat
             if (tokenizer / part).is_file():
                 shutil.copyfile(tokenizer / part, place / part)
 
-    files.write_folder(out, fill, again="again")
+    files.write_folder(out, fill, again="try again")
     return {
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,

@@ -277,4 +277,4 @@ def write(
         if not all(bool(p.isfinite().all()) for p in layer.parameters()):
             raise AdapterError(f"{path}: the result isn't finite; nothing was written")
     listed = list(modules)
-    files.write_folder(out, lambda place: peft_files.save(adapter, place, sites, base, listed, int8), again="again")
+    files.write_folder(out, lambda place: peft_files.save(adapter, place, sites, base, listed, int8), again="try again")

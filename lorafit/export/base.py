@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafit.adapter import Adapter
 from lorafit.data import Chat
 from lorafit.errors import AdapterError, LorafitError
-from lorafit.export.merge import Proof, compare, effect_of, logits_of
+from lorafit.export.merge import Proof, compare, finite_effect, logits_of
 from lorafit.host import Host
 from lorafit.methods import Method
 from lorafit.methods.lora import given
@@ -77,6 +77,10 @@ def low_rank(job: Job, what: str) -> dict[str, Pair]:
             )
         a, b, scale = factors
         found[path] = a.detach().float(), b.detach().float() * scale
+        if not bool(found[path][1].isfinite().all()):
+            raise AdapterError(
+                f"{job.folder}: what is added to {path} has numbers that are too large: B isn't finite with its scale"
+            )
     return found
 
 
@@ -125,7 +129,7 @@ def same_logits(job: Job, exported: Adapter) -> Proof:
     """The logits through an adapter that was read back beside those through the one that was exported. LorafitError where
     they differ by more than 1e-4 of the logits' spread."""
     job.working("reading it back and comparing")
-    want, effect = effect_of(job.host, job.name, job.prompts)
+    want, effect = finite_effect(job.host, job.name, job.prompts)
     name = f"{job.name} exported"
     job.host.attach(name, exported)
     try:

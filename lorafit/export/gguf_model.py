@@ -23,7 +23,7 @@ from torch import Tensor
 from lorafit.errors import LorafitError, ModelError
 from lorafit.export import gguf_vocabulary
 from lorafit.export.base import Done, Job
-from lorafit.export.merge import adapted_sites, compare, effect_of, logits_of, merged_biases, merged_weight
+from lorafit.export.merge import adapted_sites, compare, finite_effect, logits_of, merged_biases, merged_weight
 from lorafit.host import Host
 from lorafit.model import gguf as reading
 from lorafit.model.base import Base
@@ -48,7 +48,7 @@ def write(job: Job, place: Path) -> Done:
     base, spec = job.host.base, job.spec
     arch, context, whole = architecture(base), context_of(base), base.context
     prompts = [prompt[:context] for prompt in job.prompts]
-    want, effect = effect_of(job.host, spec, prompts)
+    want, effect = finite_effect(job.host, spec, prompts)
     job.working(f"adding the adapter to the base, and writing {place.name}")
     write_model(job.host, spec, place, job.type, job.chat)
     job.working("reading it back and comparing")

@@ -127,7 +127,7 @@ def merge(
     if base.quant is not None and base.source is None:
         raise RunError(f"this base was quantised to {base.quant} in memory; load it from its folder to merge into it")
     assert base.dtype is torch.float32
-    want, effect = effect_of(host, spec, prompts)
+    want, effect = finite_effect(host, spec, prompts)
     there = effect_of(trained, spec, prompts) if trained is not None else None
     unseen: dict[str, float] = {}
     proof: Proof | None = None
@@ -306,6 +306,16 @@ def effect_of(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> 
     want = logits_of(host, spec, prompts)
     plain = logits_of(host, None, prompts)
     return want, _mean([_sum((a - b).abs()) for a, b in _pieces(want, plain)], want)
+
+
+def finite_effect(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, float]:
+    """The same. AdapterError where the logits aren't finite: nothing can be compared with them."""
+    want, effect = effect_of(host, spec, prompts)
+    if not bool(want.isfinite().all()):
+        names = "+".join(stack(spec))
+        what = f"{names}: its numbers are too large: with it the" if names else "the"
+        raise AdapterError(f"{what} logits of {host.base.name} aren't finite")
+    return want, effect
 
 
 def compare(want: Tensor, got: Tensor, effect: float, dtype: torch.dtype, tolerance: float | None) -> Proof:

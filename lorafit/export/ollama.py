@@ -8,6 +8,7 @@ Ollama makes what it can from the one inside the GGUF file.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,10 +50,8 @@ def write(job: Job, place: Path) -> Done:
     notes = done.notes
     if pieces is None:
         notes += ("the chat template has no Go form, so Ollama goes by the one in model.gguf; compare an answer",)
-    figures = {**done.figures, "template": pieces is not None}
-    return Done(
-        done.checked, figures, notes, f"cd OUT && ollama create {job.name.lower()} && ollama run {job.name.lower()}"
-    )
+    figures, name = {**done.figures, "template": pieces is not None}, shlex.quote(job.name.lower())
+    return Done(done.checked, figures, notes, f"cd OUT && ollama create {name} && ollama run {name}")
 
 
 def modelfile(chat: Chat, pieces: Pieces | None) -> str:

@@ -16,6 +16,8 @@ def write(job: Job, place: Path) -> Done:
     kind = str(peft_files.read_config(job.folder).get("peft_type"))
     if kind == peft_files.INT8:
         raise AdapterError(f"{job.folder} is stored in int8; first: lorafit adapter convert {job.folder} OUT")
+    if kind == "LORAFIT_IA3":  # see written.config_of: PEFT has the method, but none of its settings for rows
+        raise AdapterError("PEFT's IA3 has no place for new tokens; merge it with --format hf, gguf or ollama")
     if kind.startswith("LORAFIT_"):
         raise AdapterError(
             f"PEFT has no place for what method '{job.adapter.method}' adds; merge it with --format hf, gguf or ollama"

@@ -23,7 +23,7 @@ from lorafit.export.merge import (
     Proof,
     adapted_sites,
     compare,
-    effect_of,
+    finite_effect,
     logits_of,
     merged_biases,
     merged_weight,
@@ -63,7 +63,7 @@ def requantise(
         )
     assert host.base.dtype is torch.float32 and not host.base.streamed
     quant = replace(quant, start=None)  # the folder has no place for what is beside codes: it is rounded with them
-    want, effect = effect_of(host, spec, prompts)
+    want, effect = finite_effect(host, spec, prompts)
     working(f"adding the adapter to the base and rounding to {quant}")
     error: dict[str, float] = {}
     biases = merged_biases(host, spec)

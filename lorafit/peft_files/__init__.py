@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from lorafit.peft_files.settings import (
     method_in,
     method_of,
     options_for,
+    passed_over,
     promised,
     read_config,
     read_notes,
@@ -59,6 +61,7 @@ __all__ = [
     "ancestor",
     "load",
     "method_of",
+    "passed_over",
     "peft_type",
     "read_config",
     "read_notes",
@@ -107,6 +110,18 @@ def save(
     (folder / OWN).write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _finite(key: str, tensor: Tensor, folder: Path) -> Tensor:
+    """The same; in fp32 where torch can't compute with its type, or it is wider. AdapterError where fp32 can't hold it."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return tensor
+    computed = tensor.float()
+    if not bool(computed.isfinite().all()):
+        raise AdapterError(
+            f"{folder / WEIGHTS}: {key} holds numbers that aren't finite in fp32; the adapter is damaged"
+        )
+    return tensor if tensor.dtype in (torch.bfloat16, torch.float16) else computed
+
+
 def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes: bool = False) -> Adapter:
     """Read an adapter, strictly: every key must have a place of its shape, and the base must be the one it was made for.
     `shapes`: without its numbers, on the meta device; of the file only the header is read.
@@ -129,9 +144,7 @@ def load(folder: Path, sites: Mapping[str, Site], fingerprint: str = "", shapes:
         tensors = shapes_of(folder / WEIGHTS) if shapes else safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS} can't be read: {error}") from None
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
-            raise AdapterError(f"{folder}: {key} holds numbers that aren't finite; the adapter is damaged")
+    tensors = {key: _finite(key, tensor, folder) for key, tensor in tensors.items()}
     if config.get("peft_type") == "ADALORA":
         config, tensors = from_adalora(config, tensors, sites, folder)
     method, options = method_in(config, own, folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,18 @@ _UNSUPPORTED = [
     "corda_config",
 ]
 _HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # PEFT can save these as plain LoRAs of the base as it was
+# What PEFT's LORA, IA3 and ADALORA have beside the above: read here, or without meaning once an adapter is trained.
+# fmt: off
+_KNOWN = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "beta1", "beta2", "bias", "deltaT", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "feedforward_modules", "inference_mode", "init_ia3_weights",
+    "init_lora_weights", "init_r", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "orth_reg_weight", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "target_r", "task_type", "tfinal", "tinit", "total_step", "trainable_token_indices", "use_dora", "use_rslora",
+})
+# fmt: on
 _MOST_RANK = 1 << 16  # more than any weight has: not even asked for
 
 
@@ -95,9 +109,17 @@ def check_values(config: Mapping[str, Any], folder: Path) -> None:
             number(v) and 0 < v <= most and _compiles(pattern) for pattern, v in found.items()
         ):
             bad.append(key)
+        else:
+            _bounded(key, found, folder)
     for key in ("target_modules", "target_parameters", "modules_to_save"):
         found = config.get(key) or []
-        if not isinstance(found, str) and not (isinstance(found, list) and all(isinstance(v, str) for v in found)):
+        if isinstance(found, str) and key == "target_modules":
+            _bounded(key, [found], folder)
+        elif isinstance(found, str):
+            raise AdapterError(
+                f"{folder / CONFIG}: {key}={found!r} must be a list of names; write [{json.dumps(found)}]"
+            )
+        elif not (isinstance(found, list) and all(isinstance(v, str) for v in found)):
             bad.append(key)
     if bad:
         raise AdapterError(f"{folder / CONFIG}: {bad[0]}={config[bad[0]]!r} can't be meant; the file is damaged")
@@ -109,6 +131,46 @@ def _compiles(pattern: str) -> bool:
     except re.error:
         return False
     return True
+
+
+_MOST_BITS = 32  # of choices that a pattern may leave open: five `.*`, or hundreds of names
+_LONG = 64  # characters that an open repeat may take: about a module's path
+_SRE: Any = importlib.import_module("re._parser")  # the standard library's own; it has no types
+
+
+def _bounded(key: str, patterns: Iterable[str], folder: Path) -> None:
+    """AdapterError for a pattern that could be tried for ever: Python's `re` goes through all ways of dividing a text."""
+    for pattern in patterns:
+        if _compiles(pattern) and _bits(_SRE.parse(pattern)) > _MOST_BITS:
+            raise AdapterError(
+                f"{folder / CONFIG}: {key} has the pattern {pattern!r}, which may be tried for ever on a name that it doesn't"
+                " match; write it without repeats of repeats"
+            )
+
+
+def _bits(parsed: Any) -> float:
+    """At most so many choices, in bits, does a parsed pattern leave to whoever tries it."""
+    found = 0.0
+    for kind, value in parsed:
+        name = str(kind)
+        if name.endswith("_REPEAT"):
+            least, most, inner = value
+            most = min(int(most), max(_LONG, least))
+            found += math.log2(most - least + 1) + most * _bits(inner)
+        elif name == "BRANCH":
+            found += math.log2(sum(2 ** min(_bits(one), 99.0) for one in value[1]))
+        elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
+            found += _bits(value if name == "ATOMIC_GROUP" else value[-1])
+        elif name == "GROUPREF_EXISTS":
+            found += sum(_bits(one) for one in value[1:] if one is not None)
+    return found
+
+
+def passed_over(folder: Path) -> list[str]:
+    """A line about the settings of a config that are on and aren't known here, if there are any."""
+    known = _KNOWN | set(_UNSUPPORTED)
+    strange = sorted(key for key, value in read_config(folder).items() if value and key not in known)
+    return [f"{folder / CONFIG} has {', '.join(strange)}, not known here and passed over"] if strange else []
 
 
 def method_in(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
@@ -127,6 +189,11 @@ def method_in(config: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -
     if config.get("bias", "none") != "none":
         used.append(f"bias={config['bias']}")
     start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CONVERTED):
+        raise AdapterError(
+            f"{folder} was trained with init_lora_weights={start}, which changed the base too; save it from PEFT with"
+            " path_initial_model_for_weight_conversion=, which makes a plain LoRA of it"
+        )
     if isinstance(start, str) and start not in _HARMLESS_STARTS:  # PEFT edits the base for these when it loads them
         used.append(f"init_lora_weights={start}")
     if used:
@@ -184,9 +251,11 @@ def options_for(path: str, config: Mapping[str, Any], options: Mapping[str, Any]
 
 
 def promised(config: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
-    """The sites that a list of target_modules means; a file that lacks one of them is incomplete."""
+    """The sites that a list of target_modules means; a file that lacks one of them is incomplete. Experts' weights are
+    parameters, not modules: those target_parameters names."""
     targets = config.get("target_modules")
     narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
     if not isinstance(targets, list) or any(config.get(key) for key in narrowed):
         return []
-    return [p for p in sites if any(p == t or p.endswith("." + t) for t in targets)]
+    modules = [p for p, site in sites.items() if site.kind != "experts"]
+    return [p for p in modules if any(p == t or p.endswith("." + t) for t in targets)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _opened(args: argparse.Namespace, *given: str) -> list[Opened]:
     from lorafit.adapters.opened import open_adapter
+    from lorafit.peft_files import passed_over
 
     out = terminal()
     with out.working("reading") as spinner:
@@ -127,6 +129,8 @@ def _opened(args: argparse.Namespace, *given: str) -> list[Opened]:
             )
         elif not one.notes.get("fingerprint"):
             out.say(f"{one.given} doesn't say which weights it was made for; only names and shapes were checked")
+        for line in passed_over(one.folder):
+            out.say(line)
     return found
 
 
@@ -244,7 +248,7 @@ def _diff(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     from lorafit.adapters.opened import open_adapter
-    from lorafit.export.merge import effect_of
+    from lorafit.export.merge import finite_effect
     from lorafit.session import open_session
     from lorafit.verbs.merge import prompts
 
@@ -268,10 +272,8 @@ def _verify(args: argparse.Namespace) -> None:
         (name,) = session.host.adapters
         rows = prompts(args.adapter, session.chat(name))
         spinner.rename("comparing with the base")
-        want, effect = effect_of(session.host, name, rows)
+        want, effect = finite_effect(session.host, name, rows)
     spread = float(want.std())
-    if not bool(want.isfinite().all()):
-        raise AdapterError(f"{args.adapter}: with it the logits of {session.host.base.name} aren't finite")
     if not effect:
         raise AdapterError(f"{args.adapter} changes nothing: the logits are those of {session.host.base.name} alone")
     made_for = one.notes.get("fingerprint", "")
@@ -327,14 +329,16 @@ def _combine(args: argparse.Namespace) -> None:
         sites = {path: site for one in reversed(sources) for path, site in one.sites.items()}
         write(made.adapter, to, sites, base_folder(sources[0]), sources[0].modules)
     weights = (to / "adapter_model.safetensors").stat().st_size
-    kept = made.sites
+    kept, nothing = made.sites, bool(made.sites) and not any(one.energy for one in made.sites.values())
     if args.json:
         print_json({"out": args.out, "how": args.how, "lost": made.lost, "bytes": weights,
                     "sites": {p: {"rank": k.rank, "lost": k.lost} for p, k in kept.items()}})  # fmt: skip
         return
     print(f"combined   {args.out} ({args.how}; {len(kept) or len(sources[0].paths)} sites, {size(weights)})")
     _print_lost(kept, made.lost, "--how cat is exact" if args.how != "svd" else "try a larger --rank")
-    print(f"\nnext:\n  lorafit chat {args.out}")
+    if nothing:
+        print("warning    the adapters cancel out: this one changes nothing")
+    print(f"\nnext:\n  lorafit chat {shlex.quote(args.out)}")
 
 
 def _print_lost(kept: dict[str, Any], lost: float, hint: str) -> None:
@@ -378,6 +382,8 @@ def _compress(args: argparse.Namespace) -> None:
                     "sites": {p: {"rank": k.rank, "lost": k.lost} for p, k in made.sites.items()}})  # fmt: skip
         return
     print(f"compressed {args.out}: {size(one.bytes)} -> {size(weights)}{' in int8' if args.int8 else ''}")
+    if weights >= one.bytes:
+        print(f"warning    that is no smaller: what {one.adapter.method} stores takes less than these factors of ΔW")
     _print_lost(made.sites, lost, "try --energy 0.99, which takes the ranks that it needs")
     if judged is not None:
         print(
@@ -385,7 +391,7 @@ def _compress(args: argparse.Namespace) -> None:
             f" {judged['mean']:.2g} on average, the adapter itself moves them by {judged['effect']:.2g}"
         )
     if args.int8:
-        print(f"\nPEFT doesn't read int8; for it:\n  lorafit adapter convert {args.out} OUT")
+        print(f"\nPEFT doesn't read int8; for it:\n  lorafit adapter convert {shlex.quote(args.out)} OUT")
 
 
 def _beside(args: argparse.Namespace, one: Opened, out: Any) -> dict[str, Any] | None:
@@ -448,7 +454,7 @@ def _convert(args: argparse.Namespace) -> None:
             return
         shape = f"{figures['layers']} layers of {figures['width']}, {count(figures['parameters'])} numbers"
         print(f"converted  {args.out}: Qwen 3, {shape}")
-        print(f"\nnext:\n  lorafit chat --model {args.out}")
+        print(f"\nnext:\n  lorafit chat --model {shlex.quote(args.out)}")
         return
     if args.tokenizer is not None:
         raise ConfigError("--tokenizer goes with MiniMind's weights; an adapter uses its base's")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if chat.system and args.format != "ollama":
         notes.append(f"trained with the system prompt {chat.system!r}, which this format can't carry; send it along")
-    use = done.use.replace("OUT", args.out).replace("BASE", place)
+    use = _filled(done.use, args.out, place)
     if args.json:
         print_json(
             {
@@ -120,6 +122,12 @@ def run(args: argparse.Namespace) -> None:
         )
     else:
         print(described(args.out, args.format, done, notes, use))
+
+
+def _filled(use: str, out: str, place: str) -> str:
+    """With the places put in: for a shell, or, between quotes, for Python."""
+    names = {"OUT": out, "BASE": place}
+    return re.sub(r"'(OUT)'|\b(OUT|BASE)\b", lambda m: repr(names[m[1]]) if m[1] else shlex.quote(names[m[2]]), use)
 
 
 def _other(into: str) -> str:

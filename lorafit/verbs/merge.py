@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(described(args.out, proof))
         if proof.error is None:  # a folder of codes is for bitsandbytes
-            print(f"\nnext:\n  lorafit chat --model {args.out}")
+            print(f"\nnext:\n  lorafit chat --model {shlex.quote(str(args.out))}")
 
 
 def described(out: str, proof: Proof) -> str:

@@ -84,7 +84,7 @@ def _page(m: dict[str, Any]) -> str:
         ("not with", ", ".join([*m["not_kinds"], *([] if m["dropout"] else ["dropout"])])),
         ("combine", "all ways; cat and linear are exact" if m["low_rank"] else "svd, ties, dare: it has no exact sum"),
         ("stored as", m["peft"] if m["peft"] == "own format" else f"PEFT {m['peft']}"),
-        ("export", ", ".join(m["formats"])),
+        ("export", ", ".join(m["formats"]) + ("; with new_tokens= not peft" if m["peft"] == "IA3" else "")),
     ]
     wide = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{wide}}  {text}" for label, text in lines if text)
