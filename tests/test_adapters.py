@@ -560,7 +560,7 @@ def test_minimind_adapters(bases, tmp_path, capsys):
     for name in ("evil", "plain", "list", "other"):
         assert call("adapter", "convert", tmp_path / f"{name}.pth", tmp_path / "no", "--model", bases["llama"]) == 2
         error = capsys.readouterr().err.strip()
-        assert name not in ("evil", "plain") or "it holds more than tensors" in error
+        assert name != "evil" or "it holds more than tensors" in error
         assert len(error.splitlines()) == 1 and f"{name}.pth" in error
     assert not (tmp_path / "owned").exists() and not (tmp_path / "no").exists()
 

@@ -44,6 +44,8 @@ def write(job: Job, place: Path) -> Done:
     largest = 0.0
     for path in square:
         want = job.adapter[path].delta_weight(sites[path].weight()).detach() if path in pairs else torch.zeros(())
+        if not bool(want.isfinite().all()):
+            raise AdapterError(f"{job.folder}: what is added to {path} isn't finite: its numbers are too large")
         got = read[f"{path}.lora.B.weight"] @ read[f"{path}.lora.A.weight"]
         off = (
             float((got - want).abs().max()) / max(float(want.abs().max()), 1e-30)

@@ -128,7 +128,7 @@ def check_values(config: Mapping[str, Any], folder: Path) -> None:
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
     return True
 
