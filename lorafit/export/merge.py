@@ -312,6 +312,9 @@ def finite_effect(host: Host, spec: StackLike, prompts: Sequence[Sequence[int]])
     """The same. AdapterError where the logits aren't finite: nothing can be compared with them."""
     want, effect = effect_of(host, spec, prompts)
     if not bool(want.isfinite().all()):
+        for path, layer in (item for name in stack(spec) for item in host.adapters[name].items()):
+            if not all(bool(p.isfinite().all()) for p in layer.parameters()):
+                raise AdapterError(f"{path}: the merged weight isn't finite; the adapter is damaged")
         names = "+".join(stack(spec))
         what = f"{names}: its numbers are too large: with it the" if names else "the"
         raise AdapterError(f"{what} logits of {host.base.name} aren't finite")
