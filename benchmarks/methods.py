@@ -7,7 +7,8 @@
 DATA is split: the last --test rows are scored once, by the adapter of the rate whose loss on the --held-out rows before them was
 lowest; the others are trained on. Each method begins with four rates, each twice the one before, around its default; while the
 best is the first or the last of them, one more is tried beyond it. All take the same steps over the same rows. --jobs runs so
-many side by side, where there are processors for it; seconds and memory are measured by --cost alone.
+many side by side, where there are processors for it; seconds and memory are measured by --cost alone. The table's seconds are of
+all --steps of --tokens tokens at that rate.
 """
 
 from __future__ import annotations
@@ -142,21 +143,33 @@ def cost(args: argparse.Namespace, files: tuple[Path, Path, Path], scratch: Path
 def table(results: dict[str, Any], chinese: bool = False) -> str:
     """As Markdown."""
     head = (
-        ["方法", "学习率（试过的最好的）", "测试损失", "F1", "训练的参数", "token/秒", "内存", "文件"]
+        ["方法", "学习率（试过的最好的）", "测试损失", "F1", "训练的参数", "秒", "token/秒", "内存", "文件"]
         if chinese
-        else ["method", "best rate of those tried", "test loss", "F1", "trained", "tokens/s", "memory", "file"]
+        else [
+            "method",
+            "best rate of those tried",
+            "test loss",
+            "F1",
+            "trained",
+            "seconds",
+            "tokens/s",
+            "memory",
+            "file",
+        ]
     )
     ways = results["ways"]
     base = next(iter(ways.values()))["base"]
-    rows = [[("基座" if chinese else "base"), "", f"{base['loss']:.3f}", f"{base['token_f1']:.1%}", "", "", "", ""]]
+    rows = [[("基座" if chinese else "base"), "", f"{base['loss']:.3f}", f"{base['token_f1']:.1%}", *[""] * 5]]
     for name, way in ways.items():
         rates = ", ".join(f"**{r['lr']:g}**" if r["lr"] == way["best"]["lr"] else f"{r['lr']:g}" for r in way["runs"])
-        spent = way.get("cost")
-        cells = [f"{spent['tokens_per_second']:.0f}", size(spent["peak_rss_bytes"])] if spent else ["", ""]
+        cells = [""] * 3
+        if spent := way.get("cost"):
+            rate = spent["tokens_per_second"]
+            cells = [f"{results['steps'] * results['tokens'] / rate:.0f}", f"{rate:.0f}", size(spent["peak_rss_bytes"])]
         best, score = way["best"], way["test"]
         numbers = [count(best["trainable_parameters"]), *cells, size(best["adapter_bytes"])]
         rows.append([name, rates, f"{score['loss']:.3f}", f"{score['token_f1']:.1%}", *numbers])
-    rule = ["---", "---", *["---:"] * 6]
+    rule = ["---", "---", *["---:"] * 7]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
 
