@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,7 @@ def measure(settings: cases.Settings, out: Path) -> dict[str, Any]:
 def write(page: Path, found: dict[str, Any]) -> None:
     """Put the tables between a page's markers."""
     body = "\n\n".join([*(table.markdown() for table in tables.tables(found)), tables.method(found)])
-    text = page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"{page} has no line '{BEGIN}'")
-    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text), encoding="utf-8")
+    tables.put(page, BEGIN, body, END)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import shutil
 import statistics
 import subprocess
@@ -24,10 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorafit.bench.tables import put
 from lorafit.log import count, size
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-PLACE = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 ROW = 256  # tokens, about
 POINTS: list[tuple[str, str, int, dict[str, str]]] = [  # name, model, tokens a step, settings
     ("LoRA", "smollm2", 256, {}),
@@ -238,10 +237,7 @@ def main() -> None:
     body = tables(found)
     print(body)
     for page in args.write:
-        text = page.read_text(encoding="utf-8")
-        if not PLACE.search(text):
-            raise SystemExit(f"{page} has no line '{BEGIN}'")
-        page.write_text(PLACE.sub(lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text), encoding="utf-8")
+        put(page, BEGIN, body, END)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lorafit.bench.tables import markdown, put
 from lorafit.log import count, size
 
 BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
@@ -169,8 +170,7 @@ def table(results: dict[str, Any], chinese: bool = False) -> str:
         best, score = way["best"], way["test"]
         numbers = [count(best["trainable_parameters"]), *cells, size(best["adapter_bytes"])]
         rows.append([name, rates, f"{score['loss']:.3f}", f"{score['token_f1']:.1%}", *numbers])
-    rule = ["---", "---", *["---:"] * 7]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+    return markdown(head, rows, left=2)
 
 
 def picture(results: dict[str, Any]) -> str:
@@ -247,11 +247,7 @@ def main() -> None:
     if args.picture:
         args.picture.write_text(picture(results), encoding="utf-8")
     for page in args.write:
-        text = f"{BEGIN}\n{table(results, 'zh' in page.parts)}\n{END}"
-        whole = page.read_text(encoding="utf-8")
-        assert BEGIN in whole, f"{page} has no {BEGIN} … {END}"
-        before, _, rest = whole.partition(BEGIN)
-        page.write_text(before + text + rest.partition(END)[2], encoding="utf-8")
+        put(page, BEGIN, table(results, "zh" in page.parts), END)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import Any
 from lorafit import fit
 from lorafit.advice import default_lr
 from lorafit.bench import harness
+from lorafit.bench.tables import markdown, put
 from lorafit.files import write_json
 from lorafit.fit import Training
 from lorafit.log import Terminal
@@ -216,12 +217,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 # --- tables -------------------------------------------------------------------------------------------------------------
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, its figures to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def against_the_grid(tasks: Mapping[str, Any], chinese: bool) -> str:
     """What halving found and cost, beside the whole grid."""
     head = (
@@ -332,12 +327,7 @@ def main() -> None:
     results = json.loads(args.source.read_text(encoding="utf-8")) if args.source else measure(args)
     print(tables(results))
     for page in args.write:
-        text = page.read_text(encoding="utf-8")
-        if BEGIN not in text:
-            raise SystemExit(f"{page} has no line '{BEGIN}'")
-        before, _, rest = text.partition(BEGIN)
-        body = f"{BEGIN}\n\n{tables(results, 'zh' in page.parts)}\n\n{END}"
-        page.write_text(before + body + rest.partition(END)[2], encoding="utf-8")
+        put(page, BEGIN, tables(results, "zh" in page.parts), END)
 
 
 if __name__ == "__main__":

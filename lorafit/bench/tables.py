@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorafit.bench.harness import OURS, Runs, median, ratios
@@ -26,9 +28,24 @@ class Table:
 
     def markdown(self) -> str:
         """For a page."""
-        lines = [self.headers, ["---", *["---:"] * (len(self.headers) - 1)], *self.rows]
-        grid = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return "\n\n".join([f"**{self.title}**", grid, *([self.note] if self.note else [])])
+        return "\n\n".join(
+            [f"**{self.title}**", markdown(self.headers, self.rows), *([self.note] if self.note else [])]
+        )
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table for a page; so many columns are words, the others figures."""
+    lines = [headers, [*["---"] * left, *["---:"] * (len(headers) - left)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def put(page: Path, begin: str, body: str, end: str) -> None:
+    """Replace what stands between two markers of a page. SystemExit where it hasn't them."""
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{page} has no line '{begin}'")
+    page.write_text(pattern.sub(lambda _: f"{begin}\n\n{body}\n\n{end}", text), encoding="utf-8")
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.verbs.common import add_json, add_rows, importing, print_json, refuse, terminal, wanted
+from lorafit.verbs.common import add_base, add_json, add_rows, importing, print_json, refuse, terminal, wanted
 
 if TYPE_CHECKING:
     from lorafit.advice import Choice, Facts
@@ -30,9 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments: as of train, where they bear on settings."""
     parser.add_argument("source", metavar="DATA|CONFIG.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that you have chosen already")
-    parser.add_argument(
-        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
-    )
+    add_base(parser)
     parser.add_argument("--task", metavar="TASK", help="chat, classify, extract, style, tools, code or knowledge")
     parser.add_argument(
         "--for", dest="place", metavar="cpu|GPU|SIZE", help="another machine, as in `lorafit plan`; default: this one"

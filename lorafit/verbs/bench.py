@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lorafit.config import choices
-from lorafit.verbs.common import add_json, print_json, terminal
+from lorafit.verbs.common import add_base, add_json, print_json, terminal
 
 ABOUT = "compare training with PEFT and TRL, and with the limit of this machine"
 EXAMPLE = """\
@@ -20,9 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases", metavar="A,B", help="some of speed,memory,loss,cases,limit,profile,start; default: all of them"
     )
-    parser.add_argument(
-        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
-    )
+    add_base(parser)
     parser.add_argument("--data", metavar="DATA", help="rows to train on; default: documents of Alpaca-like lengths")
     parser.add_argument("--rows", type=int, metavar="N", help="rows to train on, 8 a step; default 96")
     parser.add_argument("--held-out", type=int, metavar="N", help="last rows, to score on; default 100")

@@ -32,11 +32,16 @@ SAMPLES = 9  # in a tenth of a second
 BRIEFLY = "1000"
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --precision, --quant, --device."""
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """--model."""
     parser.add_argument(
         "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --precision, --quant, --device."""
+    add_base(parser)
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the base")
     parser.add_argument("--quant", choices=choices("quant"), help="how the base is stored; default: as trained")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -58,6 +63,19 @@ def source_of(args: argparse.Namespace) -> str | None:
         args.settings = [source, *args.settings]
         return None
     return source
+
+
+def asked(args: argparse.Namespace, verb: str, part: str) -> tuple[str | None, dict[str, Any]]:
+    """DATA or a YAML file as in `source_of`, and the settings. With --resume the first word may be a run folder, if `part` lies
+    in it: that is the setting `out` then. ConfigError for --resume without one."""
+    source = source_of(args)  # first: it may hand a word to the settings
+    found = given(args)
+    if args.resume and source is not None and (Path(source) / part).exists():
+        found.setdefault("out", source)
+        source = None
+    if args.resume and not found.get("out"):
+        raise ConfigError(f"--resume needs the run folder: lorafit {verb} --resume --out RUN")
+    return source, found
 
 
 def opened(args: argparse.Namespace, out: Terminal) -> Session:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from lorafit.log import count, duration, size
-from lorafit.verbs.common import add_json, add_rows, given, importing, print_json, source_of, terminal
+from lorafit.verbs.common import add_base, add_json, add_rows, asked, importing, print_json, terminal
 
 ABOUT = "fit an adapter: data file or YAML configuration in, run folder out"
 EXAMPLE = """\
@@ -24,9 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "source", nargs="?", metavar="DATA|CONFIG.yaml", help="rows (.jsonl .json .csv .parquet .txt) or settings"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting; --help-settings lists them")
-    parser.add_argument(
-        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
-    )
+    add_base(parser)
     parser.add_argument("--out", metavar="RUN", help="run folder; default runs/<data>-<number>")
     add_rows(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -45,13 +42,7 @@ def run(args: argparse.Namespace) -> None:
     if args.help_settings:
         print(settings_table())
         return
-    source = source_of(args)
-    found = given(args)
-    if args.resume and source is not None and (Path(source) / "config.yaml").is_file():
-        found.setdefault("out", source)
-        source = None
-    if args.resume and not found.get("out"):
-        raise ConfigError("--resume needs the run folder: lorafit train --resume --out RUN")
+    source, found = asked(args, "train", "config.yaml")
     if args.resume and args.start:
         raise ConfigError("--resume goes on with a run, --from starts a new one; use one of them")
     # Told before seconds of imports; names are looked at after them, since methods have settings of their own.

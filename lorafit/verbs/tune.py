@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorafit.verbs.common import add_json, add_rows, given, importing, print_json, source_of, terminal
+from lorafit.verbs.common import add_base, add_json, add_rows, asked, importing, print_json, terminal
 
 ABOUT = "find good settings: many adapters trained at once over one base, weak ones cut early, the best one kept"
 EXAMPLE = """\
@@ -21,9 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments. What key=value sets is the same for all candidates."""
     parser.add_argument("source", nargs="?", metavar="DATA|CONFIG.yaml", help="rows, or settings that all share")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="a setting that all candidates share")
-    parser.add_argument(
-        "--model", metavar="M", help="Hugging Face folder, GGUF file or hub id; default: the embedded model"
-    )
+    add_base(parser)
     parser.add_argument("--out", metavar="RUN", help="run folder; default runs/<data>-<number>")
     add_rows(parser)
     parser.add_argument("--budget", metavar="8|30m", help="candidates, or time (s, m, h); default 8")
@@ -51,13 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.errors import ConfigError
     from lorafit.files import need_data
 
-    source = source_of(args)
-    found = given(args)
-    if args.resume and source is not None and (Path(source) / "tune").is_dir():
-        found.setdefault("out", source)
-        source = None
-    if args.resume and not found.get("out"):
-        raise ConfigError("--resume needs the run folder: lorafit tune --resume --out RUN")
+    source, found = asked(args, "tune", "tune")
     if args.resume and (source is not None or set(found) > {"out"} or _asked(args)):
         raise ConfigError("--resume goes on with the search as it is; give it --out RUN alone, or --workers")
     build({key: value for key, value in found.items() if key in defaults()})
