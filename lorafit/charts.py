@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,23 +81,35 @@ class Axis:
     marks: Sequence[tuple[float, str]]
 
 
+def far(values: Sequence[float]) -> float:
+    """Above it a value would leave the others no room: three times as far from the lowest as the one in the middle."""
+    low, middle = min(values), statistics.median(values)
+    return low + 3 * (middle - low)
+
+
 def scatter(
-    series: Sequence[tuple[str, str, Sequence[tuple[float, float, str]]]], label: str, x_label: str, high: int
+    series: Sequence[tuple[str, str, Sequence[tuple[float, float, str]]]],
+    label: str,
+    x_label: str,
+    high: int,
+    span: Point,
 ) -> str:
-    """Points (x > 0, y, title) of each (name, style), x by its logarithm; those of a series are joined."""
+    """Points (x > 0, y, title) of each (name, style), x from `span` by its logarithm; those of a series are joined. Those that
+    are too high for the others are open circles on the upper edge."""
     series = [one for one in series if one[2]]
-    xs = [math.log10(a) for _, _, points in series for a, _, _ in points]
     ys = [b for _, _, points in series for _, b, _ in points]
-    beside = max(0.1, (0.8 - (max(xs) - min(xs))) / 2)  # so that there is a round number in between
-    left, right = min(xs) - beside, max(xs) + beside
-    y_ticks = ticks(min(ys), max(ys), high // 50)
-    floor, top = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+    most = far(ys)
+    low, up = (math.log10(end) for end in span)
+    beside = max(0.1, (0.8 - (up - low)) / 2)  # so that there is a round number in between
+    left, right = low - beside, up + beside
+    y_ticks = ticks(min(ys), min(most, max(ys)), high // 50)
+    floor, top = min(y_ticks[0], min(ys)), max(y_ticks[-1], min(most, max(ys)))
 
     def x(value: float) -> str:
         return f"{LEFT + (math.log10(value) - left) / (right - left) * (WIDE - LEFT - RIGHT):.1f}"
 
     def y(value: float) -> str:
-        return f"{high - BOTTOM - (value - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
+        return f"{high - BOTTOM - (min(value, top) - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
 
     rates = [m * 10.0**p for p in range(math.floor(left), math.ceil(right) + 1) for m in (1, 2, 5)]
     marks = [rate for rate in rates if left <= math.log10(rate) <= right]
@@ -107,41 +120,51 @@ def scatter(
     )
     parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">{x_label}</text>')
     for _, style, points in series:
-        places = [(x(a), y(b), title) for a, b, title in sorted(points)]
+        places = [(x(a), y(b), "open" if b > top else style, title) for a, b, title in sorted(points)]
         if len(places) > 1:
-            path = "L".join(f"{a} {b}" for a, b, _ in places)
+            path = "L".join(f"{a} {b}" for a, b, _, _ in places)
             parts.append(f'<path class="{style}" d="M{path}"/>')
         parts += [
-            f'<circle class="{style}" cx="{a}" cy="{b}" r="4"><title>{title}</title></circle>' for a, b, title in places
+            f'<circle class="{kind}" cx="{a}" cy="{b}" r="4"><title>{title}</title></circle>'
+            for a, b, kind, title in places
         ]
-    parts += [
-        f'<text class="{style}" x="{WIDE - RIGHT}" y="{TOP + 12 + 15 * i}" text-anchor="end">{name}</text>'
-        for i, (name, style, _) in enumerate(series)
-    ]
-    return _svg(parts, high, label)
+    keys = [(f"● {name}", style) for name, style, _ in series] + [("○ higher than drawn", "")] * (max(ys) > top)
+    lines = _lines(keys, (WIDE - LEFT - RIGHT) // 8 - len(x_label))
+    parts += [f'<text x="{LEFT - 12}" y="{high - 4 + 16 * i}">{line}</text>' for i, line in enumerate(lines)]
+    return _svg(parts, high + 16 * (len(lines) - 1), label)
+
+
+def _lines(keys: Sequence[tuple[str, str]], long: int) -> list[str]:
+    """(text, style) after each other, in lines of about so many letters."""
+    lines, used = [""], 0
+    for key, style in keys:
+        if used and used + len(key) > long:
+            lines.append("")
+            used = 0
+        lines[-1] += f'<tspan class="{style}" dx="12">{key}</tspan>'
+        used += len(key) + 2
+    return lines
 
 
 def parallel(axes: Sequence[Axis], lines: Sequence[tuple[str, str, Sequence[float]]], label: str, high: int) -> str:
     """A line for each (title, style, where it crosses each axis, 0 to 1 from below); later lines lie on earlier ones."""
-    top, foot, gap = TOP + 22, high - 14, (WIDE - LEFT - 2 * RIGHT) / max(1, len(axes) - 1)
+    top, foot, gap = TOP + 22, high - 14, (WIDE - 2 * LEFT) / max(1, len(axes) - 1)
 
     def place(i: int, share: float) -> tuple[str, str]:
         return f"{LEFT + i * gap:.1f}", f"{foot - share * (foot - top):.1f}"
 
-    parts = []
-    for i, axis in enumerate(axes):
-        at = place(i, 0)[0]
-        parts.append(f'<path class="grid" d="M{at} {top}V{foot}"/>')
-        anchor = "end" if i == len(axes) - 1 and i else "middle"
-        parts.append(f'<text x="{at}" y="{TOP + 8}" text-anchor="{anchor}">{axis.name}</text>')
-        dx, side = (-6, "end") if i in (0, len(axes) - 1) else (6, "start")
-        parts += [
-            f'<text x="{at}" y="{place(i, share)[1]}" dx="{dx}" dy=".35em" text-anchor="{side}">{text}</text>'
-            for share, text in axis.marks
-        ]
+    parts = [f'<path class="grid" d="M{place(i, 0)[0]} {top}V{foot}"/>' for i in range(len(axes))]
     for title, style, shares in lines:
         path = "L".join(" ".join(place(i, share)) for i, share in enumerate(shares))
         parts.append(f'<path class="{style}" d="M{path}"><title>{title}</title></path>')
+    for i, axis in enumerate(axes):  # on the lines, with a rim
+        parts.append(f'<text x="{place(i, 0)[0]}" y="{TOP + 4}" text-anchor="middle">{axis.name}</text>')
+        dx, side = (-6, "end") if i == 0 else (6, "start")
+        parts += [
+            f'<text class="on" x="{place(i, 0)[0]}" y="{place(i, share)[1]}" dx="{dx}" dy=".35em"'
+            f' text-anchor="{side}">{text}</text>'
+            for share, text in axis.marks
+        ]
     return _svg(parts, high, label)
 
 

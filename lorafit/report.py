@@ -201,7 +201,7 @@ def _search(found: dict[str, Any]) -> str:
     if not rows:
         return ""
     drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in tried.pictures(found))
-    return _table(tried.HEADS, rows) + drawn
+    return _table(tried.HEADS, rows, "tried") + drawn
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -319,6 +319,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "eve
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}'
 
 
+_SEARCHED = "path.{0} {{ stroke: {1}; }} svg tspan.{0} {{ fill: {1}; }} circle.{0} {{ fill: {1}; }}"
 _STYLE = (
     """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #667079; --rule: #e3e5e8;
@@ -340,6 +341,7 @@ dl div { border-bottom: 1px solid var(--rule); padding: .2rem 0; display: flex; 
 dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 .lines th:first-child, .levels th:first-child { width: 7rem; }
+.tried th:first-child { width: 3rem; } .tried th:last-child { width: 32%; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -358,9 +360,12 @@ path.held { stroke: var(--orange); stroke-width: 1.2; stroke-dasharray: 4 3; } c
 circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
 circle.trouble { fill: var(--red); stroke: var(--card); stroke-width: 1.5; } span.trouble::before { color: var(--red); }
 """
-    + tried.style("path.{0} {{ stroke: {1}; }} svg text.{0} {{ fill: {1}; }} circle.{0} {{ fill: {1}; }}")
+    + tried.style(_SEARCHED)
+    + f"@media (prefers-color-scheme: dark) {{ {tried.style(_SEARCHED, tried.ON_DARK)} }}"
     + """
 path.cut { stroke: var(--soft); stroke-width: 1; opacity: .5; } path.won { stroke: var(--green); stroke-width: 3; }
+circle.open { fill: var(--card); stroke: var(--soft); stroke-width: 1.5; }
+svg text.on { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 circle.ghost { fill: transparent; } circle.ghost:hover { fill: var(--blue); } .bar { fill: var(--blue); opacity: .8; }
 """
 )

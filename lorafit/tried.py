@@ -11,12 +11,13 @@ from lorafit import charts
 
 HEADS = ["", "Settings", "Learning rate", "After 1/8", "After 3/8", "Best", "Outcome"]
 COLOURS = ("#2166c0", "#c8590a", "#15803d", "#8b3fb0", "#b42318", "#0f766e")
+ON_DARK = ("#6aa9f4", "#f29a52", "#57c785", "#c792ea", "#f47c6c", "#4fd1c5")
 HIGH = 300
 
 
-def style(rule: str) -> str:
+def style(rule: str, colours: Sequence[str] = COLOURS) -> str:
     """A rule of a style sheet for each colour, with {0} its class and {1} itself."""
-    return " ".join(rule.format(f"c{i}", colour) for i, colour in enumerate(COLOURS))
+    return " ".join(rule.format(f"c{i}", colour) for i, colour in enumerate(colours))
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
@@ -25,7 +26,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
         [
             f"#{c['number']}",
             words(c["values"]) or "as they were",
-            f"{c['settings']['lr']:.2g}",
+            f"{c['settings']['lr']:.3g}",
             *(_figure(c["losses"][i] if i < len(c["losses"]) else None) for i in (0, 1)),
             _figure(c["best_loss"]) if c["best_step"] else "",
             "the winner" if c["winner"] else c["why"] or ("trained to its end" if c["state"] == "done" else c["state"]),
@@ -64,12 +65,16 @@ def _word(value: Any) -> str:
 def pictures(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(title, SVG): the loss against the learning rate by rank, at each rung; and how the settings went together."""
     these, drawn = candidates(found), []
+    judged = [c for c in these if c["losses"] and c["losses"][0] is not None]
+    rates, names = [c["settings"]["lr"] for c in judged], _names(judged)
+    ordered = sorted(set(names.values()), key=lambda name: (len(name), name))
+    styles = {name: f"c{i % len(COLOURS)}" for i, name in enumerate(ordered)}  # the same in both pictures
     for rung, part in enumerate(("an eighth", "three eighths")):
-        there = [c for c in these if rung < len(c["losses"]) and c["losses"][rung] is not None]
+        there = [c for c in judged if rung < len(c["losses"]) and c["losses"][rung] is not None]
         if len(there) > 1:
             title = f"Held-out loss after {part} of training, by learning rate"
-            drawn.append((title, charts.scatter(_by_rank(there, rung), title, "learning rate", HIGH)))
-    judged = [c for c in these if c["losses"] and c["losses"][0] is not None]
+            points = [(html.escape(name), kind, _points(there, names, name, rung)) for name, kind in styles.items()]
+            drawn.append((title, charts.scatter(points, title, "learning rate", HIGH, (min(rates), max(rates)))))
     keys = [key for key in found.get("searched", []) if len({_word(c["settings"].get(key)) for c in judged}) > 1]
     if keys and len(judged) > 1:
         drawn.append(("How settings went together; the winner is the thick line", _parallel(judged, keys)))
@@ -78,25 +83,39 @@ def pictures(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def svg(found: dict[str, Any]) -> str:
     """The pictures as one file."""
-    sheet = style("path.{0}{{stroke:{1}}}text.{0}{{fill:{1}}}circle.{0}{{fill:{1}}}") + (
+    sheet = style("path.{0}{{stroke:{1}}}tspan.{0}{{fill:{1}}}circle.{0}{{fill:{1}}}") + (
         "svg{font:12px sans-serif}text{fill:#444}path{fill:none;stroke-width:2}path.grid{stroke:#ddd;stroke-width:1}"
         "path.cut{stroke:#98a2ab;stroke-width:1}path.won{stroke:#15803d;stroke-width:3}"
+        "circle.open{fill:#fff;stroke:#444;stroke-width:1.5}text.on{paint-order:stroke;stroke:#fff;stroke-width:4px}"
     )
     return charts.alone([(html.escape(title), drawn) for title, drawn in pictures(found)], sheet)
 
 
-def _by_rank(these: Sequence[dict[str, Any]], rung: int) -> list[tuple[str, str, list[tuple[float, float, str]]]]:
-    groups: dict[str, list[tuple[float, float, str]]] = {}
+def _names(these: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """By number, what candidates are told apart by: their ranks, and methods and sites where there are several."""
     several = [key for key in ("method", "targets") if len({_word(c["settings"].get(key)) for c in these}) > 1]
+    found = {}
     for c in these:
         settings = c["settings"]
         parts = [f"r={settings['r']}"] if settings.get("r") is not None else []
         parts += [_word(settings.get(key) or "") for key in several]
-        name = " ".join(filter(None, parts)) or str(settings.get("method"))
-        title = html.escape(f"#{c['number']} {words(c['values'])}: {c['losses'][rung]:.4f}")
-        groups.setdefault(name, []).append((settings["lr"], c["losses"][rung], title))
-    ordered = sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))
-    return [(html.escape(name), f"c{i % len(COLOURS)}", points) for i, (name, points) in enumerate(ordered)]
+        found[c["number"]] = " ".join(filter(None, parts)) or str(settings.get("method"))
+    return found
+
+
+def _points(
+    these: Sequence[dict[str, Any]], names: dict[int, str], name: str, rung: int
+) -> list[tuple[float, float, str]]:
+    """Rate, loss and title of those with this name."""
+    return [
+        (
+            c["settings"]["lr"],
+            c["losses"][rung],
+            html.escape(f"#{c['number']} {words(c['values'])}: {c['losses'][rung]:.4f}"),
+        )
+        for c in these
+        if names[c["number"]] == name
+    ]
 
 
 def _parallel(these: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
@@ -105,7 +124,11 @@ def _parallel(these: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
         marks, at = _axis([c["settings"].get(key) for c in these], key == "lr")
         axes.append(charts.Axis(html.escape(key), [(share, html.escape(text)) for share, text in marks]))
         places.append(at)
-    marks, at = _axis([c["losses"][0] for c in these], False)
+    losses = [c["losses"][0] for c in these]
+    most = charts.far(losses)
+    marks, at = _axis([min(loss, most) for loss in losses], False)
+    if max(losses) > most:
+        marks = [(share, text) for share, text in marks if share < 0.94] + [(1.0, f"≥ {most:.3g}")]
     axes.append(charts.Axis("loss after 1/8", marks))
     places.append(at)
     lines = [

@@ -20,7 +20,7 @@ import torch
 import yaml
 from tiny import base, rows
 
-from lorafit import files, fit, tried
+from lorafit import charts, files, fit, tried
 from lorafit.batches import Plan
 from lorafit.cli import main
 from lorafit.errors import ConfigError, MissingExtra, RunError
@@ -485,6 +485,41 @@ def test_the_folder_is_a_finished_run_with_a_table_and_pictures(whole, tiny_mode
     assert not list((whole / "tune").glob("*/checkpoints")) and not list(whole.glob("**/.*tmp*"))
     samples = [e for e in fit.Run(whole).records("evaluations") if e["samples"]]
     assert [e["step"] for e in samples] == [0, json.loads((whole / "summary.json").read_text())["best_step"]]
+
+
+def told_of(lr, r, losses, number, winner=False) -> dict:
+    return {
+        "number": number, "values": {"lr": lr, "r": r}, "settings": {"lr": lr, "r": r}, "losses": losses, "winner": winner
+    }  # fmt: skip
+
+
+def test_a_loss_that_is_far_too_high_leaves_the_others_their_room():
+    losses = (0.78, 0.9, 0.77, 0.95, 12.0)
+    these = [told_of(1e-3 * 3**i, 8 + 8 * (i % 2), [loss], i + 1, i == 2) for i, loss in enumerate(losses)]
+    (_, scattered), (_, crossed) = tried.pictures({"candidates": these, "searched": ["lr", "r"]})
+    drawn = xml.dom.minidom.parseString(scattered)
+    circles = drawn.getElementsByTagName("circle")
+    by_loss = sorted(circles, key=lambda one: float(one.firstChild.firstChild.data.split(": ")[1]))
+    heights = [float(one.getAttribute("cy")) for one in by_loss]
+    assert heights == sorted(heights, reverse=True) and heights[0] - heights[3] > 60
+    assert [one.getAttribute("class") for one in by_loss].count("open") == 1 == scattered.count("○ higher than drawn")
+    assert by_loss[-1].getAttribute("class") == "open" and "≥ 1.16" in crossed and ">12" not in crossed
+    (_, plain), _ = tried.pictures({"candidates": these[:4], "searched": ["lr", "r"]})
+    assert "open" not in plain and "○" not in plain
+
+
+def test_a_rank_has_one_colour_and_names_that_are_too_long_for_a_line_take_another():
+    these = [told_of(1e-3, r, [1.0 + r, 1.0] if r > 8 else [1.0 + r], r) for r in (8, 16, 32)]
+    first, second = (svg for title, svg in tried.pictures({"candidates": these, "searched": []}))
+    for rank, colour in (("r=16", "c1"), ("r=32", "c2")):
+        assert all(f'<tspan class="{colour}" dx="12">● {rank}</tspan>' in svg for svg in (first, second))
+    series = [(f"a name of some length {i}", "c0", [(1.0, 2.0, "")]) for i in range(7)]
+    drawn = xml.dom.minidom.parseString(charts.scatter(series, "", "rate", 300, (1.0, 1.0)))
+    lines = [one for one in drawn.getElementsByTagName("text") if one.getElementsByTagName("tspan")]
+    assert [len(one.getElementsByTagName("tspan")) for one in lines] == [3, 3, 1]
+    assert max(float(one.getAttribute("y")) for one in lines) < float(
+        drawn.documentElement.getAttribute("viewBox").split()[3]
+    )
 
 
 KILLER = """
