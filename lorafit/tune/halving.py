@@ -2,6 +2,8 @@
 
 Candidates are compared after an eighth and three eighths of their steps (later where these are few), each by its own count, so
 batches of any size meet at the same share of the data. A third of them goes on, and at least two do from the first rung.
+From the first rung these don't all have one learning rate, where there are others: early losses rank rates wrongly, and those of
+a rate's ranks are alike, so a good rate could be out with all of them.
 Nobody waits longer than the result needs: who can't be overtaken any more goes on at once, who can't make it is cut at once.
 """
 
@@ -63,12 +65,14 @@ class Heat:
     """Candidates that are compared with each other. `size`: how many there will be; None: not known yet, nobody is judged.
 
     `losses` by rung and candidate; infinite for one that has failed. Equal losses: the earlier candidate is the better. `spared`
-    go on whatever their losses are, beside as many others as go on without them.
+    go on whatever their losses are, beside as many others as go on without them. `rates`: learning rates of the candidates that
+    have been given one.
     """
 
     size: int | None
     finalists: int = 1
     spared: frozenset[int] = frozenset()
+    rates: dict[int, float] = field(default_factory=dict)
     losses: tuple[dict[int, float], ...] = field(default_factory=lambda: tuple({} for _ in EIGHTHS))
 
     def verdicts(self) -> Verdicts:
@@ -81,12 +85,16 @@ class Heat:
         for rung, keep in enumerate(keeps(self.size, self.finalists)):
             there = {n: loss for n, loss in self.losses[rung].items() if rung == 0 or n in passed[rung - 1]}
             missing = entering - len(there)
-            good = {n for n, ahead in ranked(there) if ahead + missing < keep or n in self.spared}
-            passed[rung] = frozenset(n for n in good if _finite(there[n]))
+            rates = self.rates if rung == 0 and keep > 1 else {}
+            hopeful = best(there, keep, self.spared, rates) | self.spared  # by now: nobody else ever will be
+            certain = {
+                n for n, ahead in ranked(there) if not missing or ahead + missing < keep - bool(rates)
+            } | self.spared
+            passed[rung] = frozenset(n for n in hopeful & certain & there.keys() if _finite(there[n]))
             cut |= {
                 n: Cut(rung, ahead + 1, entering, keep)
                 for n, ahead in ranked(there)
-                if (ahead >= keep and n not in self.spared) or not _finite(there[n])
+                if n not in hopeful or not _finite(there[n])
             }
             entering = keep + len(self.spared) if missing else len(passed[rung])
         return Verdicts(passed, cut)
@@ -102,6 +110,17 @@ def ranked(losses: Mapping[int, float]) -> list[tuple[int, int]]:
     """Candidates by loss, each with how many are better."""
     order: Sequence[int] = sorted(losses, key=lambda n: (losses[n] if _finite(losses[n]) else math.inf, n))
     return [(n, ahead) for ahead, n in enumerate(order)]
+
+
+def best(losses: Mapping[int, float], keep: int, spared: frozenset[int], rates: Mapping[int, float]) -> frozenset[int]:
+    """The `keep` best that haven't failed. Where these have one rate, but for who is spared, the best of another rate takes the
+    place of the last."""
+    order = [n for n, _ in ranked(losses) if _finite(losses[n])]
+    judged = [n for n in order if n not in spared]
+    other = next((n for n in judged if rates.get(n) != rates.get(judged[0])), None)
+    if other is None or other in order[:keep]:
+        return frozenset(order[:keep])
+    return frozenset({*order[: keep - 1], judged[0], other})
 
 
 def _finite(loss: float) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorafit.evaluate import spacing
 from lorafit.fit import Training
 from lorafit.train.loop import Step, train
 from lorafit.tune import together
@@ -372,7 +373,20 @@ def reason(candidate: Candidate, out: Cut) -> str:
     return (
         f"held-out loss {candidate.losses[out.rung]:.4f} after step {candidate.rungs[out.rung]} of {candidate.steps}:"
         f" place {out.place} of {out.of}, {out.keep} {'goes' if out.keep == 1 else 'go'} on"
+        + (", not all with one learning rate" if out.place <= out.keep else "")
     )
+
+
+def too_short(steps: int, ranged: bool) -> str:
+    """What isn't to be trusted in a search whose trainings have so many steps, of which a range test (`ranged`) takes a quarter;
+    empty where they are long enough."""
+    found, count = [], steps // 4
+    if ranged and FEWEST <= count < RANGE_STEPS:
+        found.append(f"a range test of {count} steps may be off (it is trusted from {4 * RANGE_STEPS} on)")
+    first, second = rungs(steps)
+    if first > spacing(steps):
+        found.append(f"comparisons come late, after {first} and {second} steps, and save less")
+    return f"{steps} steps a training are few: {'; '.join(found)}" if found else ""
 
 
 def centre_of(curve: list[tuple[float, float]], usual: float) -> float:

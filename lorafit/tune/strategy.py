@@ -83,6 +83,8 @@ class AllTogether:
         values = self.sampler.draw(self.asked, self.size)
         if not values:  # the settings as they are: what is found is never worse
             self.heat.spared = frozenset({self.asked})
+        if "lr" in values:
+            self.heat.rates[self.asked] = values["lr"]
         return values
 
     def report(self, number: int, rung: int, loss: float) -> None:

@@ -34,7 +34,7 @@ from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
 from lorafit.tune.options import Options, budget_of
 from lorafit.tune.proposals import Proposals
-from lorafit.tune.search import Candidate, Event, Round, Search, name_of
+from lorafit.tune.search import Candidate, Event, Round, Search, name_of, too_short
 from lorafit.tune.space import Choice, Range, Values, space
 
 ANSWERS = 64  # held-out rows that are answered for another objective
@@ -504,6 +504,8 @@ class Study:
             else f"; memory has room for {max(0, self.search.room) / 1e9:.1f} GB of adapters"
         )
         say(f"together  at most {self.search.places}{room}; run folder {self.run.folder}")
+        if few := too_short(base.job.steps, self.search.strategy.wants_rate):
+            say(f"short     {few}")
 
 
 def _copy(source: Path, place: Path) -> None:
