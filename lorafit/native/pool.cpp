@@ -1,10 +1,10 @@
-// Memory for torch's larger tensors on the CPU: a block that is freed is kept for the next one, resized if need be.
+// Memory for torch's larger tensors on the CPU: what is freed is kept, with its pages, for the tensors that come next.
 //
-// A training step frees and asks for the same sizes again. Given back to the system, every page would be cleared and mapped
-// anew at each asking. Kept in the C library's heap, a hole doesn't serve a tensor of its own size again: aligned memory is
-// asked for with room to spare, so the heap grows far beyond what is ever in use. Here a block is a mapping of its own, whose
-// pages move with it when it is made longer or shorter, and what is kept and in use is never much more than what was once in
-// use at a time.
+// A training step frees and asks for the same memory again, in other sizes. Given back to the system, every page would be cleared
+// and mapped anew at each asking. Kept in the C library's heap, a hole doesn't serve a tensor of its own size again: aligned memory
+// is asked for with room to spare, so the heap grows far beyond what is ever in use. Here holes are whole pages: those that lie
+// side by side are one, a tensor takes the front of one, and what is kept and in use is never much more than what was once in use
+// at a time.
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -20,14 +20,15 @@ namespace {
 
 constexpr size_t SMALLEST = size_t(1) << 17;  // the C library serves smaller ones: those of a micro-batch are larger
 constexpr size_t STEP = size_t(1) << 14;
-// What is kept above the most that was ever in use, a quarter of it at most. Without any, what a step has freed is given back
-// to make room for blocks of another size, and asked for again in the next step: up to a quarter of a small step's time.
-constexpr size_t SPARE = size_t(1) << 27;
+// What is kept above the most that was ever in use, a quarter of it at most: for holes that are too small for anything. Without
+// any, what one part of a step has freed is given back to make room for the next part, and asked for again in the next step.
+constexpr size_t SPARE = size_t(1) << 24;
 constexpr size_t LARGEST = size_t(1) << 26;  // that is mapped at once
 
-struct Block {
-    void* place;
+struct Hole {  // freed, with its pages, and used by nobody
+    char* place;
     size_t size;
+    uint64_t freed;  // when the last of it was
 };
 
 void give_back(void* place);
@@ -51,15 +52,14 @@ public:
             std::lock_guard<std::mutex> alone(mutex_);
             auto found = used_.find(place);
             if (found != used_.end()) {
-                Block block{place, found->second};
+                const size_t size = found->second;
                 used_.erase(found);
-                in_use_ -= block.size;
+                in_use_ -= size;
                 if (keeps_ && kept_.size() < kept_.capacity()) {  // a deleter mustn't ask for memory
-                    kept_.push_back(block);
-                    in_kept_ += block.size;
+                    add({(char*)place, size, ++now_});
                     shrink();
                 } else {
-                    munmap(block.place, block.size);
+                    munmap(place, size);
                 }
                 return;
             }
@@ -89,12 +89,11 @@ private:
         const size_t before = most_;
         if (in_use_ > most_) most_ = in_use_;
         void* place = nullptr;
-        if (!kept_.empty()) {
-            size_t best = nearest(size), have = kept_[best].size;
-            size_t far = have > size ? have - size : size - have;
-            // A block of quite another size had better wait for its like, while there is room for a new one.
-            if (far <= size / 4 || in_use_ + in_kept_ > room()) place = resized(taken(best), size);
-        }
+        size_t best = fitting(size);
+        // A hole for something much larger had better wait for its like, while there is room for a new block.
+        if (best < kept_.size() && (kept_[best].size <= size + size / 4 || in_use_ + in_kept_ > room()))
+            place = cut(best, size);
+        if (!place && in_use_ + in_kept_ > room() && !kept_.empty()) place = grown(largest(), size);
         shrink();
         if (!place) place = mapped(size);
         if (!place) {  // a limit may have been met by what is kept
@@ -103,7 +102,7 @@ private:
         }
         if (place) {
             try {
-                const size_t blocks = used_.size() + kept_.size() + 1;
+                const size_t blocks = 2 * (used_.size() + kept_.size() + 1);
                 if (kept_.capacity() < blocks) kept_.reserve(2 * blocks);  // for when it is given back
                 used_[place] = size;
                 return place;
@@ -116,31 +115,44 @@ private:
         return nullptr;
     }
 
-    // The kept block whose size is nearest, the last one freed of those.
-    size_t nearest(size_t size) {
-        size_t best = 0, least = SIZE_MAX;
-        for (size_t i = kept_.size(); i-- > 0 && least > 0;) {
-            size_t far = kept_[i].size > size ? kept_[i].size - size : size - kept_[i].size;
-            if (far < least) best = i, least = far;
-        }
+    // The smallest hole that is large enough, the last one freed of those; all of them if there is none.
+    size_t fitting(size_t size) {
+        size_t best = kept_.size();
+        for (size_t i = 0; i < kept_.size(); i++)
+            if (kept_[i].size >= size && (best == kept_.size() || kept_[i].size < kept_[best].size ||
+                                          (kept_[i].size == kept_[best].size && kept_[i].freed > kept_[best].freed)))
+                best = i;
         return best;
     }
 
-    Block taken(size_t number) {
-        Block block = kept_[number];
-        kept_.erase(kept_.begin() + number);
-        in_kept_ -= block.size;
-        return block;
+    size_t largest() {
+        size_t best = 0;
+        for (size_t i = 1; i < kept_.size(); i++)
+            if (kept_[i].size > kept_[best].size) best = i;
+        return best;
     }
 
-    static void* resized(Block block, size_t size) {
-        if (block.size == size) return block.place;
-        void* place = mremap(block.place, block.size, size, MREMAP_MAYMOVE);
+    // The first so many bytes of a hole.
+    void* cut(size_t number, size_t size) {
+        Hole& hole = kept_[number];
+        char* place = hole.place;
+        in_kept_ -= size;
+        hole.place += size, hole.size -= size;
+        if (!hole.size) kept_.erase(kept_.begin() + number);
+        return place;
+    }
+
+    // A hole that is too short, with its pages, made longer.
+    void* grown(size_t number, size_t size) {
+        Hole hole = kept_[number];
+        kept_.erase(kept_.begin() + number);
+        in_kept_ -= hole.size;
+        void* place = mremap(hole.place, hole.size, size, MREMAP_MAYMOVE);
         if (place != MAP_FAILED) {
-            if (size > block.size) present((char*)place + block.size, size - block.size);
+            present((char*)place + hole.size, size - hole.size);
             return place;
         }
-        munmap(block.place, block.size);
+        munmap(hole.place, hole.size);  // of several mappings: those aren't moved together
         return nullptr;
     }
 
@@ -165,18 +177,38 @@ private:
 
     // Give back to the system what is kept above `room` bytes, what lay unused longest first.
     void drop(size_t room) {
-        size_t count = 0;
-        for (; in_kept_ > room; count++) {
-            munmap(kept_[count].place, kept_[count].size);
-            in_kept_ -= kept_[count].size;
+        while (in_kept_ > room) {
+            size_t oldest = 0;
+            for (size_t i = 1; i < kept_.size(); i++)
+                if (kept_[i].freed < kept_[oldest].freed) oldest = i;
+            munmap(kept_[oldest].place, kept_[oldest].size);
+            in_kept_ -= kept_[oldest].size;
+            kept_.erase(kept_.begin() + oldest);
         }
-        kept_.erase(kept_.begin(), kept_.begin() + count);
+    }
+
+    // Keep a hole, as one with those that it lies between.
+    void add(Hole hole) {
+        in_kept_ += hole.size;
+        auto next = std::lower_bound(kept_.begin(), kept_.end(), hole, [](const Hole& a, const Hole& b) { return a.place < b.place; });
+        const bool after = next != kept_.end() && hole.place + hole.size == next->place;
+        const bool before = next != kept_.begin() && (next - 1)->place + (next - 1)->size == hole.place;
+        if (before) {
+            Hole& own = *(next - 1);
+            own.size += hole.size, own.freed = hole.freed;
+            if (after) own.size += next->size, kept_.erase(next);
+        } else if (after) {
+            *next = {hole.place, hole.size + next->size, hole.freed};
+        } else {
+            kept_.insert(next, hole);
+        }
     }
 
     c10::Allocator* small_;
     std::mutex mutex_;
     std::unordered_map<void*, size_t> used_;
-    std::vector<Block> kept_;  // the last one freed at the end
+    std::vector<Hole> kept_;  // by place
+    uint64_t now_ = 0;
     size_t in_use_ = 0, in_kept_ = 0, most_ = 0;
     bool keeps_ = true;
 };
