@@ -271,6 +271,13 @@ def _thin(pairs: Sequence[Pair], shape: Shape) -> int:
     return numbers
 
 
+def _places(like: Sequence[Tensor]) -> Iterator[Tensor]:
+    """A tensor like each of these, of one piece of memory: thousands of small ones of their own take a tenth of a small step."""
+    sizes = [t.numel() for t in like]
+    pieces = torch.empty(sum(sizes)).split(sizes) if like else ()
+    return (piece.view(t.shape) for piece, t in zip(pieces, like, strict=True))
+
+
 class _Tiled(torch.autograd.Function):
     """In one call of a kernel each way."""
 
@@ -308,14 +315,14 @@ class _Tiled(torch.autograd.Function):
             trained, x = others[:trainables], lines(ctx.make(*others[trainables:]))
         else:
             x, xa = some.new_empty(0, width), some.new_empty(0)
+        pairs = shape.paired(trained)
+        wanted = [pair is not None and dys[i % len(dys)] is not None for i, pair in enumerate(pairs)]
+        places = _places([t for pair, want in zip(pairs, wanted, strict=True) if want and pair for t in pair[:2]])
         lows, found = [], []
-        for i, pair in enumerate(shape.paired(trained)):
-            if pair is None:
-                lows.append(_Low())
-                continue
-            da, db = (None if dys[i % len(dys)] is None else torch.empty_like(t) for t in pair[:2])
+        for pair, want in zip(pairs, wanted, strict=True):
+            da, db = (next(places), next(places)) if want else (None, None)
             lows.append(_low(pair, da, db))
-            found += [da, db]
+            found += [] if pair is None else [da, db]
         weights = _numbers(frozen, some.dtype)
         bases = (_Base * len(dys))(*map(_base, frozen, weights, dys))
         dx = some.new_empty(len(some), width) if ctx.needs_input_grad[0] else None
