@@ -129,7 +129,9 @@ for before, after in ((8, 9), (8, 7)):
 
 
 def test_the_smallest_hole_that_is_large_enough_is_taken():
-    said = alone(LAID + """
+    said = alone(
+        LAID
+        + """
 blocks, places = laid(30, 1, 8, 1, 20, 1)
 for i in (0, 2, 4):
     blocks[i] = None
@@ -142,7 +144,8 @@ less = torch.empty(2 * MB, dtype=torch.uint8)  # a hole of 30 had better wait: t
 assert pool.kept() == 30 * MB, pool.kept()
 more = torch.empty(19 * MB, dtype=torch.uint8)  # no room any more: the hole is cut
 assert more.data_ptr() == places[0] and pool.kept() == 11 * MB, pool.kept()
-""")
+"""
+    )
     assert said == ""
 
 
@@ -163,7 +166,9 @@ assert torch.empty(40 * MB, dtype=torch.uint8).data_ptr() == place
 
 
 def test_a_hole_grows_where_there_is_no_room_for_another():
-    said = alone(LAID + """
+    said = alone(
+        LAID
+        + """
 blocks, places = laid(12, 1, 10)
 blocks[0].fill_(3)
 blocks[0] = blocks[2] = None
@@ -172,19 +177,23 @@ more = torch.empty(16 * MB, dtype=torch.uint8)
 assert pool.kept() == 10 * MB, pool.kept()
 assert int(more[: 12 * MB].min()) == 3  # its pages came with it, uncleared
 assert torch.empty(9 * MB, dtype=torch.uint8).data_ptr() == places[2]
-""")
+"""
+    )
     assert said == ""
 
 
 def test_what_lay_unused_longest_goes_first():
-    said = alone(LAID + """
+    said = alone(
+        LAID
+        + """
 blocks, places = laid(9, 1, 8, 1, 7, 1)
 for i in (2, 4, 0):
     blocks[i] = None
 more = torch.empty(25 * MB, dtype=torch.uint8)  # the 9 grows, and for what is kept then there is no room
 assert pool.kept() == 7 * MB, pool.kept()
 assert torch.empty(7 * MB, dtype=torch.uint8).data_ptr() == places[4]
-""")
+"""
+    )
     assert said == ""
 
 

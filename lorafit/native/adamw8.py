@@ -6,7 +6,6 @@ that, in a dynamic type: signed for the average of gradients, unsigned for that 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,31 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from lorafit.native.adamw import Factors
 from lorafit.native.kernel import Kernel, gives
 from lorafit.native.quantised import dynamic
 
 BLOCK = 256  # numbers that share an absmax
 
 _update = Kernel("adamw8", "ppppppppppppiffffffff")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What an update multiplies and divides by. The twin and the kernel round each to fp32."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    decay: float  # of the parameter, by weight decay
-    spread: float  # of the root of the squares, which begin at zero
-    pace: float  # of the mean: minus the learning rate, and what the mean lacks at first
-
-    @staticmethod
-    def of(step: float, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> Factors:
-        """Of a step, counted from 1."""
-        beta1, beta2 = betas
-        spread, pace = math.sqrt(1 - beta2**step), -lr / (1 - beta1**step)
-        return Factors(beta1, beta2, eps, 1 - lr * weight_decay, spread, pace)
 
 
 @dataclass(frozen=True)
@@ -71,11 +52,9 @@ def update(numbers: Tensor, gradient: Tensor, mean: Coded, square: Coded, factor
     where there is no kernel. The averages hold n numbers, filled up to whole blocks."""
     if numbers.dtype != torch.float32 or not gives(numbers.dtype, numbers, gradient, mean.codes, square.codes):
         return False
-    f = factors
     tables = (*_tables(mean.signed), *_tables(square.signed))
-    scalars = (f.beta1, 1 - f.beta1, f.beta2, 1 - f.beta2, f.eps, f.decay, f.spread, f.pace)
     states = (mean.codes, mean.absmax, square.codes, square.absmax)
-    _update(numbers.dtype, numbers, gradient, *states, *tables, len(numbers), *scalars)
+    _update(numbers.dtype, numbers, gradient, *states, *tables, len(numbers), *factors.scalars())
     increment_version(numbers)  # as torch's own operations do: DoRA sees by it that a norm is out of date
     return True
 

@@ -244,7 +244,8 @@ def _low(pair: Pair, da: Tensor | None = None, db: Tensor | None = None) -> _Low
     if pair is None:
         return _Low()
     a, b, scale = pair
-    return _Low(a.data_ptr(), b.data_ptr(), len(a), *(None if g is None else g.data_ptr() for g in (da, db)), scale)
+    places = (None, None) if da is None or db is None else (da.data_ptr(), db.data_ptr())
+    return _Low(a.data_ptr(), b.data_ptr(), a.size(0), *places, scale)  # not len, which takes longer than all of this
 
 
 def _call(kernel: Kernel, bases: Any, lows: Any, shape: Shape, x: Tensor, xa: Tensor, *more: Any) -> None:
@@ -265,7 +266,7 @@ def _thin(pairs: Sequence[Pair], shape: Shape) -> int:
         start, width = 0, 0
         for pair in pairs[number * count : (number + 1) * count]:
             if pair is not None:
-                r = len(pair[0])
+                r = pair[0].size(0)
                 width, start = max(width, start + -(-r // DEEP) * DEEP), start + r
         numbers += rows * -(-width // DEEP) * DEEP
     return numbers

@@ -6,20 +6,20 @@ end, so that without the kernel an update takes a few sweeps over pieces of it, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafit.native.adamw8 import BLOCK, Coded, Factors, plain_update, update
+from lorafit.native.adamw import Factors
+from lorafit.native.adamw8 import BLOCK, Coded, plain_update, update
 from lorafit.native.quantised import dynamic
+from lorafit.train.adamw import Room
 
 SMALL = 4096  # numbers below which a tensor's state stays fp32
 PIECE = 1 << 16  # numbers that a sweep has in fp32 at once: they stay in the processor's cache
-
-Room = Callable[[int, torch.dtype], Tensor]  # zeros (n,) of a type, wherever they lie
 
 
 @dataclass(frozen=True)

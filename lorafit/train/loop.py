@@ -240,7 +240,7 @@ def _smaller(live: Sequence[Job], documents: dict[str, list[Tokens]], halvings: 
 def _update(adapter: Adapter, job: Job, loss: float, documents: Sequence[Tokens]) -> Figures:
     assert job.optimizer is not None
     lr = job.lr * optim.rate(job.done, job.steps, job.schedule, job.warmup)
-    norm = optim.clip(adapter, job.clip)
+    norm = optim.clip(job.optimizer, job.clip)
     number = job.done + 1
     if math.isfinite(loss) and math.isfinite(norm):
         optim.set_rate(job.optimizer, lr)

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from lorafit.adapter import Adapter
 from lorafit.errors import ConfigError
+from lorafit.native import adamw
 from lorafit.native.adamw8 import BLOCK
-from lorafit.train.adamw8 import AdamW8bit, Room
+from lorafit.train.adamw import AdamW, Room, fresh
+from lorafit.train.adamw8 import AdamW8bit
 
+SLIGHT = 1e-6  # what torch adds to a norm before it divides by it
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -75,22 +78,9 @@ def optimizer(
     paged = kind.startswith("paged_")
     if kind.endswith("_8bit"):
         return AdamW8bit(groups, lr, weight_decay, pages if paged else in_memory)
-    made = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-    parameters = [p for group in groups for p in group["params"]]
-    if parameters[0].device.type == "cpu":
-        # All in one piece, and before the first step: small blocks that are made where activations have just been stay
-        # there, and the next step's don't fit between them (7B: 1 GB more, measured).
-        places = (pages if paged else in_memory)(sum(2 * p.numel() for p in parameters), parameters[0].dtype)
-        for parameter in parameters:
-            mean, square, places = places.split([parameter.numel()] * 2 + [len(places) - 2 * parameter.numel()])
-            made.state[parameter] = _fresh(parameter, mean, square)
-    return made
-
-
-def _fresh(parameter: Tensor, mean: Tensor, square: Tensor) -> dict[str, Tensor]:
-    """The state that torch's AdamW begins with, of zeros, as many as the parameter has."""
-    step = torch.zeros((), device=parameter.device)  # the fused optimiser counts steps where the parameter is
-    return {"step": step, "exp_avg": mean.view_as(parameter), "exp_avg_sq": square.view_as(parameter)}
+    if next(adapter.parameters()).device.type == "cpu":
+        return AdamW(groups, lr, weight_decay, pages if paged else in_memory)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def _bitsandbytes(kind: str, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> Optimizer:
@@ -118,11 +108,16 @@ def set_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def clip(adapter: Adapter, norm: float) -> float:
-    """Scale the adapter's gradients to at most `norm` (0: leave them); returns the norm they had."""
-    parameters = [p for p in adapter.parameters() if p.grad is not None]
-    found = torch.nn.utils.clip_grad_norm_(parameters, norm if norm > 0 else math.inf)
-    return float(found)
+def clip(optimizer: Optimizer, norm: float) -> float:
+    """Scale the gradients of its parameters to at most `norm` (0: leave them); returns the norm they had."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    if not adamw.takes(*gradients):
+        return float(torch.nn.utils.clip_grad_norm_(parameters, norm if norm > 0 else math.inf))
+    found = adamw.norm(gradients)
+    if 0 < norm < found + SLIGHT:
+        adamw.scale(gradients, norm / (found + SLIGHT))
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ def restore(adapter: Adapter, optimizer: Optimizer, tensors: Mapping[str, Tensor
             continue  # a parameter that hadn't had a gradient yet
         there = optimizer.state[parameter]
         if not there:
-            there.update(_fresh(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)))
+            there.update(fresh(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)))
         if wrong := saved[name].keys() ^ (there.keys() - _TABLES):
             raise KeyError(f"{name}.{min(wrong)}")
         for key, tensor in saved[name].items():
