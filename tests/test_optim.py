@@ -28,6 +28,7 @@ from lorafit.native.adamw8 import BLOCK, nearest
 from lorafit.native.quantised import dynamic
 from lorafit.run import Run
 from lorafit.train import optim
+from lorafit.train.adamw import AdamW
 from lorafit.train.adamw8 import PIECE, SMALL, AdamW8bit
 from lorafit.train.loop import Job, train
 
@@ -60,6 +61,76 @@ def dense(codes, absmax, signed: bool):
     """What codes stand for, written out."""
     spread = absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return (dynamic("cpu", signed)[codes.flatten().long()] * spread).view(codes.shape)
+
+
+# --- fp32 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_in_fp32_it_is_torchs_adamw(weight_decay, native):
+    # Shapes of every remainder of the kernel's pieces; a tensor that has a gradient in some steps only; two rates.
+    shapes = [(16, 576), (7, 3), (1,), (4096,), (4097,), (33, 129), (5,)]
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+    groups = [[slice(0, 4), 1e-2], [slice(4, 7), 3e-3]]
+    made = AdamW([{"params": ours[s], "lr": lr} for s, lr in groups], 1.0, weight_decay, optim.in_memory)
+    plain = torch.optim.AdamW([{"params": theirs[s], "lr": lr} for s, lr in groups], weight_decay=weight_decay)
+    for step in range(12):
+        for given in (ours, theirs):
+            gradients(given, step, 10.0 ** (step % 3 - 1))
+            if step % 3 == 1:
+                given[1].grad = given[5].grad = None
+        versions = [p._version for p in ours]
+        with build.switched(native):
+            made.step()
+        plain.step()
+        moved = [p.grad is not None for p in ours]
+        assert [p._version > v for p, v in zip(ours, versions, strict=True)] == moved
+        made.zero_grad()
+        assert all(p.grad is None for p in ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert float(made.state[mine]["step"]) == float(plain.state[other]["step"])
+        for a, b in (
+            (mine, other),
+            *((made.state[mine][key], plain.state[other][key]) for key in ("exp_avg", "exp_avg_sq")),
+        ):
+            assert (a - b).norm() <= 2e-6 * b.norm()
+
+
+def test_in_fp32_a_transposed_gradient_is_taken_too():
+    ours, theirs = parameters((8, 5)), parameters((8, 5))
+    made, plain = AdamW([{"params": ours}], 0.1, 0.0, optim.in_memory), torch.optim.AdamW(theirs, 0.1, weight_decay=0)
+    for given, optimizer in ((ours, made), (theirs, plain)):
+        given[0].grad = torch.arange(40.0).view(5, 8).t() - 20
+        optimizer.step()
+    assert torch.allclose(ours[0], theirs[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("most", [0.0, 1.0, 1e6])
+def test_clipping_is_torchs(native, most):
+    ours, theirs = parameters((300, 577), (3,), (1,)), parameters((300, 577), (3,), (1,))
+    for given in (ours, theirs):
+        gradients(given, 3)
+    ours[2].grad = theirs[2].grad = None
+    made = AdamW([{"params": ours}], 0.1, 0.0, optim.in_memory)
+    with build.switched(native):
+        found = optim.clip(made, most)
+    wanted = float(torch.stack([p.grad.double().square().sum() for p in theirs[:2]]).sum().sqrt())
+    torch.nn.utils.clip_grad_norm_(theirs, most or math.inf)
+    assert found == pytest.approx(wanted, rel=1e-7 if native else 1e-5)  # torch's own sums are fp32
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(native, bad):
+    ours = parameters((40, 500))
+    gradients(ours, 0)
+    ours[0].grad[17, 300] = bad
+    with build.switched(native):
+        assert not math.isfinite(optim.clip(AdamW([{"params": ours}], 0.1, 0.0, optim.in_memory), 1.0))
 
 
 # --- 8 bits ------------------------------------------------------------------------------------------------------------

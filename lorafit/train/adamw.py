@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lorafit.native.adamw import Factors, takes, update
 
@@ -38,7 +39,10 @@ class AdamW:
         given = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         every = [p for parameters in given for p in parameters]
         if not takes(*every, *(p.grad for p in every)):  # type: ignore[misc]
+            for p in every:  # torch's takes the numbers as they lie in memory, whatever the strides
+                p.grad = p.grad.contiguous()  # type: ignore[union-attr]
             self._torch.step()
+            increment_version(every)  # which torch's own doesn't do, see native/adamw.py
             return
         if len(every) == len(self._steps):
             self._steps += 1
