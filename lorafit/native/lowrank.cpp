@@ -267,9 +267,21 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
             float scale = low.scale;
             if (g.bases[i].y && low.r) {
                 collect(sums, run.each, many, run.ranks, g.in, run.at[i].start, low.r, t, threads,
-                        [&](int64_t row, int64_t j, float sum) { low.da[row * g.in + j] = sum; });
+                        [&](int64_t row, int64_t rows, int64_t j, int64_t columns, const float* block) {
+                            for (int64_t k = 0; k < rows; k++)
+                                std::memcpy(low.da + (row + k) * g.in + j, block + k * WIDE, columns * sizeof(float));
+                        });
                 collect(from, run.each, many, low.r, out, 0, low.r, t, threads,
-                        [&](int64_t row, int64_t j, float sum) { low.db[j * low.r + row] = sum * scale; });
+                        [&](int64_t row, int64_t rows, int64_t j, int64_t columns, const float* block) {
+                            alignas(64) float turned[16 * WIDE];
+                            for (int64_t half = 0; half < WIDE; half += 16)
+                                transpose(block + half, WIDE * sizeof(float), turned + half * 16, 16 * sizeof(float));
+                            for (int64_t k = 0; k < columns; k++) {
+                                Floats some = widen(turned + k * 16) * scale;
+                                float* to = low.db + (j + k) * low.r + row;
+                                rows == 16 ? narrow(some, to) : narrow_some(some, to, rows);
+                            }
+                        });
             }
             from += cells(low.r, out) * CELL;
         }

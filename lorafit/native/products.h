@@ -336,18 +336,28 @@ inline void outer(const bf16* flat, int64_t left, const bf16* q, int64_t ldq, in
 }
 
 // Thread t's share of `count` columns of P from `first` on, of the cells that `many` threads have summed up, `apart` numbers
-// from each other's: `put(i, j, sum)` for the i-th of these columns and j of Q.
+// from each other's: `put(i, rows, j, columns, block)` for up to 16 of these columns of P from the i-th and 32 of Q from j on, as
+// the rows and columns of a block.
 template <typename Put>
 void collect(const float* sums, int64_t apart, int64_t many, int64_t left, int64_t right, int64_t first, int64_t count, int t,
              int threads, Put put) {
+    // Undoes pack_quickly's order.
+    const __m512i begin = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i end = _mm512_add_epi32(begin, _mm512_set1_epi32(8));
+    alignas(64) float block[16 * WIDE];
     int64_t bands = bands_of(left), panels = (right + WIDE - 1) / WIDE;
     for (int64_t panel = panels * t / threads; panel < panels * (t + 1) / threads; panel++)
-        for (int64_t i = 0; i < count; i++) {
-            const float* row = sums + (panel * bands + (first + i) / 16) * CELL + (first + i) % 16 * WIDE;
-            Floats low = widen(row), high = widen(row + 16);
-            for (int64_t n = 1; n < many; n++) low += widen(row + n * apart), high += widen(row + n * apart + 16);
-            for (int64_t j = 0; j < WIDE && panel * WIDE + j < right; j++)  // undoes pack_quickly's order
-                put(i, panel * WIDE + j, (j & 4 ? high : low)[(j & 3) + (j >> 3) * 4]);
+        for (int64_t from = 0; from < count; from += 16) {
+            int64_t rows = std::min<int64_t>(16, count - from);
+            for (int64_t i = 0; i < rows; i++) {
+                int64_t column = first + from + i;
+                const float* row = sums + (panel * bands + column / 16) * CELL + column % 16 * WIDE;
+                Floats low = widen(row), high = widen(row + 16);
+                for (int64_t n = 1; n < many; n++) low += widen(row + n * apart), high += widen(row + n * apart + 16);
+                narrow((Floats)_mm512_permutex2var_ps((__m512)low, begin, (__m512)high), block + i * WIDE);
+                narrow((Floats)_mm512_permutex2var_ps((__m512)low, end, (__m512)high), block + i * WIDE + 16);
+            }
+            put(from, rows, panel * WIDE, std::min(WIDE, right - panel * WIDE), block);
         }
 }
 }  // namespace
