@@ -88,7 +88,7 @@ class Whole:
         """Everybody who got there passes."""
         return Verdicts({rung: frozenset(there) for rung, there in enumerate(self.reached)}, {})
 
-    def cost(self, size: int) -> float:
+    def cost(self, size: int, steps: int) -> float:
         """Whole trainings."""
         return float(size)
 

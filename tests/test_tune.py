@@ -182,16 +182,17 @@ def test_a_third_goes_on_so_a_search_costs_less_than_a_third_of_training_all():
     assert halving.keeps(32) == (11, 3) and halving.keeps(12) == (4, 1) and halving.keeps(2) == (2, 1)
     assert halving.keeps(12, finalists=3) == (4, 3)
     for size in (6, 7, 8, 9, 10, 12, 16, 32, 64):
-        assert halving.cost(size) < size / 3
+        assert halving.cost(size, 64) < size / 3
+    assert halving.cost(12, 64) == 12 / 8 + 4 / 4 + 5 / 8
+    assert halving.cost(12, 24) == pytest.approx(12 * 9 / 24 + 4 * 9 / 24 + 6 / 24)  # its rungs are 9 and 18
 
 
 def test_what_a_search_of_short_trainings_costs_is_what_the_page_says():
     def share(steps: int) -> float:
-        (first, second), (most, last) = halving.rungs(steps), halving.keeps(12)
-        return (first * 12 + (second - first) * most + (steps - second) * last) / (12 * steps)
+        return halving.cost(12, steps) / 12
 
     shares = [share(steps) for steps in range(25, 57)]
-    assert min(shares) == 0.375 and round(max(shares), 2) == 0.46
+    assert round(min(shares), 3) == 0.375 and round(max(shares), 2) == 0.46
     assert (round(share(24), 2), round(share(16), 2)) == (0.52, 0.67)
     assert all(share(steps) < 1 / 3 and not too_short(steps, False) for steps in range(57, 500))
 

@@ -18,7 +18,6 @@ from lorafit.evaluate import spacing
 ETA = 3
 EIGHTHS = (1, 3)  # of its steps, after which a candidate is compared
 FEWEST = 8  # steps before anybody is cut
-SHARES = (*(part / 8 for part in EIGHTHS), 1.0)
 
 
 def rungs(steps: int) -> tuple[int, int]:
@@ -29,6 +28,12 @@ def rungs(steps: int) -> tuple[int, int]:
     return min(steps, first), min(steps, max(EIGHTHS[1] * each, 2 * first))
 
 
+def shares(steps: int) -> tuple[float, float, float]:
+    """The same, and the end, as shares of its training."""
+    first, second = rungs(steps)
+    return first / steps, second / steps, 1.0
+
+
 def keeps(size: int, finalists: int = 1) -> tuple[int, int]:
     """How many of `size` candidates go on from each rung: rounded up from the first, where losses say little yet, and down from
     the second, after which one costs as much as five have before the first."""
@@ -36,10 +41,11 @@ def keeps(size: int, finalists: int = 1) -> tuple[int, int]:
     return first, max(first // ETA, min(first, finalists))
 
 
-def cost(size: int, finalists: int = 1) -> float:
-    """What a search over `size` candidates takes, in whole trainings."""
+def cost(size: int, steps: int, finalists: int = 1) -> float:
+    """What a search over `size` candidates of so many steps takes, in whole trainings."""
     first, last = keeps(size, finalists)
-    return SHARES[0] * size + (SHARES[1] - SHARES[0]) * first + (SHARES[2] - SHARES[1]) * last
+    begin, later, end = shares(steps)
+    return begin * size + (later - begin) * first + (end - later) * last
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorafit.tune.halving import EIGHTHS, SHARES, Cut, Heat, Verdicts, keeps, ranked
+from lorafit.tune.halving import EIGHTHS, Cut, Heat, Verdicts, keeps, ranked, shares
 from lorafit.tune.space import Range, Space, Values, digits, nearly
 from lorafit.tune.strategy import FIRST
 
@@ -144,11 +144,12 @@ class Staged:
         passed[1] = frozenset(good if self.over else spared)
         return Verdicts(passed, cut)
 
-    def cost(self, size: int) -> float:
+    def cost(self, size: int, steps: int) -> float:
         """Of a stage with half of the candidates, and of others that share the rest; two are trained to their end."""
-        total, left, stages = min(size, 2) * (SHARES[-1] - SHARES[-2]), size - 1, max(1, len(self.searched))
+        first, second, end = shares(steps)
+        total, left, stages = min(size, 2) * (end - second), size - 1, max(1, len(self.searched))
         for stage in range(stages):
             own = (math.ceil(left / 2) if stage < stages - 1 else left) + (stage == 0)
             left -= own - (stage == 0)
-            total += SHARES[0] * own + (SHARES[1] - SHARES[0]) * min(own, keeps(own + (stage > 0))[0])
+            total += first * own + (second - first) * min(own, keeps(own + (stage > 0))[0])
         return total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lorafit.tune.halving import SHARES, Heat, Verdicts, cost
+from lorafit.tune.halving import Heat, Verdicts, cost, shares
 from lorafit.tune.space import Values
 
 FIRST = 4  # candidates that are tried while it isn't known yet for how many there is time
@@ -37,8 +37,8 @@ class Strategy(Protocol):
     def verdicts(self) -> Verdicts:
         """Who goes on and who is out, by now."""
 
-    def cost(self, size: int) -> float:
-        """What a search over so many candidates takes, in whole trainings."""
+    def cost(self, size: int, steps: int) -> float:
+        """What a search over so many candidates of so many steps takes, in whole trainings."""
 
 
 class Sampler(Protocol):
@@ -97,6 +97,6 @@ class AllTogether:
         """The heat's."""
         return self.heat.verdicts()
 
-    def cost(self, size: int) -> float:
+    def cost(self, size: int, steps: int) -> float:
         """Of one heat, and of what is spared in it."""
-        return cost(size, self.heat.finalists) + len(self.heat.spared) * (SHARES[-1] - SHARES[0])
+        return cost(size, steps, self.heat.finalists) + len(self.heat.spared) * (1 - shares(steps)[0])

@@ -177,7 +177,7 @@ class Study:
         spent = self.spent()
         whole = self.limit / (spent / max(done, 1e-9))
         size = max(2, len(self.search.candidates))
-        while self.search.strategy.cost(size + 1) <= whole and size < 1000:
+        while self.search.strategy.cost(size + 1, self.base.job.steps) <= whole and size < 1000:
             size += 1
         return size
 
@@ -374,7 +374,8 @@ class Study:
         }
         known = [c for c in all_of_them if c.taken and c.state != "failed" and c.best_step]
         best = min(known, key=lambda c: c.best_loss, default=None)
-        done, most = self.search.done(), self.search.strategy.cost(self.search.strategy.size or len(all_of_them))
+        size = self.search.strategy.size or len(all_of_them)
+        done, most = self.search.done(), self.search.strategy.cost(size, self.base.job.steps)
         progress.update(
             100 if over else min(99, round(100 * done / max(most, done, 1e-9))),
             100,

@@ -173,7 +173,7 @@ class _Nobody:
         """None."""
         return Verdicts({}, {})
 
-    def cost(self, size: int) -> float:
+    def cost(self, size: int, steps: int) -> float:
         """Nothing."""
         return 0.0
 
