@@ -78,6 +78,10 @@ class Run:
     def open(folder: Path) -> Run:
         """An existing run folder. RunError if it isn't one."""
         if not (folder / "config.yaml").is_file():
+            if (folder / "tune" / "search.json").is_file():
+                raise RunError(
+                    f"{folder} is a search that hasn't ended, with no run in it yet; lorafit tune --resume --out {folder} goes on"
+                )
             near = ", ".join(str(p.parent) for p in sorted(folder.parent.glob("*/config.yaml"))[:5])
             raise RunError(f"{folder} is not a run (it has no config.yaml){'; there are: ' + near if near else ''}")
         return Run(folder)

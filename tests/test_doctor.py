@@ -270,3 +270,12 @@ def test_damaged_and_foreign_folders(runs, tmp_path):
         doctor.verdict(copy, examine(copy))
     with pytest.raises(RunError, match="is not a run"):
         examine(tmp_path)
+
+
+def test_of_a_search_that_has_not_ended_it_says_how_to_go_on(tmp_path):
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune" / "search.json").write_text("{}")
+    with pytest.raises(
+        RunError, match=f"is a search that hasn't ended.*lorafit tune --resume --out {tmp_path} goes on"
+    ):
+        examine(tmp_path)

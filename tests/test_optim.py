@@ -97,13 +97,50 @@ def test_in_fp32_it_is_torchs_adamw(weight_decay, native):
             assert (a - b).norm() <= 2e-6 * b.norm()
 
 
-def test_in_fp32_a_transposed_gradient_is_taken_too():
-    ours, theirs = parameters((8, 5)), parameters((8, 5))
-    made, plain = AdamW([{"params": ours}], 0.1, 0.0, optim.in_memory), torch.optim.AdamW(theirs, 0.1, weight_decay=0)
-    for given, optimizer in ((ours, made), (theirs, plain)):
-        given[0].grad = torch.arange(40.0).view(5, 8).t() - 20
-        optimizer.step()
-    assert torch.allclose(ours[0], theirs[0], atol=1e-6)
+def turned(shape: tuple[int, int]) -> torch.nn.Parameter:
+    """A parameter whose numbers lie column by column."""
+    return torch.nn.Parameter(parameters(shape[::-1])[0].detach().t())
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("made_of", [lambda: parameters((8, 5))[0], lambda: turned((8, 5))], ids=["rows", "columns"])
+@pytest.mark.parametrize("strides", ["rows", "columns"])
+def test_in_fp32_numbers_may_lie_in_any_order(made_of, strides, native):
+    mine, other = made_of(), torch.nn.Parameter(made_of().detach().contiguous())
+    made, plain = (
+        AdamW([{"params": [mine]}], 0.1, 0.0, optim.in_memory),
+        torch.optim.AdamW([other], 0.1, weight_decay=0),
+    )
+    for step in range(3):
+        gradient = torch.arange(40.0).view(5, 8).t() - 20 + step
+        other.grad = gradient.contiguous()
+        mine.grad = other.grad.clone() if strides == "rows" else gradient.clone()
+        with build.switched(native):
+            made.step()
+        plain.step()
+    assert torch.allclose(mine, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (80, 70)])
+def test_in_8_bits_a_turned_gradient_is_taken_too(shape):
+    ours, theirs = parameters(shape), parameters(shape)
+    gradient = parameters(shape[::-1], seed=1)[0].detach().t()
+    for given, one in ((ours, gradient), (theirs, gradient.contiguous())):
+        given[0].grad = one
+        AdamW8bit([{"params": given}], 0.1, 0.0, optim.in_memory).step()
+    assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_step_without_any_gradient_changes_nothing(native):
+    ours = parameters((3, 5), (2,))
+    before = [p.detach().clone() for p in ours]
+    made = AdamW([{"params": ours}], 0.1, 0.1, optim.in_memory)
+    with build.switched(native):
+        assert optim.clip(made, 1.0) == 0
+        made.step()
+    assert all(torch.equal(p, b) for p, b in zip(ours, before, strict=True))
+    assert all(float(made.state[p]["step"]) == 0 for p in ours)
 
 
 @pytest.mark.parametrize("native", [True, False])

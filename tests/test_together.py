@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +77,32 @@ def test_each_job_is_what_it_is_alone(kind):
             wanted, found = value.double(), states[name][key].double()
             off = max(off, float((found - wanted).abs().max() / max(1, wanted.abs().max())))
         assert off < tolerance, name
+
+
+def test_another_default_dtype_changes_nothing():
+    code = """
+import sys
+sys.path[:0] = ["tests"]
+import torch
+from test_together import started
+from lorafit.train.loop import train
+made = [started(["plain", "dora"], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+if sys.argv[1] == "bf16":
+    torch.set_default_dtype(torch.bfloat16)
+for host, jobs in made:
+    for adapter in host.adapters.values():
+        adapter.float()
+    for step in train(host, jobs):
+        print([figures.loss for figures in step.jobs.values()])
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, name], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        )
+        for name in ("bf16", "usual")
+    ]
+    assert [done.returncode for done in said] == [0, 0], said[0].stderr[-500:]
+    assert said[0].stdout == said[1].stdout and said[0].stdout.count("\n") > 50
 
 
 def test_dropout_draws_the_same_bits(monkeypatch):

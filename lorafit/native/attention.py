@@ -167,7 +167,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         n, heads, dim = q.shape
         q, k, v = (_heads_together(x) for x in (q, k, v))
-        out, lse = q.new_empty(n, heads * dim), torch.empty(heads, n)
+        out, lse = q.new_empty(n, heads * dim), torch.empty(heads, n, dtype=torch.float32)
         starts = (ctypes.c_int64 * (len(lengths) + 1))(*accumulate(lengths, initial=0))
         others = (ctypes.c_int64 * max(1, len(lengths)))(
             *(-1 if other is None else other for other in before or [None] * len(lengths))

@@ -275,7 +275,7 @@ def _thin(pairs: Sequence[Pair], shape: Shape) -> int:
 def _places(like: Sequence[Tensor]) -> Iterator[Tensor]:
     """A tensor like each of these, of one piece of memory: thousands of small ones of their own take a tenth of a small step."""
     sizes = [t.numel() for t in like]
-    pieces = torch.empty(sum(sizes)).split(sizes) if like else ()
+    pieces = torch.empty(sum(sizes), dtype=torch.float32).split(sizes) if like else ()
     return (piece.view(t.shape) for piece, t in zip(pieces, like, strict=True))
 
 

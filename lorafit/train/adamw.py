@@ -23,11 +23,13 @@ class AdamW:
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], lr: float, weight_decay: float, room: Room) -> None:
-        self._torch = torch.optim.AdamW([dict(g) for g in groups], lr=lr, weight_decay=weight_decay, fused=True)
+        # Fused, torch's takes the numbers of a parameter and its gradient as they lie in memory, whatever their strides.
+        self._fused = all(p.is_contiguous() for group in groups for p in group["params"])
+        self._torch = torch.optim.AdamW([dict(g) for g in groups], lr=lr, weight_decay=weight_decay, fused=self._fused)
         self.param_groups: list[dict[str, Any]] = self._torch.param_groups
         self.state = self._torch.state
         self._parameters = parameters = [p for group in groups for p in group["params"]]
-        self._steps = torch.zeros(len(parameters))
+        self._steps = torch.zeros(len(parameters), dtype=torch.float32)
         places = room(sum(2 * p.numel() for p in parameters), parameters[0].dtype)
         for parameter, step in zip(parameters, self._steps, strict=True):
             mean, square, places = places.split([parameter.numel()] * 2 + [len(places) - 2 * parameter.numel()])
@@ -38,8 +40,10 @@ class AdamW:
         """Update every parameter that has a gradient."""
         given = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         every = [p for parameters in given for p in parameters]
+        if not every:
+            return
         if not takes(*every, *(p.grad for p in every)):  # type: ignore[misc]
-            for p in every:  # torch's takes the numbers as they lie in memory, whatever the strides
+            for p in every if self._fused else ():
                 p.grad = p.grad.contiguous()  # type: ignore[union-attr]
             self._torch.step()
             increment_version(every)  # which torch's own doesn't do, see native/adamw.py
@@ -73,5 +77,7 @@ class AdamW:
 
 def fresh(parameter: Tensor, mean: Tensor, square: Tensor) -> dict[str, Tensor]:
     """The state that torch's AdamW begins with, of zeros, as many as the parameter has."""
-    step = torch.zeros((), device=parameter.device)  # the fused optimiser counts steps where the parameter is
+    step = torch.zeros(
+        (), dtype=torch.float32, device=parameter.device
+    )  # the fused optimiser counts steps where the parameter is
     return {"step": step, "exp_avg": mean.view_as(parameter), "exp_avg_sq": square.view_as(parameter)}

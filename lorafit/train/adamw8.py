@@ -64,7 +64,7 @@ class AdamW8bit:
             at = spans[-1].end if spans else at
         self._mean, self._square = _zeros(at, True, room), _zeros(at, False, room)
         for span in (span for spans in self._spans for span in spans if span.start == 0):
-            state = self.state[span.parameter] = {"step": torch.zeros(())}
+            state = self.state[span.parameter] = {"step": torch.zeros((), dtype=torch.float32)}
             for key, average in (("exp_avg", self._mean), ("exp_avg_sq", self._square)):
                 mine = average.part(span.at, span.at + _whole(span.parameter.numel()))
                 state[key] = mine.codes[: span.parameter.numel()].view(span.parameter.shape)
@@ -73,6 +73,8 @@ class AdamW8bit:
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            parameter.grad = parameter.grad.contiguous()  # numbers are taken as they lie in memory
         self._small.step()
         for group, spans in zip(self._large, self._spans, strict=True):
             for parameter in group["params"]:
@@ -136,7 +138,7 @@ class AdamW8bit:
 
     def _update(self, group: Mapping[str, Any], piece: Sequence[Span]) -> None:
         at, end = piece[0].at, piece[-1].end
-        gradient = torch.zeros(end - at)
+        gradient = torch.zeros(end - at, dtype=torch.float32)
         for span in piece:
             gradient[span.at - at :][: span.stop - span.start] = span.of(span.parameter.grad)  # type: ignore[arg-type]
         factors = self._factors(group, piece)

@@ -269,7 +269,7 @@ def serve(end: multiprocessing.connection.Connection, config: str, chat: dict[st
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who searches
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that its scratch folder goes
+    signal.signal(signal.SIGTERM, _leave)
     torch.set_num_threads(threads)
     worker: Worker | None = None
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -280,6 +280,13 @@ def serve(end: multiprocessing.connection.Connection, config: str, chat: dict[st
                 end.send((worker.advance(items), None))
             except Exception as error:
                 end.send(([], (type(error).__name__, str(error))))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+
+
+def _leave(number: int, frame: Any) -> None:
+    """End the process so that its scratch folder goes; what asks once more isn't heard."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def _raised(kind: str, text: str) -> LorafitError:
