@@ -86,7 +86,8 @@ sys.path[:0] = ["tests"]
 import torch
 from test_together import started
 from lorafit.train.loop import train
-made = [started(["plain", "dora"], dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+sizes = dict(hidden_size=64, intermediate_size=96)  # which the kernel of products takes
+made = [started(["plain", "dora"], dtype=dtype, **sizes) for dtype in (torch.float32, torch.bfloat16)]
 if sys.argv[1] == "bf16":
     torch.set_default_dtype(torch.bfloat16)
 for host, jobs in made:
