@@ -151,6 +151,7 @@ def test_a_step_is_taken_apart(work):
     assert sum(found["parts"].values()) == pytest.approx(found["wall"], rel=0.2)
     assert {profile.FROZEN, profile.ADAPTER, profile.ATTENTION, profile.POINTWISE, profile.HEAD} <= set(found["parts"])
     assert {profile.OPTIMISER, profile.BETWEEN} <= set(found["parts"])
+    assert not [part for part in found["parts"] if part.startswith(profile.NATIVE)]  # every kernel has a kind
 
 
 def event(name, parent=None, number=-1, shapes=(), own=1.0):

@@ -49,6 +49,9 @@ _KERNELS = dict.fromkeys(
     "attention_forward": ATTENTION,
     "attention_backward": ATTENTION,
     "exponentials": HEAD,
+    "sum_squares": OPTIMISER,
+    "scale": OPTIMISER,
+    "adamw": OPTIMISER,
 }
 _NAMES = [  # of operations
     (re.compile(r"scaled_dot_product|ScaledDotProduct|flash_attention"), ATTENTION),
