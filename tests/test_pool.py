@@ -25,17 +25,14 @@ def started():
     pool.keep(True)
 
 
-def alone(code: str) -> str:
-    """What a process of its own prints that runs `code` with the pool started."""
-    before = "import torch\nfrom lorafit import machine\nfrom lorafit.native import pool\nassert pool.start()\nMB = 1 << 20\n"
-    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-# Blocks one after another: cut from one hole, while something else takes the room that there is for new ones. A fifth or more of
-# their sum comes first.
-LAID = """
+# `laid`: blocks one after another, cut from one hole, while something else takes the room that there is for new ones. More than a
+# quarter of their sum comes first.
+BEFORE = """
+import torch
+from lorafit import machine
+from lorafit.native import pool
+assert pool.start()
+MB = 1 << 20
 def laid(*sizes):
     global other
     whole = torch.empty(sum(sizes) * MB, dtype=torch.uint8)
@@ -48,6 +45,14 @@ def laid(*sizes):
     assert [(p - place) // MB for p in places] == [sum(sizes[:i]) for i in range(len(sizes))]
     return blocks, places
 """
+
+
+def alone(code: str) -> str:
+    """What a process of its own prints that runs `code` with the pool started and `laid` at hand."""
+    done = subprocess.run([sys.executable, "-c", BEFORE + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
 
 CHURN = """
 #include <c10/core/CPUAllocator.h>
@@ -129,9 +134,7 @@ for before, after in ((8, 9), (8, 7)):
 
 
 def test_the_smallest_hole_that_is_large_enough_is_taken():
-    said = alone(
-        LAID
-        + """
+    said = alone("""
 blocks, places = laid(30, 1, 8, 1, 20, 1)
 for i in (0, 2, 4):
     blocks[i] = None
@@ -144,8 +147,7 @@ less = torch.empty(2 * MB, dtype=torch.uint8)  # a hole of 30 had better wait: t
 assert pool.kept() == 30 * MB, pool.kept()
 more = torch.empty(19 * MB, dtype=torch.uint8)  # no room any more: the hole is cut
 assert more.data_ptr() == places[0] and pool.kept() == 11 * MB, pool.kept()
-"""
-    )
+""")
     assert said == ""
 
 
@@ -166,9 +168,7 @@ assert torch.empty(40 * MB, dtype=torch.uint8).data_ptr() == place
 
 
 def test_a_hole_grows_where_there_is_no_room_for_another():
-    said = alone(
-        LAID
-        + """
+    said = alone("""
 blocks, places = laid(12, 1, 10)
 blocks[0].fill_(3)
 blocks[0] = blocks[2] = None
@@ -177,23 +177,19 @@ more = torch.empty(16 * MB, dtype=torch.uint8)
 assert pool.kept() == 10 * MB, pool.kept()
 assert int(more[: 12 * MB].min()) == 3  # its pages came with it, uncleared
 assert torch.empty(9 * MB, dtype=torch.uint8).data_ptr() == places[2]
-"""
-    )
+""")
     assert said == ""
 
 
 def test_what_lay_unused_longest_goes_first():
-    said = alone(
-        LAID
-        + """
+    said = alone("""
 blocks, places = laid(9, 1, 8, 1, 7, 1)
 for i in (2, 4, 0):
     blocks[i] = None
 more = torch.empty(25 * MB, dtype=torch.uint8)  # the 9 grows, and for what is kept then there is no room
 assert pool.kept() == 7 * MB, pool.kept()
 assert torch.empty(7 * MB, dtype=torch.uint8).data_ptr() == places[4]
-"""
-    )
+""")
     assert said == ""
 
 

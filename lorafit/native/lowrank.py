@@ -317,11 +317,11 @@ class _Tiled(torch.autograd.Function):
         else:
             x, xa = some.new_empty(0, width), some.new_empty(0)
         pairs = shape.paired(trained)
-        wanted = [pair is not None and dys[i % len(dys)] is not None for i, pair in enumerate(pairs)]
-        places = _places([t for pair, want in zip(pairs, wanted, strict=True) if want and pair for t in pair[:2]])
+        wanted = [None if dys[i % len(dys)] is None else pair for i, pair in enumerate(pairs)]
+        places = _places([t for pair in wanted if pair is not None for t in pair[:2]])
         lows, found = [], []
         for pair, want in zip(pairs, wanted, strict=True):
-            da, db = (next(places), next(places)) if want else (None, None)
+            da, db = (None, None) if want is None else (next(places), next(places))
             lows.append(_low(pair, da, db))
             found += [] if pair is None else [da, db]
         weights = _numbers(frozen, some.dtype)

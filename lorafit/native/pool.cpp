@@ -102,7 +102,7 @@ private:
         }
         if (place) {
             try {
-                const size_t blocks = 2 * (used_.size() + kept_.size() + 1);
+                const size_t blocks = used_.size() + kept_.size() + 1;
                 if (kept_.capacity() < blocks) kept_.reserve(2 * blocks);  // for when it is given back
                 used_[place] = size;
                 return place;

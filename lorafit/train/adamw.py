@@ -33,7 +33,7 @@ class AdamW:
         places = room(sum(2 * p.numel() for p in parameters), parameters[0].dtype)
         for parameter, step in zip(parameters, self._steps, strict=True):
             mean, square, places = places.split([parameter.numel()] * 2 + [len(places) - 2 * parameter.numel()])
-            self.state[parameter] = fresh(parameter, mean, square) | {"step": step}
+            self.state[parameter] = state_of(parameter, step, mean, square)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -75,9 +75,6 @@ class AdamW:
                 parameter.grad = None
 
 
-def fresh(parameter: Tensor, mean: Tensor, square: Tensor) -> dict[str, Tensor]:
-    """The state that torch's AdamW begins with, of zeros, as many as the parameter has."""
-    step = torch.zeros(
-        (), dtype=torch.float32, device=parameter.device
-    )  # the fused optimiser counts steps where the parameter is
+def state_of(parameter: Tensor, step: Tensor, mean: Tensor, square: Tensor) -> dict[str, Tensor]:
+    """What torch's AdamW keeps of a parameter: its steps () fp32, and both averages, as many numbers as the parameter has."""
     return {"step": step, "exp_avg": mean.view_as(parameter), "exp_avg_sq": square.view_as(parameter)}

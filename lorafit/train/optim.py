@@ -19,7 +19,7 @@ from lorafit.adapter import Adapter
 from lorafit.errors import ConfigError
 from lorafit.native import adamw
 from lorafit.native.adamw8 import BLOCK
-from lorafit.train.adamw import AdamW, Room, fresh
+from lorafit.train.adamw import AdamW, Room, state_of
 from lorafit.train.adamw8 import AdamW8bit
 
 SLIGHT = 1e-6  # what torch adds to a norm before it divides by it
@@ -167,7 +167,8 @@ def restore(adapter: Adapter, optimizer: Optimizer, tensors: Mapping[str, Tensor
             continue  # a parameter that hadn't had a gradient yet
         there = optimizer.state[parameter]
         if not there:
-            there.update(fresh(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)))
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where the fused optimiser counts
+            there.update(state_of(parameter, step, torch.zeros_like(parameter), torch.zeros_like(parameter)))
         if wrong := saved[name].keys() ^ (there.keys() - _TABLES):
             raise KeyError(f"{name}.{min(wrong)}")
         for key, tensor in saved[name].items():
