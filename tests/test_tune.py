@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import xml.dom.minidom
 from pathlib import Path
 
@@ -734,6 +735,11 @@ def check_by_workers(out: Path) -> None:
         assert steps == list(range(1, len(steps) + 1))
 
 
+def scratch_of(folder: Path) -> dict[int, Path]:
+    """The workers' scratch folders, by process."""
+    return {int(found.name.split("-")[-2]): found for found in folder.glob("lorafit-worker-*")}
+
+
 class Here:
     """A Crew of this very process."""
 
@@ -761,11 +767,73 @@ def test_a_worker_that_dies_has_its_candidates_go_on_elsewhere(tiny_model, data_
 
 def test_subprocesses_that_are_killed_lose_nothing_that_they_told(tiny_model, data_file, tmp_path, monkeypatch):
     killing(monkeypatch, 2)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(workers.tempfile, "tempdir", None)  # which remembers another
     with pytest.raises(RunError, match="all workers have died"):
         by_workers(tiny_model, data_file, tmp_path / "run", "local:2")
+    assert not scratch_of(scratch)
     monkeypatch.undo()
     study.resume(tmp_path / "run", QUIET, workers="none")
     check_by_workers(tmp_path / "run")
+
+
+def running(pid: int) -> bool:
+    """Not for one that has ended and that nobody has asked about yet."""
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def until(seconds: float, done) -> bool:
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.1)
+    return done()
+
+
+def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(tiny_model, data_file, tmp_path):
+    words = [sys.executable, "-m", "lorafit", "tune", str(data_file), "--model", str(tiny_model), "--search", "random"]
+    words += ["--workers", "local:2", "--budget", "2", "--together", "1", "--out", str(tmp_path / "run")]
+    words += ["steps=10000000", "eval_every=10000000", "batch_tokens=100", "lr=1e-5"]  # they have nothing to tell
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with (tmp_path / "log").open("w") as log:
+        search = subprocess.Popen(words, env=os.environ | {"TMPDIR": str(scratch)}, stdout=log, stderr=log)
+    pids: set[int] = set()
+    try:
+        # a candidate's folder lies in each: they train
+        assert until(120, lambda: len(list(scratch.glob("lorafit-worker-*/*"))) == 2 or search.poll() is not None)
+        assert search.poll() is None, (tmp_path / "log").read_text()
+        pids = set(scratch_of(scratch))
+        assert len(pids) == 2 and all(map(running, pids))
+        search.kill()
+        search.wait()
+        assert until(20, lambda: not any(map(running, pids)) and not scratch_of(scratch))
+    finally:
+        search.kill()
+        search.wait()
+        for pid in filter(running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_new_worker_removes_the_scratch_folders_of_dead_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers.tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = workers._scratch()
+    stays = [
+        f"{here}{os.getpid()}-a",
+        f"lorafit-worker-elsewhere-{dead.pid}-a",
+        "lorafit-worker-a",
+        f"{here}-a",
+        "mine",
+    ]
+    for name in [*stays, f"{here}{dead.pid}-a"]:
+        (tmp_path / name / "001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="nonsense"):
+        workers.Worker("nonsense: 1", {})
+    assert {folder.name for folder in tmp_path.iterdir()} == set(stays)
 
 
 def test_a_ray_cluster_of_two_workers_loses_one(tiny_model, data_file, tmp_path, monkeypatch):

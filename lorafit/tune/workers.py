@@ -15,9 +15,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +77,8 @@ class Worker:
     """A base with the candidates that it was given. `config` is what the base and the rows depend on, resolved."""
 
     def __init__(self, config: str, chat: dict[str, Any]) -> None:
-        self.scratch = tempfile.TemporaryDirectory(prefix="lorafit-worker-")
+        _tidy(lambda pid: not _runs(pid))
+        self.scratch = tempfile.TemporaryDirectory(prefix=f"{_scratch()}{os.getpid()}-")
         self.base = Training(fit.build(yaml.safe_load(config)), QUIET, chat)
         self.base.host.remove(self.base.name)
         self.search = Search(_Nobody(), _none, places=0)
@@ -148,6 +152,32 @@ class Worker:
             self.books.forget(number)
             run.remove()
         return told
+
+
+def _scratch() -> str:
+    """What the names of this machine's scratch folders begin with; a process's number follows, which another machine that shares
+    the folder for temporary files (a container does) may have given to another process."""
+    return f"lorafit-worker-{socket.gethostname()}-"
+
+
+def _tidy(wanted: Callable[[int], bool]) -> None:
+    """Remove this user's scratch folders of such processes of this machine."""
+    for folder in Path(tempfile.gettempdir()).iterdir():
+        number = folder.name.removeprefix(_scratch()).partition("-")[0]
+        if folder.name.startswith(_scratch()) and number.isdecimal() and wanted(int(number)):
+            with contextlib.suppress(OSError):  # somebody else may be removing it too
+                if folder.lstat().st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class _Nobody:
@@ -262,6 +292,7 @@ class Local:
             process.join(PATIENCE)
             if process.is_alive():
                 process.kill()
+        _tidy(lambda pid: any(process.pid == pid for process in self.processes.values()))  # of those that were killed
 
 
 def serve(end: multiprocessing.connection.Connection, config: str, chat: dict[str, Any], threads: int) -> None:
@@ -270,6 +301,7 @@ def serve(end: multiprocessing.connection.Connection, config: str, chat: dict[st
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who searches
     signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_follow, daemon=True).start()
     torch.set_num_threads(threads)
     worker: Worker | None = None
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -281,6 +313,15 @@ def serve(end: multiprocessing.connection.Connection, config: str, chat: dict[st
             except Exception as error:
                 end.send(([], (type(error).__name__, str(error))))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+
+
+def _follow() -> None:
+    """End the process when the one who searches is gone, even by a kill: then nobody wants what it is at."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # the system closes a dead process's end of a pipe
+    _tidy(lambda pid: pid == os.getpid())
+    os._exit(0)
 
 
 def _leave(number: int, frame: Any) -> None:
