@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SPINNER_AFTER = 0.5  # seconds; what is faster than this needs no spinner
 LINE_AFTER = 2.0  # seconds; the same without a terminal
 LINE_AGAIN = 30.0
+NARROW = 20  # columns: nothing is broken into shorter lines, however narrow the terminal
 PLAIN_EVERY = 5.0  # seconds between progress lines without a terminal
 
 # Text from data files and models is printed as it is: it must not be able to move the cursor or recolour the terminal.
@@ -260,10 +262,16 @@ def working(text: str, terminal: Terminal | None = None) -> Working:
     return Working(text, terminal)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], align: Sequence[str] | None = None) -> str:
-    """An aligned text table. `align` holds 'l' or 'r' for each column, as in "lrr"; default: numbers to the right."""
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], align: Sequence[str] | None = None, fit: int | None = None
+) -> str:
+    """An aligned text table. `align` holds 'l' or 'r' for each column, as in "lrr"; default: numbers to the right. Where it is
+    wider than `fit`, its last column is broken into lines under each other."""
     cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
     cells = [row + [""] * (len(headers) - len(row)) for row in cells]
+    if fit is not None:
+        before = sum(max(map(width, column)) + 2 for column in list(zip(headers, *cells, strict=True))[:-1])
+        cells = [line for row in cells for line in _broken(row, max(NARROW, fit - before))]
     columns = list(zip(*cells, strict=True)) if cells else [()] * len(headers)
     align = align or ["r" if any(column) and all(map(_numeric, column)) else "l" for column in columns]
     widths = [max(map(width, (head, *column))) for head, column in zip(headers, columns, strict=True)]
@@ -273,6 +281,33 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], align: Sequence
         return "  ".join(g + c if a == "r" else c + g for c, g, a in zip(row, gaps, align, strict=True)).rstrip()
 
     return "\n".join(map(line, [headers, ["-" * wide for wide in widths], *cells]))
+
+
+def _broken(row: list[str], columns: int) -> list[list[str]]:
+    """A table's row with its last cell on lines of that many columns."""
+    first, *others = wrap(row[-1], columns)
+    return [[*row[:-1], first], *([""] * (len(row) - 1) + [line] for line in others)]
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """`text` in lines of at most so many `columns`, at least one: broken between words, and within what is wider than a line,
+    as Chinese sentences are."""
+    lines, line = [], ""
+    for word in text.split():
+        if line and width(line) + 1 + width(word) > columns:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}" if line else word
+        while width(line) > columns:
+            end = max(1, next(i for i in range(len(line)) if width(line[: i + 1]) > columns))
+            lines.append(line[:end])
+            line = line[end:]
+    return [*lines, line] if line or not lines else lines
+
+
+def terminal_columns() -> int | None:
+    """How wide the terminal is that stdout goes to; None for a pipe or a file, where lines may be of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def width(text: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lorafit.log
-from lorafit.log import Eta, Progress, Terminal, Working, count, cut, duration, say, size, table, width
+from lorafit.log import Eta, Progress, Terminal, Working, count, cut, duration, say, size, table, width, wrap
 
 DEMO = Path(lorafit.log.__file__).parent / "demo.jsonl"
 
@@ -60,6 +60,37 @@ def test_table_counts_chinese_characters_as_two_columns():
 def test_table_aligns_as_told_and_keeps_rows_on_one_line():
     assert table(["a", "bb"], [["x\ny", 1], ["z"]], "rl") == "  a  bb\n---  --\nx y  1\n  z"
     assert table(["a", "b"], []) == "a  b\n-  -"
+
+
+def test_table_breaks_its_last_column_to_fit():
+    rows = [["r=16", "far more than these rows hold (arXiv 2106.09685)"], ["lr", "塔" * 20], ["alpha=32", ""]]
+    assert table(["setting", "why"], rows, "ll", fit=80) == table(["setting", "why"], rows, "ll")
+    assert table(["setting", "why"], rows, "ll", fit=35).split("\n") == [
+        "setting   why",
+        "--------  " + "-" * 24,
+        "r=16      far more than these rows",
+        "          hold (arXiv 2106.09685)",
+        "lr        " + "塔" * 12,
+        "          " + "塔" * 8,
+        "alpha=32",
+    ]
+    assert max(map(width, table(["setting", "why"], rows, "ll", fit=3).split("\n"))) == 30  # no narrower
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("", [""]),
+        ("one two three", ["one", "two", "three"]),
+        ("a b c d", ["a b c", "d"]),
+        ("abcdefgh", ["abcde", "fgh"]),
+        ("灯塔看守人", ["灯塔", "看守", "人"]),
+        ("a 灯塔看守人", ["a", "灯塔", "看守", "人"]),
+    ],
+)
+def test_wrap(text, wanted):
+    assert wrap(text, 5) == wanted
+    assert "".join(wrap(text, 1)) == text.replace(" ", "")  # a character is wider, and stays
 
 
 @pytest.mark.parametrize("text, columns, wanted", [("abcdef", 6, "abcdef"), ("abcdefg", 6, "abc..."), ("abc", 0, "")])
