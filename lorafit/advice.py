@@ -218,6 +218,9 @@ def _rank(config: Config, facts: Facts, shape: Any, task: str) -> list[Choice]:
             for key in own
         ]
     r, why, source = _rank_for(facts, shape, task)
+    if r > (side := min(_sides(shape))):
+        why = f"the model's smallest matrix has a side of {side}, to which a larger r adds nothing"
+        r, source = side, "the model's config.json"
     made = [Choice("r", r, why, source)]
     if "alpha" in config.given:
         return [*made, _yours("alpha", options["alpha"])]
@@ -239,12 +242,18 @@ def _rank_for(facts: Facts, shape: Any, task: str) -> tuple[int, str, str]:
 
 def numbers_a_rank(shape: Any) -> int:
     """Numbers that a LoRA on all linear layers trains for each rank, of a decoder with a gated feed-forward."""
+    h, q, kv, inner = _sides(shape)
+    return int(shape.get_text_config().num_hidden_layers) * (2 * (h + q) + 2 * (h + kv) + 3 * (h + inner))
+
+
+def _sides(shape: Any) -> tuple[int, int, int, int]:
+    """The sizes that a layer's matrices have on their sides: the model's width, queries, keys, and the feed-forward's width."""
     text = shape.get_text_config()
     h, heads = int(text.hidden_size), int(getattr(text, "num_attention_heads", None) or 1)  # some have none at all
     dim = int(getattr(text, "head_dim", None) or h // heads)
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * dim
+    kv = int(getattr(text, "num_key_value_heads", None) or heads) * dim
     inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * h)
-    return int(text.num_hidden_layers) * (2 * (h + heads * dim) + 2 * (h + kv) + 3 * (h + inner))
+    return h, heads * dim, kv, inner
 
 
 def _batch(config: Config, tokens: int, an_epoch: int) -> Choice:

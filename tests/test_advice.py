@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import WORDS, conversation
-from transformers import MambaConfig
+from transformers import LlamaConfig, MambaConfig
 
 from lorafit import advice, fit, plan
 from lorafit.advice import Facts, advise, default_lr, numbers_a_rank, rate_for
@@ -139,13 +139,22 @@ def test_few_rows_get_more_passes_if_something_stops_them(tiny_model, tmp_path):
 
 def test_the_rank_grows_with_what_there_is_to_learn(tiny_model, data_file):
     config, rows, facts = facts_of(tiny_model, data_file)
-    shape = shape_of(tiny_model)
     model = plan.empty(config, tiny_model)
-    assert numbers_a_rank(shape) == model.numbers // 16
+    assert numbers_a_rank(shape_of(tiny_model)) == model.numbers // 16
+    shape = LlamaConfig(hidden_size=128, num_attention_heads=2, num_hidden_layers=2, intermediate_size=256)
     much = Facts(**{**vars(facts), "learned": int(40 * numbers_a_rank(shape) * 2 / 3)})
     found = {c.setting: c.value for c in advise(config, much, shape, rows.train)}
     assert found["r"] == 64 and found["alpha"] == 32
     assert {c.setting: c.value for c in advise(config, facts, shape, rows.train, "style")}["r"] == 8
+
+
+@pytest.mark.parametrize("heads, side", [(2, 16), (4, 32), (1, 8)])
+def test_the_rank_is_no_larger_than_the_smallest_side_of_a_matrix(tiny_model, data_file, heads, side):
+    config, rows, facts = facts_of(tiny_model, data_file)
+    shape = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=heads)
+    much = Facts(**{**vars(facts), "learned": 10**9})
+    found = {c.setting: c for c in advise(config, much, shape, rows.train)}
+    assert found["r"].value == side and f"a side of {side}" in found["r"].reason and found["alpha"].value == 32
 
 
 def test_gpt2s_config_has_its_numbers_under_other_names():
