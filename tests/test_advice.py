@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from conftest import WORDS, conversation
 from transformers import LlamaConfig, MambaConfig
 
-from lorafit import advice, fit, plan
+from lorafit import advice, fit, log, pace, plan
 from lorafit.advice import Facts, advise, default_lr, numbers_a_rank, rate_for
 from lorafit.cli import main
 from lorafit.errors import ModelError
@@ -208,7 +209,38 @@ def test_it_measures_how_new_the_rows_are(tiny_model, data_file, capsys):
     assert main(["advise", str(data_file), "--model", str(tiny_model), "precision=fp32"]) == 0
     out = capsys.readouterr().out
     assert "the base's loss on some of these rows is" in out and "far from what it knows" in out
-    assert "training takes about" in out and "lorafit train" in out
+    assert re.search(r"training takes about .* ±\d+% \(measured here\): steps .*, held-out rows .*, answers ", out)
+    assert "lorafit train" in out
+    assert main(["advise", str(data_file), "--model", str(tiny_model), "--no-measure"]) == 0
+    assert "`lorafit plan` measures how long training takes" in capsys.readouterr().out
+
+
+def test_the_time_is_what_plan_says(tiny_model, data_file, capsys, monkeypatch):
+    time = pace.Time(steps=67.0, evaluations=23.0, answers=36.0, off=0.1)
+    monkeypatch.setattr(pace, "measured", lambda *arguments: time)
+    words = [str(data_file), "--model", str(tiny_model), "precision=fp32"]
+    assert main(["advise", *words]) == main(["plan", *words]) == 0
+    line = "training takes about 2 min 6 s ±10% (measured here): steps 1 min 7 s, held-out rows 23 s, answers 36 s"
+    assert capsys.readouterr().out.count(line) == 2
+    found = {}
+    for verb in ("advise", "plan"):
+        assert main([verb, *words, "--json"]) == 0
+        found[verb] = json.loads(capsys.readouterr().out)
+    for key in ("seconds", "seconds_of", "seconds_off"):
+        assert found["advise"][key] == found["plan"][key]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_it_fits_the_terminal(tiny_model, tmp_path, capsys, monkeypatch, columns):
+    monkeypatch.setattr(log, "terminal_columns", lambda: columns)
+    monkeypatch.chdir(tmp_path)
+    data = file(tmp_path, [asked(f"灯塔 {i}", "灯塔看守人 " * 9) for i in range(40)])
+    assert main(["advise", data.name, "--model", str(tiny_model), "--no-measure"]) == 0
+    out = capsys.readouterr().out
+    shown, _, command = out.partition("\nto train with these settings:\n")
+    assert "tokens for a character of these" in " ".join(shown.split()) and command
+    assert max(map(log.width, shown.splitlines())) <= columns
+    assert "arXiv 2602.06204" in " ".join(shown.split())
 
 
 def test_a_model_without_attention_heads_has_a_size_too():

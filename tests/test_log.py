@@ -8,7 +8,21 @@ from pathlib import Path
 import pytest
 
 import lorafit.log
-from lorafit.log import Eta, Progress, Terminal, Working, count, cut, duration, say, size, table, width, wrap
+from lorafit.log import (
+    Eta,
+    Progress,
+    Terminal,
+    Working,
+    count,
+    cut,
+    duration,
+    say,
+    size,
+    table,
+    terminal_columns,
+    width,
+    wrap,
+)
 
 DEMO = Path(lorafit.log.__file__).parent / "demo.jsonl"
 
@@ -91,6 +105,13 @@ def test_table_breaks_its_last_column_to_fit():
 def test_wrap(text, wanted):
     assert wrap(text, 5) == wanted
     assert "".join(wrap(text, 1)) == text.replace(" ", "")  # a character is wider, and stays
+
+
+def test_a_pipe_has_no_width(monkeypatch):
+    assert terminal_columns() is None
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "72")
+    assert terminal_columns() == 72
 
 
 @pytest.mark.parametrize("text, columns, wanted", [("abcdef", 6, "abcdef"), ("abcdefg", 6, "abc..."), ("abc", 0, "")])

@@ -23,6 +23,7 @@ EXAMPLE = """\
   lorafit advise data.jsonl --model DIR --task classify
   lorafit advise data.jsonl --out settings.yaml && lorafit train settings.yaml"""
 
+MARGIN = " " * 10  # of what is said of the data
 MEASURED_ROWS, MEASURED_TOKENS = 32, 4096  # of the rows that the base's loss is measured on
 
 
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     with importing():
         from lorafit import advice, plan
         from lorafit.model.load import shape_of
-        from lorafit.verbs.plan import time_of
+        from lorafit.log import terminal_columns
+        from lorafit.verbs.plan import seconds, time_of, timed
 
     out = terminal()
     _check(args, list(advice.TASKS))
@@ -67,11 +69,10 @@ def run(args: argparse.Namespace) -> None:
     with out.working("adding up"):
         model = plan.empty(config, path, place.gpu, want.source)
         verdict = plan.judge(config, model, data.train, place.memory, config.memory is None, data.held_out)
-        peak = plan.estimate(config, model, data.train, data.held_out).peak_bytes
-    choices += _for_memory(config, verdict, peak, place)
+        asked = plan.estimate(config, model, data.train, data.held_out)
+    choices += _for_memory(config, verdict, asked.peak_bytes, place)
     changed = replace(config, **verdict.change)
     time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
-    seconds = time.total if time is not None else None
     loss = None if args.no_measure else _base_loss(config, data, want.source, out)
     notes = _notes(facts, data, loss)
     command = _command(args, choices)
@@ -85,14 +86,18 @@ def run(args: argparse.Namespace) -> None:
                 "settings": {choice.setting: choice.to_json() for choice in choices},
                 **verdict.to_json(),
                 "for": place.name,
-                "seconds": seconds,
+                **seconds(time),
                 "notes": notes,
                 "command": command,
             }
         )
         return
-    machine = _machine(verdict, place, seconds, plan.way_out(config, verdict))
-    print(_described(config, facts, choices, [*notes, *machine]))
+    fits = _fits(verdict, place, plan.way_out(config, verdict))
+    takes = timed(asked, verdict, place, time)
+    if args.no_measure and place.here and not place.gpu and (verdict.fits or verdict.change):
+        takes = "`lorafit plan` measures how long training takes"
+    lines = [*notes, fits, *([takes] if takes else [])]
+    print(_described(config, facts, choices, lines, terminal_columns()))
     print(f"\nto train with these settings:\n  {command}")
     same = not verdict.change and (args.task is None or args.task == facts.task)
     if same:
@@ -180,34 +185,32 @@ def _novelty(loss: float) -> str:
     return "far from what it knows; expect to need more rows, or another base"
 
 
-def _described(config: Config, facts: Facts, choices: list[Choice], notes: list[str]) -> str:
+def _described(config: Config, facts: Facts, choices: list[Choice], notes: list[str], columns: int | None) -> str:
+    """For a terminal that is so many columns wide; None: lines of any length."""
     from lorafit.advice import TASKS
-    from lorafit.log import count, table
+    from lorafit.log import NARROW, count, table, wrap
 
-    lines = [
-        f"data      {config.data}",
-        f"          {count(facts.rows)} rows to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
+    said = [
+        f"{count(facts.rows)} rows to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
         f" {count(facts.learned)} of them learned; a row has {facts.median} tokens (median), at most {facts.longest}",
-        f"          looks like {facts.task}: {TASKS[facts.task]} (--task says otherwise); writing: {facts.script}",
+        f"looks like {facts.task}: {TASKS[facts.task]} (--task says otherwise); writing: {facts.script}",
+        *notes,
     ]
-    lines += [f"          {note}" for note in notes]
+    if columns is not None:
+        said = ["\n  ".join(wrap(line, max(NARROW, columns - len(MARGIN) - 2))) for line in said]
+    text = "\n".join([str(config.data), *said]).replace("\n", "\n" + MARGIN)
     rows = [[choice.words, f"{choice.reason} ({choice.source})"] for choice in choices]
-    return "\n".join([*lines, "", table(["setting", "why (from)"], rows, "ll")])
+    return f"{'data':{len(MARGIN)}}{text}\n\n{table(['setting', 'why (from)'], rows, 'll', columns)}"
 
 
-def _machine(verdict: Verdict, place: Place, seconds: float | None, way_out: str) -> list[str]:
-    from lorafit.log import duration, size
+def _fits(verdict: Verdict, place: Place, way_out: str) -> str:
+    from lorafit.log import size
 
     peak = size(verdict.best.peak_bytes)
     fits = (
         "it fits" if verdict.fits else "it fits with these settings" if verdict.change else f"it doesn't fit: {way_out}"
     )
-    took = (
-        f"; training takes about {duration(seconds)}"
-        if seconds is not None and (verdict.fits or verdict.change)
-        else ""
-    )
-    return [f"{place.name}: {fits} (peak {peak} of {size(place.memory)}){took}"]
+    return f"{place.name}: {fits} (peak {peak} of {size(place.memory)})"
 
 
 def _command(args: argparse.Namespace, choices: list[Choice]) -> str:

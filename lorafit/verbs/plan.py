@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import UserError
 from lorafit.verbs.common import add_json, importing, print_json, refuse, terminal, wanted
@@ -89,9 +89,7 @@ def run(args: argparse.Namespace) -> int:
                 **asked.to_json(),
                 **verdict.to_json(),
                 "for": place.name,
-                "seconds": time.total if time is not None else None,
-                "seconds_of": time.to_json() if time is not None else None,
-                "seconds_off": time.off if time is not None else None,
+                **seconds(time),
                 "seconds_are": "measured" if place.here else "from the data sheet",
                 "otherwise": None
                 if other is None
@@ -128,6 +126,13 @@ def time_of(
         return None
     with out.working("measuring steps on this machine"):
         return measured(config, path, rows, made, share * SECONDS)
+
+
+def seconds(time: Time | None) -> dict[str, Any]:
+    """The time for --json."""
+    if time is None:
+        return {"seconds": None, "seconds_of": None, "seconds_off": None}
+    return {"seconds": time.total, "seconds_of": time.to_json(), "seconds_off": time.off}
 
 
 def otherwise(asked: Estimate, other: Estimate, time: Time | None, others: Time | None) -> str:
