@@ -252,3 +252,35 @@ def test_a_folder_without_a_tokenizer_says_which_files_are_missing(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match=r"has no tokenizer \(none of tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rows, words, says",
+    [
+        ([0, 1, 2], [], "only 3 rows, and 16 are needed to hold some out; nothing is held out"),
+        ([0, 1, 2] * 20, [], "all of the 60 rows are there more than once (3 different ones); nothing is held out"),
+        ([*range(3), *[7] * 57], [], "only 3 rows are held out, because the others are there more than once"),
+        (range(30), ["held_out_share=0"], "held_out_share=0; nothing is held out"),
+        (
+            range(30),
+            ["--held-out", "rows.jsonl"],
+            "every row of rows.jsonl is one of the training rows too; nothing is",
+        ),
+    ],
+)
+def test_why_nothing_is_held_out(tiny_model, tmp_path, capsys, monkeypatch, rows, words, says):
+    monkeypatch.chdir(tmp_path)
+    data = file(tmp_path, [conversation(i) for i in rows])
+    notes = shown(capsys, data.name, "--model", tiny_model, *words)["notes"]
+    assert sum(note.startswith(says) for note in notes) == 1
+    assert not any("16" in note for note in notes if not note.startswith("only 3 rows, and 16"))
+
+
+def test_placeholders_are_told(tiny_model, tmp_path, capsys):
+    data = file(tmp_path, [asked(f"one {i}", f"I am {{{{name}}}} {i}" if i % 2 else "the cat") for i in range(60)])
+    notes = [note for note in shown(capsys, data, "--model", tiny_model)["notes"] if "placeholder" in note]
+    assert len(notes) == 1
+    assert (
+        notes[0].startswith("line 2: an answer holds a placeholder such as {{name}}")
+        and "(30 rows: lines 2, " in notes[0]
+    )

@@ -114,6 +114,8 @@ CONVERSATION = 1 << 5  # the bit of rows that have messages
 SHOWN = 5  # lines that a note on several rows names
 _PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
 
+PLACEHOLDER = "an answer holds a placeholder such as {{name}}, which it would learn to say; put in what it stands for"
+
 NOTES = (
     "the chat template leaves out reasoning_content",
     "the chat template leaves out the reasoning of all but the last answer; learn=last learns only whole answers",
@@ -124,7 +126,7 @@ NOTES = (
     "the template begins an answer otherwise than its generation prompt; the prompt at inference will differ from "
     "training",
     "the content holds the text of a special token, which is read as that token",
-    "an answer holds a placeholder such as {{name}}, which it would learn to say; put in what it stands for",
+    PLACEHOLDER,
 )
 
 

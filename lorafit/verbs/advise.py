@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorafit.advice import Choice, Facts
     from lorafit.config import Config
     from lorafit.data import Dataset
+    from lorafit.data.report import Report
     from lorafit.places import Place
     from lorafit.plan import Verdict
 
@@ -54,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
     refuse(args)
     with importing():
         from lorafit import advice, plan
-        from lorafit.model.load import shape_of
         from lorafit.log import terminal_columns
+        from lorafit.model.load import shape_of
         from lorafit.verbs.plan import seconds, time_of, timed
 
     out = terminal()
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     changed = replace(config, **verdict.change)
     time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
     loss = None if args.no_measure else _base_loss(config, data, want.source, out)
-    notes = _notes(facts, data, loss)
+    notes = _notes(config, facts, data, loss)
     command = _command(args, choices)
     if args.yaml:
         _write(Path(args.yaml), config, choices)
@@ -152,8 +153,11 @@ def _base_loss(config: Config, data: Dataset, source: Path | None, out: Any) -> 
         return evaluate(host, rows, tokens=1024, progress=spinner.update).loss
 
 
-def _notes(facts: Facts, data: Dataset, loss: float | None) -> list[str]:
+def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None) -> list[str]:
     """What no setting mends, or what is to be known beside them."""
+    from lorafit.data.dataset import LEAST
+    from lorafit.data.report import PLACEHOLDER
+
     report, found = data.report, []
     if loss is not None:
         found.append(f"the base's loss on some of these rows is {loss:.2f}: {_novelty(loss)}")
@@ -163,8 +167,10 @@ def _notes(facts: Facts, data: Dataset, loss: float | None) -> list[str]:
             f" little of their writing, or of a part of it (most is {facts.script}); a base that knows it will learn more"
         )
     if not facts.held_out:
+        found.append(f"{_why_none(config, facts, report)}; nothing is held out, so nobody will know how well it learns")
+    elif not config.held_out and facts.held_out < LEAST:
         found.append(
-            f"only {facts.rows} rows: nothing is held out, so nobody will know how well it learns; 16 rows are needed"
+            f"only {facts.held_out} rows are held out, because the others are there more than once; so few say little"
         )
     elif facts.rows < 50:
         found.append(f"only {facts.rows} rows to train on: it will learn a manner, hardly facts, and memorise soon")
@@ -172,9 +178,25 @@ def _notes(facts: Facts, data: Dataset, loss: float | None) -> list[str]:
         found.append(
             f"{len(report.duplicates)} of {report.rows} rows are duplicates, which weigh double; leave them out"
         )
+    found += [f"line {note.line}: {note.reason}" for note in report.notes if note.reason.startswith(PLACEHOLDER)]
     if report.share < 0.1:
         found.append(f"only {report.share:.0%} of the tokens are learned; the rest is prompt and only costs time")
     return found
+
+
+def _why_none(config: Config, facts: Facts, report: Report) -> str:
+    """Why nothing is held out."""
+    from lorafit.data.dataset import SMALLEST
+
+    if config.held_out:
+        return f"every row of {config.held_out} is one of the training rows too"
+    if config.held_out_share <= 0:
+        return f"held_out_share={config.held_out_share:g}"
+    if facts.rows < SMALLEST:
+        return f"only {facts.rows} rows, and {SMALLEST} are needed to hold some out"
+    return (
+        f"all of the {facts.rows} rows are there more than once ({facts.rows - len(report.duplicates)} different ones)"
+    )
 
 
 def _novelty(loss: float) -> str:
