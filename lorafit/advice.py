@@ -19,7 +19,7 @@ import numpy as np
 
 from lorafit.batches import Plan, default_tokens
 from lorafit.config import Config
-from lorafit.data import Dataset, Tokens
+from lorafit.data import Chat, Dataset, Tokens
 from lorafit.data.store import lengths_of
 from lorafit.methods import find
 
@@ -115,12 +115,12 @@ class Facts:
             return "extract"
         return "code" if sum("```" in text for text in self.answers) > most else "chat"
 
-    @cached_property
-    def tokens_a_character(self) -> float:
-        """Of some rows: how well the tokenizer knows their script. 0 where there are no characters."""
-        texts = [[row.example.text or "", *(m.content for m in row.example.messages)] for row in self.lines]
-        characters = sum(len(text) for each in texts for text in each)
-        return sum(len(row.ids) for row in self.lines) / characters if characters else 0.0
+    def tokens_a_character(self, chat: Chat) -> float:
+        """Of the texts of some rows, without what the template adds: how well the tokenizer knows their script. 0 where there are
+        no characters."""
+        texts = [t for row in self.lines for t in [row.example.text or "", *(m.content for m in row.example.messages)]]
+        characters = sum(map(len, texts))
+        return sum(len(chat.ids(text)) for text in texts) / characters if characters else 0.0
 
     @cached_property
     def script(self) -> str:
@@ -141,7 +141,6 @@ class Facts:
             **{key: getattr(self, key) for key in keys},
             "looks_like": self.task,
             "script": self.script,
-            "tokens_a_character": round(self.tokens_a_character, 3),
         }
 
 

@@ -192,6 +192,14 @@ def test_a_script_is_told_from_its_letters(tiny_model, tmp_path):
     assert facts_of(tiny_model, data)[2].script == "Chinese"
 
 
+def test_how_well_the_tokenizer_knows_the_writing_is_told_of_the_texts_alone(tiny_model, tmp_path, capsys):
+    """Most tokens of short rows are the template's."""
+    data = file(tmp_path, [asked("the cat sat on the mat", "one") for i in range(20)])
+    found = shown(capsys, data, "--model", tiny_model)
+    ids = load_tokenizer(tiny_model)(["the cat sat on the mat", "one"], add_special_tokens=False)["input_ids"]
+    assert found["data"]["tokens_a_character"] == pytest.approx(sum(map(len, ids)) / 25, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -257,9 +265,10 @@ def test_a_folder_without_a_tokenizer_says_which_files_are_missing(tmp_path):
 @pytest.mark.parametrize(
     "rows, words, says",
     [
+        ([0], [], "only 1 row, and 16 are needed to hold some out; nothing is held out"),
         ([0, 1, 2], [], "only 3 rows, and 16 are needed to hold some out; nothing is held out"),
         ([0, 1, 2] * 20, [], "all of the 60 rows are there more than once (3 different ones); nothing is held out"),
-        ([*range(3), *[7] * 57], [], "only 3 rows are held out, because the others are there more than once"),
+        ([*range(3), *[7] * 57], [], "only 3 rows could be held out, because the others are there more than once"),
         (range(30), ["held_out_share=0"], "held_out_share=0; nothing is held out"),
         (
             range(30),
@@ -273,7 +282,7 @@ def test_why_nothing_is_held_out(tiny_model, tmp_path, capsys, monkeypatch, rows
     data = file(tmp_path, [conversation(i) for i in rows])
     notes = shown(capsys, data.name, "--model", tiny_model, *words)["notes"]
     assert sum(note.startswith(says) for note in notes) == 1
-    assert not any("16" in note for note in notes if not note.startswith("only 3 rows, and 16"))
+    assert not any("16" in note for note in notes if " and 16 are needed" not in note)
 
 
 def test_placeholders_are_told(tiny_model, tmp_path, capsys):

@@ -75,14 +75,15 @@ def run(args: argparse.Namespace) -> None:
     changed = replace(config, **verdict.change)
     time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
     loss = None if args.no_measure else _base_loss(config, data, want.source, out)
-    notes = _notes(config, facts, data, loss)
+    pieces = facts.tokens_a_character(want.chat)
+    notes = _notes(config, facts, data, loss, pieces)
     command = _command(args, choices)
     if args.yaml:
         _write(Path(args.yaml), config, choices)
     if args.json:
         print_json(
             {
-                "data": facts.to_json(),
+                "data": {**facts.to_json(), "tokens_a_character": round(pieces, 3)},
                 "base_loss": loss,
                 "settings": {choice.setting: choice.to_json() for choice in choices},
                 **verdict.to_json(),
@@ -153,24 +154,25 @@ def _base_loss(config: Config, data: Dataset, source: Path | None, out: Any) -> 
         return evaluate(host, rows, tokens=1024, progress=spinner.update).loss
 
 
-def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None) -> list[str]:
-    """What no setting mends, or what is to be known beside them."""
+def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, pieces: float) -> list[str]:
+    """What no setting mends, or what is to be known beside them. `pieces`: tokens of a character."""
     from lorafit.data.dataset import LEAST
     from lorafit.data.report import PLACEHOLDER
 
     report, found = data.report, []
     if loss is not None:
         found.append(f"the base's loss on some of these rows is {loss:.2f}: {_novelty(loss)}")
-    if facts.tokens_a_character > 0.8:
+    if pieces > 0.8:
         found.append(
-            f"the base's tokenizer needs {facts.tokens_a_character:.1f} tokens for a character of these rows, so it has seen"
+            f"the base's tokenizer needs {pieces:.1f} tokens for a character of these rows, so it has seen"
             f" little of their writing, or of a part of it (most is {facts.script}); a base that knows it will learn more"
         )
     if not facts.held_out:
         found.append(f"{_why_none(config, facts, report)}; nothing is held out, so nobody will know how well it learns")
     elif not config.held_out and facts.held_out < LEAST:
         found.append(
-            f"only {facts.held_out} rows are held out, because the others are there more than once; so few say little"
+            f"only {_rows(facts.held_out)} could be held out, because the others are there more than once; so few say"
+            " little"
         )
     elif facts.rows < 50:
         found.append(f"only {facts.rows} rows to train on: it will learn a manner, hardly facts, and memorise soon")
@@ -193,10 +195,16 @@ def _why_none(config: Config, facts: Facts, report: Report) -> str:
     if config.held_out_share <= 0:
         return f"held_out_share={config.held_out_share:g}"
     if facts.rows < SMALLEST:
-        return f"only {facts.rows} rows, and {SMALLEST} are needed to hold some out"
+        return f"only {_rows(facts.rows)}, and {SMALLEST} are needed to hold some out"
     return (
         f"all of the {facts.rows} rows are there more than once ({facts.rows - len(report.duplicates)} different ones)"
     )
+
+
+def _rows(number: int) -> str:
+    from lorafit.log import count
+
+    return "1 row" if number == 1 else f"{count(number)} rows"
 
 
 def _novelty(loss: float) -> str:
@@ -213,7 +221,7 @@ def _described(config: Config, facts: Facts, choices: list[Choice], notes: list[
     from lorafit.log import NARROW, count, table, wrap
 
     said = [
-        f"{count(facts.rows)} rows to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
+        f"{_rows(facts.rows)} to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
         f" {count(facts.learned)} of them learned; a row has {facts.median} tokens (median), at most {facts.longest}",
         f"looks like {facts.task}: {TASKS[facts.task]} (--task says otherwise); writing: {facts.script}",
         *notes,

@@ -21,7 +21,7 @@ from lorafit.log import Terminal
 
 if TYPE_CHECKING:
     from lorafit.config import Config
-    from lorafit.data import Dataset
+    from lorafit.data import Chat, Dataset
     from lorafit.places import Place
     from lorafit.session import Session
 
@@ -124,11 +124,12 @@ def _known(names: Iterable[str]) -> None:
 @dataclass(frozen=True)
 class Wanted:
     """What is asked about: training with these settings, from the adapter in `source`, with the model in `path`, on this
-    data, at this place."""
+    data, written out by this chat, at this place."""
 
     config: Config
     source: Path | None
     path: Path
+    chat: Chat
     data: Dataset
     place: Place
 
@@ -155,8 +156,8 @@ def wanted(args: argparse.Namespace, out: Terminal, weights: bool) -> Wanted:
     if not place.bf16 and config.precision == "auto":
         config.precision = "fp32"
     source = fit.start_of(config)
-    path, _, data = fit.read_data(config, out, weights=weights)
-    return Wanted(config, source, path, data, place)
+    path, chat, data = fit.read_data(config, out, weights=weights)
+    return Wanted(config, source, path, chat, data, place)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
