@@ -97,6 +97,20 @@ def test_a_run_says_what_it_took_and_a_resumed_one_keeps_it(tiny_model, data_fil
     assert yaml.safe_load((Run.open(tmp_path / "run").folder / "config.yaml").read_text()) == saved
 
 
+@pytest.mark.parametrize("number", [20, 300])
+def test_what_train_says_it_took_is_what_advise_shows_with_a_reason(tiny_model, tmp_path, capsys, number):
+    data = file(tmp_path, [conversation(i) for i in range(number)])
+    words = [str(data), "--model", str(tiny_model)]
+    found = shown(capsys, *words)["settings"]
+    assert all(c["reason"] and c["source"] and "\n" not in c["reason"] + c["source"] for c in found.values())
+    assert main(["advise", *words, "--no-measure"]) == 0
+    advised = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "=" in line.split(" ")[0]}
+    took = fit.Training(
+        fit.read_config(str(data), {"model": str(tiny_model)}), QUIET
+    ).advised  # what its first line says
+    assert len(took) == 4 and {choice.words for choice in took} <= advised
+
+
 def test_the_file_it_writes_trains_with_the_same_settings(tiny_model, data_file, tmp_path, capsys):
     to = tmp_path / "settings.yaml"
     words = (data_file, "--model", tiny_model, "--task", "style", "learn=last")
