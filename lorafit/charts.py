@@ -24,6 +24,8 @@ class Series:
     hover: bool = False
 
 
+APART = 6  # units between the centres of two dots that hide each other
+LETTER = 6.2  # units that a letter takes, about
 WIDE, LEFT, RIGHT, TOP, BOTTOM = 760, 60, 14, 10, 40  # of a chart, in its own units
 
 
@@ -93,11 +95,13 @@ def scatter(
     x_label: str,
     high: int,
     span: Point,
+    ring: tuple[float, float, str] | None = None,
 ) -> str:
     """Points (x > 0, y, title) of each (name, style), x from `span` by its logarithm; those of a series are joined. Those that
-    are too high for the others are open circles on the upper edge."""
+    are too high for the others are open circles on the upper edge, as are those that are infinite: they failed. Of dots on one
+    place the first is the largest, so that each can be pointed at. `ring` is drawn around such a point."""
     series = [one for one in series if one[2]]
-    ys = [b for _, _, points in series for _, b, _ in points]
+    ys = [b for _, _, points in series for _, b, _ in points if math.isfinite(b)]
     most = far(ys)
     low, up = (math.log10(end) for end in span)
     beside = max(0.1, (0.8 - (up - low)) / 2)  # so that there is a round number in between
@@ -111,6 +115,9 @@ def scatter(
     def y(value: float) -> str:
         return f"{high - BOTTOM - (min(value, top) - floor) / (top - floor) * (high - TOP - BOTTOM):.1f}"
 
+    def beside_it(a: str, b: str, other: tuple[str, ...]) -> bool:
+        return math.hypot(float(a) - float(other[0]), float(b) - float(other[1])) < APART
+
     rates = [m * 10.0**p for p in range(math.floor(left), math.ceil(right) + 1) for m in (1, 2, 5)]
     marks = [rate for rate in rates if left <= math.log10(rate) <= right]
     parts = _axes(
@@ -119,16 +126,26 @@ def scatter(
         high,
     )
     parts.append(f'<text x="{WIDE - RIGHT}" y="{high - 4}" text-anchor="end">{x_label}</text>')
+    dots: list[tuple[str, str, str, str]] = []
     for _, style, points in series:
-        places = [(x(a), y(b), "open" if b > top else style, title) for a, b, title in sorted(points)]
-        if len(places) > 1:
-            path = "L".join(f"{a} {b}" for a, b, _, _ in places)
-            parts.append(f'<path class="{style}" d="M{path}"/>')
-        parts += [
-            f'<circle class="{kind}" cx="{a}" cy="{b}" r="4"><title>{title}</title></circle>'
-            for a, b, kind, title in places
-        ]
-    keys = [(f"● {name}", style) for name, style, _ in series] + [("○ higher than drawn", "")] * (max(ys) > top)
+        joined = [f"{x(a)} {y(b)}" for a, b, _ in sorted(points) if math.isfinite(b)]
+        if len(joined) > 1:
+            parts.append(f'<path class="{style}" d="M{"L".join(joined)}"/>')
+        dots += [(x(a), y(b), "open" if b > top else style, title) for a, b, title in sorted(points)]
+    radii = [4 + 2.5 * sum(beside_it(*dot[:2], other) for other in dots[i + 1 :]) for i, dot in enumerate(dots)]
+    parts += [
+        f'<circle class="{kind}" cx="{a}" cy="{b}" r="{radius:g}"><title>{title}</title></circle>'
+        for (a, b, kind, title), radius in zip(dots, radii, strict=True)
+    ]
+    keys = [(f"● {name}", style) for name, style, _ in series]
+    failed = any(not math.isfinite(b) for _, _, points in series for _, b, _ in points)
+    if high_up := ["higher than drawn"] * (max(ys) > top) + ["failed"] * failed:
+        keys.append((f"○ {' or '.join(high_up)}", ""))
+    if ring is not None:
+        a, b = x(ring[0]), y(ring[1])
+        around = max((r for r, dot in zip(radii, dots, strict=True) if beside_it(a, b, dot)), default=0) + 4
+        parts.append(f'<circle class="ring" cx="{a}" cy="{b}" r="{around:g}"><title>{ring[2]}</title></circle>')
+        keys.append((f"◎ {ring[2]}", ""))
     lines = _lines(keys, (WIDE - LEFT - RIGHT) // 8 - len(x_label))
     parts += [f'<text x="{LEFT - 12}" y="{high - 4 + 16 * i}">{line}</text>' for i, line in enumerate(lines)]
     return _svg(parts, high + 16 * (len(lines) - 1), label)
@@ -158,7 +175,10 @@ def parallel(axes: Sequence[Axis], lines: Sequence[tuple[str, str, Sequence[floa
         path = "L".join(" ".join(place(i, share)) for i, share in enumerate(shares))
         parts.append(f'<path class="{style}" d="M{path}"><title>{title}</title></path>')
     for i, axis in enumerate(axes):  # on the lines, with a rim
-        parts.append(f'<text x="{place(i, 0)[0]}" y="{TOP + 4}" text-anchor="middle">{axis.name}</text>')
+        at, anchor = place(i, 0)[0], "middle"
+        if i in (0, len(axes) - 1) and len(axis.name) * LETTER / 2 > LEFT:  # it would be cut off
+            at, anchor = ("4", "start") if i == 0 else (f"{WIDE - 4}", "end")
+        parts.append(f'<text x="{at}" y="{TOP + 4}" text-anchor="{anchor}">{axis.name}</text>')
         dx, side = (-6, "end") if i == 0 else (6, "start")
         parts += [
             f'<text class="on" x="{place(i, 0)[0]}" y="{place(i, share)[1]}" dx="{dx}" dy=".35em"'

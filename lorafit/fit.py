@@ -635,24 +635,17 @@ class Training:
             self.terminal.say(f"    {_line(sample['prompt'], 40)} -> {_line(sample['answer'], 70)}")
         return loss, stop
 
-    def _samples(self, spec: StackLike = None) -> list[dict[str, str]]:
-        """Answers to held-out prompts through a stack of adapters; None: the one in training."""
+    def _samples(self, spec: StackLike = None, progress: Callable[[], object] = lambda: None) -> list[dict[str, str]]:
+        """Answers to held-out prompts through a stack of adapters; None: the one in training. `progress` is called after each."""
         name = self.name if spec is None else spec
         rows = [(row, found) for row in self.data.held_out if (found := prompt_of(row))][: self.config.samples]
-        return [
-            {
-                "prompt": messages[-1].content,
-                "expected": expected,
-                "answer": answer(
-                    self.host,
-                    self.chat,
-                    self.chat.prompt_ids(messages, row.example.tools),
-                    name,
-                    max_new=SAMPLE_TOKENS,
-                ),
-            }
-            for row, (messages, expected) in rows
-        ]
+        samples = []
+        for row, (messages, expected) in rows:
+            ids = self.chat.prompt_ids(messages, row.example.tools)
+            text = answer(self.host, self.chat, ids, name, max_new=SAMPLE_TOKENS)
+            samples.append({"prompt": messages[-1].content, "expected": expected, "answer": text})
+            progress()
+        return samples
 
     def checkpoint(self, run: Run, finished: str = "") -> Path:
         """Save everything that going on needs, and return where. `finished`: why nothing comes after it."""
@@ -682,14 +675,12 @@ class Training:
         if step != self.job.done:
             self.host.adapters[self.name].load_state_dict(run.at(step).adapter())
 
-    def answer_again(self, run: Run, step: int) -> None:
-        """Record answers for evaluations that were made without: the base's, and those after `step`."""
-        after = {"step": step, "held_out_loss": self.watch.best_loss, "best": True}
+    def answer_again(self, run: Run, step: int, progress: Callable[[], object] = lambda: None) -> None:
+        """Put answers into the records of evaluations that were made without: the base's, and those after `step`."""
         self.go_to(run, step)
-        if step:
-            before = {"step": 0, "held_out_loss": self.watch.before, "best": True}
-            run.record("evaluations", {**before, "samples": self._samples(())})
-        run.record("evaluations", {**after, "samples": self._samples()})
+        samples = {0: self._samples((), progress)} if step else {}
+        samples[step] = self._samples(progress=progress)
+        run.amend("evaluations", {at: {"samples": answers} for at, answers in samples.items()})
 
     def finish(self, run: Run, reason: str) -> Run:
         """Write the best adapter, the summary and the report. Failed where training went wrong."""

@@ -201,7 +201,8 @@ def _search(found: dict[str, Any]) -> str:
     if not rows:
         return ""
     drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in tried.pictures(found))
-    return _table(tried.HEADS, rows, "tried") + drawn
+    won = f"<p>Winner {_escape(tried.winner(found))}</p>" if found.get("winner") else ""
+    return won + _table(tried.heads(found), rows, "tried") + drawn
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -364,6 +365,7 @@ circle.trouble { fill: var(--red); stroke: var(--card); stroke-width: 1.5; } spa
     + f"@media (prefers-color-scheme: dark) {{ {tried.style(_SEARCHED, tried.ON_DARK)} }}"
     + """
 path.cut { stroke: var(--soft); stroke-width: 1; opacity: .5; } path.won { stroke: var(--green); stroke-width: 3; }
+circle.ring { fill: none; stroke: var(--green); stroke-width: 2; }
 circle.open { fill: var(--card); stroke: var(--soft); stroke-width: 1.5; }
 svg text.on { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 circle.ghost { fill: transparent; } circle.ghost:hover { fill: var(--blue); } .bar { fill: var(--blue); opacity: .8; }

@@ -137,10 +137,15 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop what was recorded after `step`: those steps are taken again."""
         for name in ("metrics", "evaluations"):
-            kept = [r for r in self.records(name) if r.get("step", 0) <= step]
-            files.write_text(
-                self.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
-            )
+            self._rewrite(name, [r for r in self.records(name) if r.get("step", 0) <= step])
+
+    def amend(self, name: str, values: Mapping[int, Mapping[str, Any]]) -> None:
+        """Put values into the records of these steps."""
+        self._rewrite(name, [{**r, **values.get(r.get("step", -1), {})} for r in self.records(name)])
+
+    def _rewrite(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        files.write_text(self.folder / f"{name}.jsonl", text)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

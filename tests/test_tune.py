@@ -21,7 +21,7 @@ import torch
 import yaml
 from tiny import base, rows
 
-from lorafit import charts, files, fit, tried
+from lorafit import charts, files, fit, log, tried
 from lorafit.batches import Plan
 from lorafit.cli import main
 from lorafit.errors import ConfigError, MissingExtra, RunError
@@ -553,7 +553,7 @@ def test_a_loss_that_is_far_too_high_leaves_the_others_their_room():
     these = [told_of(1e-3 * 3**i, 8 + 8 * (i % 2), [loss], i + 1, i == 2) for i, loss in enumerate(losses)]
     (_, scattered), (_, crossed) = tried.pictures({"candidates": these, "searched": ["lr", "r"]})
     drawn = xml.dom.minidom.parseString(scattered)
-    circles = drawn.getElementsByTagName("circle")
+    circles = [one for one in drawn.getElementsByTagName("circle") if one.getAttribute("class") != "ring"]
     by_loss = sorted(circles, key=lambda one: float(one.firstChild.firstChild.data.split(": ")[1]))
     heights = [float(one.getAttribute("cy")) for one in by_loss]
     assert heights == sorted(heights, reverse=True) and heights[0] - heights[3] > 60
@@ -575,6 +575,99 @@ def test_a_rank_has_one_colour_and_names_that_are_too_long_for_a_line_take_anoth
     assert max(float(one.getAttribute("y")) for one in lines) < float(
         drawn.documentElement.getAttribute("viewBox").split()[3]
     )
+
+
+def compared(number, rungs, losses, taken, state="cut", **more) -> dict:
+    """A row of tune.json as it is now."""
+    told = told_of(1e-3 * 3**number, 8, losses, number, more.pop("winner", False))
+    return {
+        **told, "steps": 32, "taken": taken, "rungs": rungs, "state": state, "why": "", "score": None,
+        "best_loss": losses[-1] if losses else 2.0, "best_step": taken if losses else 0, **more,
+    }  # fmt: skip
+
+
+def test_columns_say_after_which_step_candidates_were_compared():
+    won = compared(1, [8, 16], [1.5, 1.2], 32, "done", winner=True)
+    found = {"candidates": [won, compared(2, [8, 16], [1.6], 8), compared(3, [8, 16], [1.7, 1.4], 12, "done")]}
+    assert tried.heads(found)[3:6] == ["After 8 steps", "After 16 steps", "Best loss"]
+    assert [row[4] for row in tried.rows(found)] == ["1.2000", "1.4000 (step 12)", ""]  # one had ended by then
+    assert [title for title, _ in tried.pictures(found)][:2] == [
+        "Held-out loss after 8 steps, by learning rate",
+        "Held-out loss after 16 steps, by learning rate",
+    ]
+    found["candidates"].append(compared(4, [4, 12], [1.8], 4))
+    assert tried.heads(found)[3:5] == ["First comparison", "Second comparison"]
+    want = ["1.5000 (step 8)", "1.7000 (step 8)", "1.6000 (step 8)", "1.8000 (step 4)"]
+    assert [row[3] for row in tried.rows(found)] == want
+    titles, drawn = zip(*tried.pictures({**found, "searched": ["lr"]}), strict=True)
+    assert titles[0].startswith("Held-out loss at the first comparison") and "after step 4: 1.8000" in drawn[0]
+    assert "the loss at the first comparison" in titles[-1] and ">first comparison<" in drawn[-1]
+
+
+def test_comparisons_at_one_step_are_one_column():
+    found = {"candidates": [compared(n, [8, 8], [1.5 + n, 1.4 + n], 8, steps=8, winner=n == 1) for n in (1, 2)]}
+    assert tried.heads(found) == ["", "Settings", "Learning rate", "After 8 steps", "Best loss", "Outcome"]
+    assert [len(row) for row in tried.rows(found)] == [6, 6]
+    assert [title.split(",")[0] for title, _ in tried.pictures(found)] == [
+        "Held-out loss after 8 steps",
+        "Held-out loss at the best step of those trained to their ends",
+    ]
+
+
+def test_a_table_of_an_earlier_version_is_read():
+    older = [
+        {key: value for key, value in compared(n, [], [1.5, 1.2], 32, "done", winner=n == 1).items() if key != "rungs"}
+        for n in (1, 2)
+    ]
+    assert tried.heads({"candidates": older})[3:5] == ["First comparison", "Second comparison"]
+    assert tried.rows({"candidates": older})[0][3:5] == ["1.5000", "1.2000"]
+    assert "at the first comparison" in tried.pictures({"candidates": older})[0][0]
+
+
+def test_what_decides_is_in_the_table_and_in_the_winners_line():
+    scores = {1: 0.43, 2: 0.20, 3: 0.4297}
+    found = {
+        "objective": "token_f1", "answers": 8, "winner": 1, "winner_settings": "lr=0.003", "searched": ["lr"],
+        "candidates": [
+            *(compared(n, [8, 16], [1.5, 1.3 - n / 10], 32, "done", score=scores[n], winner=n == 1) for n in scores),
+            compared(4, [8, 16], [1.1], 8),
+        ],
+    }  # fmt: skip
+    assert tried.heads(found)[-2] == "token_f1 of 8"
+    assert [row[-2] for row in tried.rows(found)] == ["0.4300", "0.4297", "0.2000", ""]
+    assert tried.winner(found) == "#1: lr=0.003; token_f1 0.43 of 8 answers; within 1 % of #3: noise may decide"
+    assert all("; token_f1 of 8 answers decided" in title for title, _ in tried.pictures(found))
+    found |= {"objective": "loss", "answers": None}
+    found["candidates"][0]["score"], found["candidates"][1]["score"] = 1.0, 1.02
+    assert "token_f1" not in str(tried.heads(found)) and tried.winner(found) == "#1: lr=0.003"
+
+
+def test_pictures_mark_the_winner_and_show_who_failed_and_who_is_hidden():
+    these = [compared(n, [8, 16], [1.5, 1.2], 32, "done", winner=n == 1) for n in (1, 2, 3)]
+    for one in these:  # three dots on one place
+        one["settings"] = {"lr": 1e-3, "r": one["number"]}
+    these += [compared(4, [8, 16], [], 3, "failed", why="the loss is nan")]
+    drawn = [xml.dom.minidom.parseString(svg) for _, svg in tried.pictures({"candidates": these})]
+    assert len(drawn) == 3  # two comparisons and the end
+    for one, failed in zip(drawn, (1, 0, 0), strict=True):
+        circles = one.getElementsByTagName("circle")
+        kinds = [circle.getAttribute("class") for circle in circles]
+        assert kinds.count("ring") == 1 and kinds.count("open") == failed
+        ring = circles[kinds.index("ring")]
+        assert ring.firstChild.firstChild.data == "#1, the winner"
+        radii = [float(circle.getAttribute("r")) for circle in circles if circle.getAttribute("class")[0] == "c"]
+        assert radii == sorted(radii, reverse=True) and len(set(radii)) == 3 and radii[-1] == 4
+        assert float(ring.getAttribute("r")) > radii[0]
+    (lost,) = [one for one in drawn[0].getElementsByTagName("circle") if one.getAttribute("class") == "open"]
+    assert lost.firstChild.firstChild.data.endswith("failed, the loss is nan") and lost.getAttribute("cy") == "10.0"
+
+
+def test_who_is_out_at_the_end_of_its_training_was_trained_to_its_end(tiny_model, data_file, tmp_path):
+    out = searched(tiny_model, data_file, tmp_path / "run", {"steps": "8"}, budget="4")
+    found = json.loads((out / "tune.json").read_text())
+    assert all(c["rungs"] == [8, 8] and c["taken"] == 8 for c in found["candidates"])
+    why = [row[-1] for row in tried.rows(found)]
+    assert why[0] == "the winner" and sum(one.startswith("trained to its end; place ") for one in why) == 2
 
 
 KILLER = """
@@ -901,3 +994,49 @@ def test_the_command_prints_a_table_or_one_object(capsys, tiny_model, data_file,
     assert found["run"] == str(tmp_path / "b") and len(found["tune"]["candidates"]) == 3
     assert main(["runs", str(tmp_path)]) == 0
     assert os.sep + "a" in capsys.readouterr().out
+
+
+def test_answers_that_decide_are_said_before_and_while_they_are_made(
+    capsys, tiny_model, data_file, tmp_path, monkeypatch
+):
+    told, update, leave, working = [], log.Progress.update, log.Progress.__exit__, Terminal.working
+
+    def updated(self, step, steps, state="", **more):
+        told.append((step, state))
+        update(self, step, steps, state, **more)
+
+    def left(self, *words):
+        told.append((None, "over"))
+        leave(self, *words)
+
+    def worked(self, text):
+        told.append((None, text))
+        return working(self, text)
+
+    monkeypatch.setattr(log.Progress, "update", updated)
+    monkeypatch.setattr(log.Progress, "__exit__", left)
+    monkeypatch.setattr(Terminal, "working", worked)
+    shared = [f"{k}={v}" for k, v in {**SHARED, "steps": "8"}.items()]
+    words = ["tune", str(data_file), "--model", str(tiny_model), "--budget", "3", "--objective", "token_f1", *shared]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads((tmp_path / "run" / "tune.json").read_text())
+    number = found["answers"]
+    assert number == found["held_out_rows"]
+    assert f"decides   token_f1: at the end those trained to their ends answer up to {number} held-out prompts" in err
+    assert f"3 finalists now answer {number} held-out prompts each: token_f1 decides" in err
+    best = found["candidates"][found["winner"] - 1]
+    assert f"#{best['number']}: token_f1 {best['score']:.4f} of {number} answers" in err
+    assert f"token_f1 of {number}" in out and f"; token_f1 {best['score']:.2f} of {number} answers" in out
+    assert "after 8 steps" in out and "comparison" not in out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"<th>token_f1 of {number}</th>" in page and f"token_f1 {best['score']:.2f} of {number} answers" in page
+    shown = [(step, state) for step, state in told if step is not None]
+    assert shown and all(state.endswith(", answers come after") and step != 99 for step, state in shown)
+    texts = [state for step, state in told if step is None]
+    who = f"with #{best['number']}"
+    for text in (f"answering held-out prompts {who}", f"answering 1 held-out prompt without and {who}"):
+        assert texts.index("over") < texts.index(text)  # a spinner isn't drawn beside a line of progress
+    rows_ = fit.Run(tmp_path / "run").records("evaluations")
+    assert [row["step"] for row in rows_] == sorted({row["step"] for row in rows_})
+    assert {row["step"] for row in rows_ if row["samples"]} == {0, best["best_step"]}

@@ -369,7 +369,9 @@ def bytes_of(training: Training) -> int:
 
 
 def reason(candidate: Candidate, out: Cut) -> str:
-    """Why a candidate was cut, in words."""
+    """Why a candidate was cut, in words; `candidate` is as it was before."""
+    if candidate.state == "done":
+        return f"{candidate.why or 'trained to its end'}; place {out.place} of {out.of}"
     return (
         f"held-out loss {candidate.losses[out.rung]:.4f} after step {candidate.rungs[out.rung]} of {candidate.steps}:"
         f" place {out.place} of {out.of}, {out.keep} {'goes' if out.keep == 1 else 'go'} on"

@@ -10,6 +10,7 @@ state.json is replaced as one file after the checkpoints it names are there, so 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from lorafit import files, fit, places, plan, tried
 from lorafit.errors import ConfigError, ModelError, OutOfMemory, RunError
 from lorafit.evaluate import prompt_of, score_answers
 from lorafit.fit import Training
-from lorafit.log import Progress, Terminal, duration
+from lorafit.log import Progress, Terminal, count, duration
 from lorafit.machine import Stop, gpu_memory_limit, memory_limit, out_of_memory
 from lorafit.native import build as kernels
 from lorafit.native import pool
@@ -106,6 +107,10 @@ class Study:
             raise ConfigError(
                 f"method={base.config.method} has codes of its own made of the base; others can't share them"
             )
+        asking = sum(prompt_of(row) is not None for row in base.data.held_out[:ANSWERS])
+        self.answers = 0 if options.objective == "loss" else asking  # of each finalist, which decide
+        prompts = filter(None, map(prompt_of, base.data.held_out))
+        self.samples = len(list(itertools.islice(prompts, base.config.samples)))  # that are answered at the very end
         base.host.remove(base.name)
         self.proposals = Proposals(asked, options, base)
         self.proposals.try_edges()
@@ -269,8 +274,9 @@ class Study:
         limit = gpu_memory_limit if self.base.host.base.device.type == "cuda" else memory_limit
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
         try:
-            with limit(self.base.memory), stop, self.terminal.progress() as progress:
-                self._rounds(progress, stop)
+            with limit(self.base.memory), stop:
+                with self.terminal.progress() as progress:
+                    self._rounds(progress, stop)
                 return self._finish()
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
@@ -353,7 +359,7 @@ class Study:
             ),
             "budget": lambda: f"there is time for {figures['candidates']} candidates",
             "joined": lambda: f"#{number} joins: {tried.words(figures['settings']) or 'the settings as they are'}",
-            "cut": lambda: f"#{number} is cut: {figures['why']}",
+            "cut": lambda: f"#{number} is out: {figures['why']}",
             "failed": lambda: f"#{number} fails: {figures['why']}",
             "done": lambda: (
                 f"#{number} is trained: held-out loss {figures['held_out_loss']:.4f}"
@@ -376,10 +382,13 @@ class Study:
         best = min(known, key=lambda c: c.best_loss, default=None)
         size = self.search.strategy.size or len(all_of_them)
         done, most = self.search.done(), self.search.strategy.cost(size, self.base.job.steps)
+        share, after = round(100 * done / max(most, done, 1e-9)), self.answers or self.samples
+        # Nobody knows yet how long answers take: the time left is that of training, and is never 0 before them.
         progress.update(
-            100 if over else min(99, round(100 * done / max(most, done, 1e-9))),
+            100 if over or (after and share > 98) else min(99, share),
             100,
-            state=", ".join(f"{count} {state}" for state, count in number.items() if count),
+            state=", ".join(f"{amount} {state}" for state, amount in number.items() if amount)
+            + (", answers come after" if after else ""),
             held_out_loss=best.best_loss if best else None,
         )
 
@@ -426,7 +435,15 @@ class Study:
             assert candidate.training is not None
             run = self.of(candidate.number)
             candidate.training.restore(run, run.at(candidate.taken))
+        if self.answers:
+            self.terminal.say(
+                f"{_many(len(finalists), 'finalist')} now {'answers' if len(finalists) == 1 else 'answer'}"
+                f" {_many(self.answers, 'held-out prompt')}{'' if len(finalists) == 1 else ' each'}:"
+                f" {self.options.objective} decides"
+            )
         scores = {c.number: self._score(c) for c in finalists}
+        for number, score in scores.items() if self.answers else ():
+            self.terminal.say(f"#{number}: {self.options.objective} {score:.4f} of {_many(self.answers, 'answer')}")
         best = max if self.options.objective != "loss" else min
         winner = best(finalists, key=lambda c: (scores[c.number], -c.number if best is max else c.number))
         training = winner.training
@@ -459,10 +476,18 @@ class Study:
         files.write_json(run.folder / "tune.json", found)
         files.write_text(run.folder / "tune.svg", tried.svg(found))
         training.began = time.monotonic() - self.spent()
-        training.answer_again(run, winner.best_step)
+        self._sample(winner, training)
         training.finish(run, winner.why)
         for number in self.search.candidates:
             shutil.rmtree(self.of(number).folder / "checkpoints", ignore_errors=True)
+
+    def _sample(self, winner: Candidate, training: Training) -> None:
+        """The answers that `train` shows: of the base, and of the winner at its best step."""
+        total, done = self.samples * (2 if winner.best_step else 1), itertools.count(1)
+        with self.terminal.working(
+            f"answering {_many(self.samples, 'held-out prompt')} without and with #{winner.number}"
+        ) as s:
+            training.answer_again(self.run, winner.best_step, lambda: s.update(next(done), total))
 
     def table(self, winner: Candidate, scores: Mapping[int, float]) -> dict[str, Any]:
         """What tune.json holds."""
@@ -474,12 +499,13 @@ class Study:
                 for key in ("lr", "r", "alpha", "method", "targets", "batch_tokens", *self.proposals.space)
             }
             row = {**_candidate(c), "settings": {key: value for key, value in shape.items() if value is not None}}
-            candidates.append({**row, "score": scores.get(number), "winner": c is winner})
+            candidates.append({**row, "rungs": list(c.rungs), "score": scores.get(number), "winner": c is winner})
         test = next((event for event in self.run.records("tune") if event["event"] == "range"), None)
         return {
             "search": self.options.search,
             "budget": self.options.budget or str(CANDIDATES),
             "objective": self.options.objective,
+            "answers": self.answers or None,
             "searched": list(self.proposals.space),
             "seconds": round(self.spent(), 2),
             "trainings": round(self.search.done(), 3),
@@ -505,6 +531,11 @@ class Study:
             else f"; memory has room for {max(0, self.search.room) / 1e9:.1f} GB of adapters"
         )
         say(f"together  at most {self.search.places}{room}; run folder {self.run.folder}")
+        if self.answers:
+            say(
+                f"decides   {self.options.objective}: at the end those trained to their ends answer up to"
+                f" {_many(self.answers, 'held-out prompt')} each, which takes its own time"
+            )
         if few := too_short(base.job.steps, self.search.strategy.wants_rate):
             say(f"short     {few}")
 
@@ -534,6 +565,10 @@ def _plain(value: Any) -> Any:
 
 def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{count(number)} {what}{'' if number == 1 else 's'}"
 
 
 def _shape(one: Range | Choice) -> str:

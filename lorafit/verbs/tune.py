@@ -89,14 +89,14 @@ def described(run: str, summary: dict[str, Any], found: dict[str, Any]) -> str:
     from lorafit.log import duration, table
     from lorafit.verbs import train
 
-    heads = [head.lower() for head in tried.HEADS]
+    heads = [head.lower() for head in tried.heads(found)]
     lines = [
-        table(heads, tried.rows(found), "llrrrrl"),
+        table(heads, tried.rows(found), "ll" + "r" * (len(heads) - 3) + "l"),
         "",
         f"the work of {found['trainings']:.1f} trainings for {len(found['candidates'])} candidates, in"
         f" {duration(found['seconds'])}",
-        f"winner         #{found['winner']}: {found['winner_settings'] or 'the settings as they were'}",
+        f"winner         {tried.winner(found)}",
         train.described(run, summary),
-        f"  lorafit train {run}/config.yaml --out OTHER    the winner alone",
+        f"  lorafit train {run}/config.yaml --out OTHER    the winner alone (in bf16 it differs by rounding)",
     ]
     return "\n".join(lines)
