@@ -61,13 +61,13 @@ class Run:
         self.folder = folder
 
     @staticmethod
-    def create(folder: Path) -> Run:
-        """A new, empty run folder. RunError if there is something in it already."""
+    def create(folder: Path, search: bool = False) -> Run:
+        """A new, empty run folder; `search`: for a search. RunError if there is something in it already."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(
-                f"{folder} exists already; --resume goes on with it, --from {folder} starts anew from its adapter,"
-                " or name another folder with --out"
-            )
+            ways = f"--resume goes on with it, --from {folder} starts anew from its adapter, or "
+            if search:  # which starts from no adapter
+                ways = f"lorafit tune --resume --out {folder} goes on with the search in it, or " * _unfinished(folder)
+            raise RunError(f"{folder} exists already; {ways}name another folder with --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -214,6 +214,12 @@ class Run:
     def _steps(self) -> list[int]:
         place = self.folder / "checkpoints"
         return [int(m[1]) for p in (place.iterdir() if place.is_dir() else []) if (m := _STEP.match(p.name))]
+
+
+def _unfinished(folder: Path) -> bool:
+    """Whether there is a search in a folder that can be gone on with."""
+    over = (folder / "tune.json").exists() and (folder / "report.html").exists()
+    return (folder / "tune" / "search.json").is_file() and not over
 
 
 def next_folder(data: str, parent: Path = Path("runs")) -> Path:

@@ -792,6 +792,19 @@ def test_a_search_is_not_taken_up_with_other_rows(data_file, tmp_path, broken):
         study.resume(out, QUIET)
 
 
+def test_a_folder_with_something_in_it_is_not_searched_into(whole, tiny_model, data_file, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "tune").mkdir(parents=True)
+    (unfinished / "tune" / "search.json").write_text("{}")
+    for out, way in (
+        (whole, "name another folder with --out"),
+        (unfinished, f"lorafit tune --resume --out {unfinished} goes on with the search in it, or name another folder"),
+    ):
+        with pytest.raises(RunError) as error:
+            searched(tiny_model, data_file, out)
+        assert f"{out} exists already; {way}" in str(error.value) and "--from" not in str(error.value)
+
+
 # --- other processes ----------------------------------------------------------------------------------------------------
 
 

@@ -60,10 +60,10 @@ def tune(source: str | None, given: Mapping[str, Any], options: Options, termina
         space(options.space, asked)  # before minutes of work
     folder = Path(config.out) if config.out else next_folder(config.data)
     if folder.exists():
-        Run.create(folder)
+        Run.create(folder, search=True)
     base = Training(config, terminal)
     made = Study(Run(folder), asked, options, base, terminal)
-    Run.create(folder)
+    Run.create(folder, search=True)
     asked |= {key: value for key in ("data", "model", "held_out") if (value := getattr(config, key))}
     made.begin(asked)
     return made.run_to_its_end()
