@@ -201,7 +201,8 @@ def _search(found: dict[str, Any]) -> str:
     if not rows:
         return ""
     drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in tried.pictures(found))
-    won = f"<p>Winner {_escape(tried.winner(found))}</p>" if found.get("winner") else ""
+    said = [f"Winner {tried.winner(found)}" if found.get("winner") else "", tried.budget(found).capitalize()]
+    won = "".join(f"<p>{_escape(line)}</p>" for line in said if line)
     return won + _table(tried.heads(found), rows, "tried") + drawn
 
 

@@ -109,6 +109,16 @@ def winner(found: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def budget(found: dict[str, Any]) -> str:
+    """What the budget was enough for, where it was a time or something was left untried; otherwise nothing."""
+    number, untried, timed = len(candidates(found)), found.get("untried"), not str(found.get("budget", "8")).isdigit()
+    parts = [f"the time was enough for {number} candidate{'' if number == 1 else 's'}"] * timed
+    if untried:
+        why = "no time" if timed else f"the budget of {found['budget']} was used up"
+        parts.append(f"{' and '.join(untried)} {'was' if len(untried) == 1 else 'were'} not tried: {why}")
+    return "; ".join(parts)
+
+
 def _answers(found: dict[str, Any]) -> str:
     number = found.get("answers")
     return f" of {number} answer{'' if number == 1 else 's'}" if number else ""

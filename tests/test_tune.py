@@ -485,6 +485,33 @@ def test_time_becomes_a_number_of_candidates(tiny_model, data_file, tmp_path, mo
     assert len(json.loads((staged / "tune.json").read_text())["candidates"]) == 6
 
 
+def test_what_the_time_was_enough_for_is_said_at_the_end(capsys, tiny_model, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.Study, "_time_for", lambda self, done: 2)
+    words = ["tune", str(data_file), "--model", str(tiny_model), *(f"{k}={v}" for k, v in SHARED.items())]
+    assert main([*words, "--budget", "1h", "--out", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "tune.json").read_text())
+    assert found["untried"] == ["r", "targets"] and len(found["candidates"]) == 4
+    line = "the time was enough for 4 candidates; r and targets were not tried: no time"
+    assert line in capsys.readouterr().out.splitlines()
+    assert line.capitalize() in (tmp_path / "run" / "report.html").read_text()
+    assert tried.budget({**found, "budget": "4"}) == "r and targets were not tried: the budget of 4 was used up"
+    assert tried.budget({**found, "budget": "4", "untried": []}) == "" == tried.budget({"candidates": []})
+
+
+def test_the_range_test_counts_its_steps(tiny_model, data_file, tmp_path, monkeypatch):
+    told, update = [], log.Progress.update
+
+    def updated(self, step, steps, state="", **more):
+        told.append((id(self), step, steps, state))
+        update(self, step, steps, state, **more)
+
+    monkeypatch.setattr(log.Progress, "update", updated)
+    searched(tiny_model, data_file, tmp_path / "run", budget="2")
+    first = [one for one in told if one[3].startswith("finding a learning rate")]
+    assert [one[1:3] for one in first] == [(step, 8) for step in range(1, 9)] and told[:8] == first
+    assert first[-1][3].endswith("step 8/8") and told[8][0] != told[0][0]
+
+
 def test_how_many_there_is_time_for_is_asked_before_each_stage():
     searched_ = {"lr": Range(1e-5, 1e-1, log=True), "r": Choice((32, 8, 64)), "targets": Choice((["attention"],))}
     staged = Staged(searched_, {"lr": 1e-3, "r": 16, "targets": []}, None, 1)

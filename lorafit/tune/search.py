@@ -340,7 +340,7 @@ class Search:
         the strategy where the loss was lowest before it rose."""
         training = self.make(0, {})
         job = training.job
-        usual, count = job.lr, min(RANGE_STEPS, job.steps // 4)
+        usual, count = job.lr, range_steps(job.steps)
         rate, curve = usual, []
         if count >= FEWEST:
             job.schedule, job.warmup, job.steps = "constant", 0.0, count
@@ -382,13 +382,18 @@ def reason(candidate: Candidate, out: Cut) -> str:
 def too_short(steps: int, ranged: bool) -> str:
     """What isn't to be trusted in a search whose trainings have so many steps, of which a range test (`ranged`) takes a quarter;
     empty where they are long enough."""
-    found, count = [], steps // 4
+    found, count = [], range_steps(steps)
     if ranged and FEWEST <= count < RANGE_STEPS:
         found.append(f"a range test of {count} steps may be off (it is trusted from {4 * RANGE_STEPS} on)")
     first, second = rungs(steps)
     if first > spacing(steps):
         found.append(f"comparisons come late, after {first} and {second} steps, and save less")
     return f"{steps} steps a training are few: {'; '.join(found)}" if found else ""
+
+
+def range_steps(steps: int) -> int:
+    """Of a range test before trainings of so many steps; too few to tell anything below FEWEST."""
+    return min(RANGE_STEPS, steps // 4)
 
 
 def centre_of(curve: list[tuple[float, float]], usual: float) -> float:

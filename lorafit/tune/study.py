@@ -15,10 +15,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lorafit import config as settings
 from lorafit import files, fit, places, plan, tried
@@ -35,7 +35,7 @@ from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
 from lorafit.tune.options import Options, budget_of
 from lorafit.tune.proposals import Proposals
-from lorafit.tune.search import Candidate, Event, Round, Search, name_of, too_short
+from lorafit.tune.search import Candidate, Event, Round, Search, name_of, range_steps, too_short
 from lorafit.tune.space import Choice, Range, Values, space
 
 ANSWERS = 64  # held-out rows that are answered for another objective
@@ -275,8 +275,13 @@ class Study:
         stop = Stop(lambda: self.terminal.say("stopping after this step; once more to stop at once"))
         try:
             with limit(self.base.memory), stop:
+                rounds = self._found()
+                with (
+                    self.terminal.progress() as progress
+                ):  # its own: what a step takes there says nothing of later ones
+                    first = self._range_test(rounds, progress, stop)
                 with self.terminal.progress() as progress:
-                    self._rounds(progress, stop)
+                    self._rounds(itertools.chain(first, rounds), progress, stop)
                 return self._finish()
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
@@ -316,26 +321,38 @@ class Study:
     def _config(self, candidate: Candidate) -> str:
         return (self.of(candidate.number).folder / "config.yaml").read_text(encoding="utf-8")
 
-    def _rounds(self, progress: Progress, stop: Stop) -> None:
-        for found in self._found():
-            if found.testing:
-                progress.update(1, 2, state="finding a learning rate to search around")
-            if found.step is not None and not found.testing:
+    def _range_test(self, rounds: Iterator[Round], progress: Progress, stop: Stop) -> list[Round]:
+        """Go through the rounds of the range test, if there is one; the first round after it."""
+        steps = range_steps(self.base.job.steps)
+        for found in rounds:
+            if not found.testing or found.step is None:
+                return [found]
+            done = found.step.number
+            progress.update(done, steps, state=f"finding a learning rate to search around: step {done}/{steps}")
+            if stop.asked:
+                self._stopped("the range test isn't over, so nothing is saved yet")
+            self.books.pause()
+        return []
+
+    def _stopped(self, what: str) -> NoReturn:
+        raise fit.Interrupted(
+            f"stopped after {self.done_rounds} steps, {what}; go on with: lorafit tune --resume --out {self.run.folder}"
+        )
+
+    def _rounds(self, rounds: Iterable[Round], progress: Progress, stop: Stop) -> None:
+        for found in rounds:
+            if found.step is not None:
                 self.done_rounds += 1
                 self.books.record(self.search, found.step)
             for event in found.events:
                 self._take(event)
             every = self.base.config.checkpoint_every
             due = bool(found.events) or (found.step is not None and self.done_rounds % every == 0)
-            if not found.testing and (due or stop.asked):
+            if due or stop.asked:
                 self.save()
             self._show(progress)
             if stop.asked:
-                what = "the range test isn't over, so nothing is saved yet" if found.testing else "all saved"
-                raise fit.Interrupted(
-                    f"stopped after {self.done_rounds} steps, {what}; go on with:"
-                    f" lorafit tune --resume --out {self.run.folder}"
-                )
+                self._stopped("all saved")
             self.books.pause()
         self._show(progress, over=True)
 
@@ -511,11 +528,20 @@ class Study:
             "trainings": round(self.search.done(), 3),
             "held_out_loss_before": self.search.before,
             "held_out_rows": len(self.base.data.held_out),
+            "untried": self._untried(),
             "winner": winner.number,
             "winner_settings": tried.words(winner.values),
             "range_test": None if test is None else {key: test[key] for key in ("lr", "usual", "curve")},
             "candidates": candidates,
         }
+
+    def _untried(self) -> list[str]:
+        """Settings whose stage had no candidate, though there were other values."""
+        if self.options.search != "staged":
+            return []
+        known = {key for c in self.search.candidates.values() for key in c.values}
+        now, space = self.proposals.start, self.proposals.space
+        return [key for key, one in space.items() if key not in known and any(v != now.get(key) for v in one.grid())]
 
     def say_what(self) -> None:
         """What is about to happen, before it does."""

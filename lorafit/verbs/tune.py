@@ -95,6 +95,7 @@ def described(run: str, summary: dict[str, Any], found: dict[str, Any]) -> str:
         "",
         f"the work of {found['trainings']:.1f} trainings for {len(found['candidates'])} candidates, in"
         f" {duration(found['seconds'])}",
+        *filter(None, [tried.budget(found)]),
         f"winner         {tried.winner(found)}",
         train.described(run, summary),
         f"  lorafit train {run}/config.yaml --out OTHER    the winner alone (in bf16 it differs by rounding)",
