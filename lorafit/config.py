@@ -210,7 +210,8 @@ def pairs(words: Sequence[str]) -> dict[str, str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError naming the file and the line."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:  # errors name a file where they would call a text "<unicode string>"
+            values = yaml.safe_load(file)
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -780,9 +780,10 @@ class Training:
                 " (start.json)"
             )
         first = next(job.plan.since(job.done))
+        rows_of_it = f"{len(first)} row{'' if len(first) == 1 else 's'}"
         optimizer = "" if config.optimizer == Config().optimizer else f" {config.optimizer},"
         say(
-            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {len(first)} rows), lr"
+            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {rows_of_it}), lr"
             f" {config.lr:.2g} {config.schedule},{optimizer}{evaluation} run folder {run.folder}"
         )
         if self.host.shares({self.name}) and (again := spared(first)):

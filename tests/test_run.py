@@ -461,8 +461,9 @@ def test_yaml_and_command_line(tmp_path):
     assert (made.lr, made.options["r"], made.targets) == (1e-4, 6, ["q_proj", "v_proj"])
     assert made.rank_pattern == {"q_proj": 8} and made.alpha_pattern == {"v_proj": 3.0}
     path.write_text("r: [1\n")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML") as error:
         fit.read_config(str(path), {})
+    assert "unicode string" not in str(error.value) and f'"{path}", line 2' in str(error.value)
 
 
 def test_next_folder(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,27 +78,38 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def space(written: Mapping[str, Any], given: Mapping[str, Any]) -> Space:
-    """A checked space. ConfigError for a setting that is unknown, fixed by `given` or not to be searched, and for a value it
-    can't take."""
+    """A checked space. ConfigError for settings that are unknown, fixed by `given` or not to be searched, and for values that
+    they can't take: all of them in one line."""
     kinds = _methods(written, given)
     own = {key: kind for name in kinds for key, (kind, _) in method_settings(find(name)).items()}
     hints = {key: kind for key, kind in typing.get_type_hints(Config).items() if key in SEARCHED} | own
     found: dict[str, Range | Choice] = {}
+    wrong: list[str] = []
     for key, value in written.items():
-        if key in defaults() and key not in SEARCHED:
-            raise ConfigError(
-                f"'{key}' can't be searched: the rows or the base depend on it; these can: {', '.join([*SEARCHED, *own])}"
-            )
-        if key not in hints:
-            raise ConfigError(f"unknown setting '{key}' in the space; {nearest(key, list(hints))}")
-        if key in given:
-            raise ConfigError(f"{key} is set to {given[key]} and searched; leave one out")
-        if key == "seed" and "held_out" not in given:
-            raise ConfigError("seed decides which rows are held out; give them with --held-out to search it")
-        found[key] = _one(key, hints[key], value)
+        try:
+            _may(key, list(hints), [*SEARCHED, *own], given)
+            found[key] = _one(key, hints[key], value)
+        except ConfigError as error:
+            wrong.append(str(error))
     if "steps" in found and "epochs" in {**found, **given}:
-        raise ConfigError("steps and epochs both say how long; leave one out")
+        wrong.append("steps and epochs both say how long; leave one out")
+    if wrong:
+        raise ConfigError("; and ".join(wrong))
     return found
+
+
+def _may(key: str, known: Sequence[str], searched: Sequence[str], given: Mapping[str, Any]) -> None:
+    """ConfigError where a setting can't be searched."""
+    if key in defaults() and key not in SEARCHED:
+        raise ConfigError(
+            f"'{key}' can't be searched: the rows or the base depend on it; these can: {', '.join(searched)}"
+        )
+    if key not in known:
+        raise ConfigError(f"unknown setting '{key}' in the space; {nearest(key, list(known))}")
+    if key in given:
+        raise ConfigError(f"{key} is set to {given[key]} and searched; leave one out")
+    if key == "seed" and "held_out" not in given:
+        raise ConfigError("seed decides which rows are held out; give them with --held-out to search it")
 
 
 def _methods(written: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
@@ -113,7 +124,13 @@ def _methods(written: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
 def _one(key: str, kind: Any, value: Any) -> Range | Choice:
     if isinstance(value, dict) and typing.get_origin(kind) is not dict:
         return _range(key, kind, value)
-    items = value if isinstance(value, list) else [value]
+    if not isinstance(value, list):
+        wide = " or {low: ..., high: ...}" if _kinds(kind) in ([int], [float]) else ""
+        raise ConfigError(
+            f"{key} has one value in the space, {value}; write a list, {key}: [{value}, ...]{wide}, or set it for all"
+            f" candidates with {key}=VALUE"
+        )
+    items = value
     if not items:
         raise ConfigError(f"{key} has no values in the space; give some, for example {key}: [1, 2]")
     found: list[Any] = []
@@ -131,7 +148,7 @@ def _range(key: str, kind: Any, value: Mapping[str, Any]) -> Range:
             raise ConfigError(f"{key}.{name} in the space is unknown; {nearest(name, list(known))}")
     if missing := {"low", "high"} - value.keys():
         raise ConfigError(f"{key} in the space has no {min(missing)}; a range is {{low: ..., high: ..., log: true}}")
-    plain = [each for each in (typing.get_args(kind) or (kind,)) if each is not type(None)]
+    plain = _kinds(kind)
     if plain not in ([int], [float]):
         raise ConfigError(f"{key} takes no range; list its values: {key}: [...]")
     made = {name: coerce(f"{key}.{name}", known[name], item) for name, item in value.items()}
@@ -143,6 +160,11 @@ def _range(key: str, kind: Any, value: Mapping[str, Any]) -> Range:
     if made.get("points", 2) < 2:
         raise ConfigError(f"{key}.points={made['points']}: must be at least 2")
     return Range(**made, whole=plain == [int])
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """What a setting may be, beside None."""
+    return [each for each in (typing.get_args(kind) or (kind,)) if each is not type(None)]
 
 
 def settled(values: Mapping[str, Any], given: Mapping[str, Any]) -> Values:

@@ -103,7 +103,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nto train with these settings:\n  {command}")
     same = not verdict.change and (args.task is None or args.task == facts.task)
     if same:
-        print("the settings that aren't yours are those that train takes by itself")
+        print(
+            "only what you set yourself has to be written: the rest is what `lorafit train` chooses where nothing is set"
+        )
     if args.yaml:
         print(f"or: lorafit train {shlex.quote(args.yaml)}")
 
