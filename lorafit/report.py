@@ -343,7 +343,7 @@ dl div { border-bottom: 1px solid var(--rule); padding: .2rem 0; display: flex; 
 dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 .lines th:first-child, .levels th:first-child { width: 7rem; }
-.tried th:first-child { width: 3rem; } .tried th:last-child { width: 32%; }
+.tried th:first-child { width: 3rem; } .tried th:nth-child(2) { width: 18%; } .tried th:last-child { width: 28%; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td, pre { white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -47,9 +47,12 @@ class Comparison:
         loss = c["losses"][self.number] if self.number < len(c["losses"]) else None
         return loss if loss is None else float(loss)
 
-    def at(self, c: dict[str, Any]) -> int | None:
-        """The step of a candidate's loss there: one whose training ended before has its end's."""
-        return min(c["rungs"][self.number], c["taken"]) if c.get("rungs") else None
+    def when(self, c: dict[str, Any]) -> str:
+        """After which of its steps a candidate's loss there was measured; one whose training had ended has its best loss."""
+        if not c.get("rungs"):
+            return ""
+        step, ended = c["rungs"][self.number], c["taken"]
+        return f"step {step}" if step <= ended else f"ended at {ended}"
 
 
 def comparisons(these: Sequence[dict[str, Any]]) -> list[Comparison]:
@@ -89,8 +92,8 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
 
 def _compared(c: dict[str, Any], one: Comparison) -> str:
     """A loss, with its step where that isn't the column's."""
-    loss, step = one.loss(c), one.at(c)
-    return _figure(loss) + (f" (step {step})" if loss is not None and step and step != one.step else "")
+    loss, when = one.loss(c), one.when(c)
+    return _figure(loss) + (f" ({when})" if loss is not None and when not in ("", f"step {one.step}") else "")
 
 
 def _by_loss(found: dict[str, Any]) -> bool:
@@ -199,9 +202,9 @@ def _there(these: Sequence[dict[str, Any]], one: Comparison) -> list[Point]:
     """Those that came to a comparison, or failed on the way to it from the one before."""
     found = []
     for c in these:
-        loss, step = one.loss(c), one.at(c)
+        loss, when = one.loss(c), one.when(c)
         if loss is not None:
-            found.append(Point(c, loss, f" after step {step}" if step else ""))
+            found.append(Point(c, loss, f" {when}" if when else ""))
         elif c.get("state") == "failed" and len(c["losses"]) <= one.number and (not one.number or c["losses"]):
             found.append(Point(c, math.inf, ""))
     return found
@@ -216,7 +219,7 @@ def _ends(these: Sequence[dict[str, Any]]) -> tuple[str, list[Point]]:
         and (c.get("state") == "done" or (c.get("state") == "cut" and c["taken"] >= c["steps"]))
     ]
     points = [
-        Point(c, c["best_loss"], f" at its best step {c['best_step']}" if c.get("best_step") else " at its best")
+        Point(c, c["best_loss"], f" best at step {c['best_step']}" if c.get("best_step") else " at its best")
         for c in ended
     ]
     return "Held-out loss at the best step of those trained to their ends", points

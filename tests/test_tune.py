@@ -626,7 +626,7 @@ def test_columns_say_after_which_step_candidates_were_compared():
     won = compared(1, [8, 16], [1.5, 1.2], 32, "done", winner=True)
     found = {"candidates": [won, compared(2, [8, 16], [1.6], 8), compared(3, [8, 16], [1.7, 1.4], 12, "done")]}
     assert tried.heads(found)[3:6] == ["After 8 steps", "After 16 steps", "Best loss"]
-    assert [row[4] for row in tried.rows(found)] == ["1.2000", "1.4000 (step 12)", ""]  # one had ended by then
+    assert [row[4] for row in tried.rows(found)] == ["1.2000", "1.4000 (ended at 12)", ""]  # one had ended by then
     assert [title for title, _ in tried.pictures(found)][:2] == [
         "Held-out loss after 8 steps, by learning rate",
         "Held-out loss after 16 steps, by learning rate",
@@ -636,7 +636,7 @@ def test_columns_say_after_which_step_candidates_were_compared():
     want = ["1.5000 (step 8)", "1.7000 (step 8)", "1.6000 (step 8)", "1.8000 (step 4)"]
     assert [row[3] for row in tried.rows(found)] == want
     titles, drawn = zip(*tried.pictures({**found, "searched": ["lr"]}), strict=True)
-    assert titles[0].startswith("Held-out loss at the first comparison") and "after step 4: 1.8000" in drawn[0]
+    assert titles[0].startswith("Held-out loss at the first comparison") and "step 4: 1.8000" in drawn[0]
     assert "the loss at the first comparison" in titles[-1] and ">first comparison<" in drawn[-1]
 
 
