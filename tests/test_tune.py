@@ -810,6 +810,25 @@ def test_wherever_it_dies_it_goes_on_with_the_same_bits(whole, data_file, broken
     check_the_same(broken(data_file, where, count), whole)
 
 
+@pytest.mark.parametrize("where", ["score_answers", "answer_again"])
+def test_a_search_is_stopped_between_answers(tiny_model, data_file, tmp_path, monkeypatch, where):
+    owner = study if where == "score_answers" else fit.Training
+    plain, total = getattr(owner, where), []
+
+    def asked(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        total.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, where, asked)
+    with pytest.raises(fit.Interrupted, match="all saved; go on with: lorafit tune --resume"):
+        searched(tiny_model, data_file, tmp_path / "run", {"steps": "8"}, budget="3", objective="token_f1")
+    assert total == [1] and not (tmp_path / "run" / "report.html").exists()
+    monkeypatch.undo()
+    study.resume(tmp_path / "run", QUIET)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize(("where", "count"), [("record", 45), ("sync", 90)])
 def test_it_goes_on_with_the_same_bits_where_some_wait_on_disk(
     tiny_model, data_file, tmp_path, broken, monkeypatch, where, count
@@ -1085,7 +1104,8 @@ def test_answers_that_decide_are_said_before_and_while_they_are_made(
     texts = [state for step, state in told if step is None]
     who = f"with #{best['number']}"
     for text in (f"answering held-out prompts {who}", f"answering 1 held-out prompt without and {who}"):
-        assert texts.index("over") < texts.index(text)  # a spinner isn't drawn beside a line of progress
+        # a spinner isn't drawn beside a line of progress: of the range test, and of the search
+        assert texts[: texts.index(text)].count("over") == 2
     rows_ = fit.Run(tmp_path / "run").records("evaluations")
     assert [row["step"] for row in rows_] == sorted({row["step"] for row in rows_})
     assert {row["step"] for row in rows_ if row["samples"]} == {0, best["best_step"]}

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -282,7 +282,7 @@ class Study:
                     first = self._range_test(rounds, progress, stop)
                 with self.terminal.progress() as progress:
                     self._rounds(itertools.chain(first, rounds), progress, stop)
-                return self._finish()
+                return self._finish(lambda: self._stopped("all saved") if stop.asked else None)
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
                 raise
@@ -442,8 +442,9 @@ class Study:
 
     # --- the end ---------------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> Run:
-        """Choose the winner, and make the run folder that `train` would have made of it."""
+    def _finish(self, answered: Callable[[], object]) -> Run:
+        """Choose the winner, and make the run folder that `train` would have made of it. `answered` is called after each
+        answer."""
         finalists = [c for c in self.search.candidates.values() if c.state == "done"]
         if not finalists:
             reasons = "; ".join(f"#{c.number} {c.why}" for c in self.search.candidates.values() if c.why)
@@ -458,29 +459,40 @@ class Study:
                 f" {_many(self.answers, 'held-out prompt')}{'' if len(finalists) == 1 else ' each'}:"
                 f" {self.options.objective} decides"
             )
-        scores = {c.number: self._score(c) for c in finalists}
+        scores = {c.number: self._score(c, answered) for c in finalists}
         for number, score in scores.items() if self.answers else ():
             self.terminal.say(f"#{number}: {self.options.objective} {score:.4f} of {_many(self.answers, 'answer')}")
         best = max if self.options.objective != "loss" else min
         winner = best(finalists, key=lambda c: (scores[c.number], -c.number if best is max else c.number))
         training = winner.training
         assert training is not None
-        self._assemble(winner, training, scores)
+        self._assemble(winner, training, scores, answered)
         return self.run
 
-    def _score(self, candidate: Candidate) -> float:
+    def _score(self, candidate: Candidate, answered: Callable[[], object]) -> float:
         """What the objective makes of a candidate's best adapter."""
         training = candidate.training
         if self.options.objective == "loss" or training is None:
             return candidate.best_loss
         training.go_to(self.of(candidate.number), candidate.best_step)
         with self.terminal.working(f"answering held-out prompts with #{candidate.number}") as spinner:
+
+            def progress(done: int, total: int) -> None:
+                spinner.update(done, total)
+                answered()
+
             exact, f1, _ = score_answers(
-                training.host, training.chat, training.data.held_out[:ANSWERS], training.name, progress=spinner.update
+                training.host,
+                training.chat,
+                training.data.held_out[:ANSWERS],
+                training.name,
+                progress=progress,
             )
         return f1 if self.options.objective == "token_f1" else exact
 
-    def _assemble(self, winner: Candidate, training: Training, scores: Mapping[int, float]) -> None:
+    def _assemble(
+        self, winner: Candidate, training: Training, scores: Mapping[int, float], answered: Callable[[], object]
+    ) -> None:
         own, run = self.of(winner.number).folder, self.run
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             files.write_text(run.folder / name, (own / name).read_text(encoding="utf-8"))
@@ -493,18 +505,22 @@ class Study:
         files.write_json(run.folder / "tune.json", found)
         files.write_text(run.folder / "tune.svg", tried.svg(found))
         training.began = time.monotonic() - self.spent()
-        self._sample(winner, training)
+        self._sample(winner, training, answered)
         training.finish(run, winner.why)
         for number in self.search.candidates:
             shutil.rmtree(self.of(number).folder / "checkpoints", ignore_errors=True)
 
-    def _sample(self, winner: Candidate, training: Training) -> None:
+    def _sample(self, winner: Candidate, training: Training, answered: Callable[[], object]) -> None:
         """The answers that `train` shows: of the base, and of the winner at its best step."""
         total, done = self.samples * (2 if winner.best_step else 1), itertools.count(1)
-        with self.terminal.working(
-            f"answering {_many(self.samples, 'held-out prompt')} without and with #{winner.number}"
-        ) as s:
-            training.answer_again(self.run, winner.best_step, lambda: s.update(next(done), total))
+        what = f"answering {_many(self.samples, 'held-out prompt')} without and with #{winner.number}"
+        with self.terminal.working(what) as spinner:
+
+            def progress() -> None:
+                spinner.update(next(done), total)
+                answered()
+
+            training.answer_again(self.run, winner.best_step, progress)
 
     def table(self, winner: Candidate, scores: Mapping[int, float]) -> dict[str, Any]:
         """What tune.json holds."""
