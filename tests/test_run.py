@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -266,6 +267,13 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_checkpoint(tiny_model
 def test_a_folder_with_something_in_it_is_not_overwritten(whole, tiny_model, data_file):
     with pytest.raises(RunError, match="exists already; --resume"):
         fit.fit(config(tiny_model, data_file, whole), QUIET)
+
+
+def test_a_first_step_of_one_row_is_one_row(tiny_model, data_file, tmp_path):
+    said = io.StringIO()
+    changes = {"steps": "1", "batch_tokens": "5", "samples": "0"}
+    fit.fit(config(tiny_model, data_file, tmp_path / "run", **changes), Terminal(stream=said))
+    assert "(the first: 1 row)" in said.getvalue()
 
 
 def test_a_run_that_trains_while_the_kernels_are_built_has_the_pool(tiny_model, data_file, tmp_path, monkeypatch):
