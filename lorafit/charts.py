@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -193,7 +194,9 @@ def alone(drawn: Sequence[tuple[str, str]], style: str) -> str:
     parts, at = [], 0
     for title, svg in drawn:
         high = int(svg.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()[1])
-        parts.append(f'<text x="{LEFT}" y="{at + 18}">{title}</text>')
+        lines = textwrap.wrap(title, int((WIDE - LEFT) / LETTER))
+        parts += [f'<text x="{LEFT}" y="{at + 18 + 16 * i}">{line}</text>' for i, line in enumerate(lines)]
+        at += 16 * (len(lines) - 1)
         parts.append(svg.replace("<svg ", f'<svg y="{at + 26}" width="{WIDE}" height="{high}" ', 1))
         at += high + 34
     sheet = f"<style>{style}</style>" + f'<rect width="{WIDE}" height="{at}" fill="#fff"/>'

@@ -706,6 +706,18 @@ def test_who_is_out_at_the_end_of_its_training_was_trained_to_its_end(tiny_model
     assert why[0] == "the winner" and sum(one.startswith("trained to its end; place ") for one in why) == 2
 
 
+def test_a_title_too_long_for_a_line_takes_another():
+    small = '<svg viewBox="0 0 760 50"></svg>'
+    short, long = (charts.alone([(" ".join(["word"] * n), small)], "") for n in (2, 40))
+    lines = [one.firstChild.data for one in xml.dom.minidom.parseString(long).getElementsByTagName("text")]
+    assert " ".join(lines) == " ".join(["word"] * 40) and len(lines) == 2 and max(map(len, lines)) <= 112
+    tall = [
+        float(xml.dom.minidom.parseString(one).documentElement.getAttribute("viewBox").split()[3])
+        for one in (short, long)
+    ]
+    assert tall[1] == tall[0] + 16
+
+
 KILLER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
