@@ -252,14 +252,18 @@ def _diverged(files: Files) -> Finding | None:
     evidence += [f"gradient norm {median(norms):.2g} (median), {max(norms):.2g} (highest)"] if norms else []
     evidence += [f"lr={lr:.2g}{_beside_default(files)}"] if lr else []
     at = int(nan[0]) if nan else max(files.losses, key=lambda point: point[1])[0] if files.losses else None
-    fair = _fair_rate(files)
-    changes = [f"lr={fair if fair and lr and lr > 2 * fair else (lr or 1e-4) / 5:.2g}"]
-    if (files.setting("warmup") or 0) < 0.1:
-        changes.append("warmup=0.1")
     do = "a lower learning rate and a longer warm-up"
     if nan and files.config.get("precision") == "bf16":
         do += "; precision=fp32 if that isn't enough; or rows that `lorafit check` finds odd"
-    return Finding("diverged", "fault", "training ran away", "; ".join(evidence), do, files.again(*changes), at)
+    return Finding("diverged", "fault", "training ran away", "; ".join(evidence), do, files.again(*calmer(files)), at)
+
+
+def calmer(files: Files) -> list[str]:
+    """The settings to try after a training that ran away: the rate that advice gives, or a fifth of the run's own where that
+    is hardly higher; and a longer warm-up."""
+    lr, fair = files.setting("lr") or 1e-4, _fair_rate(files)
+    longer = ["warmup=0.1"] if (files.setting("warmup") or 0) < 0.1 else []
+    return [f"lr={fair if fair and lr > 2 * fair else lr / 5:.2g}", *longer]
 
 
 def _high_rate(files: Files) -> Finding | None:

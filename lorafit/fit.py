@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import lorafit
-from lorafit import advice, files, peft_files, places, plan, report
+from lorafit import advice, doctor, files, peft_files, places, plan, report
 from lorafit import config as settings
 from lorafit.batches import Plan, spared
 from lorafit.config import Config
@@ -702,10 +702,11 @@ class Training:
         report.write(run.folder)
         if went_wrong:
             kept = f"; the adapter of step {best}, the best so far, is in {run.adapter}" if best > 0 else ""
-            assert self.config.lr is not None
+            calmer = " ".join(doctor.calmer(doctor.Files.of(run.folder)))  # what doctor's command for this run has
+            exact = ", precision=fp32" if self.config.precision == "bf16" else ""
             raise Failed(
-                f"training stopped: {reason}{kept}; try lr={self.config.lr / 5:.1e}, a longer warm-up (warmup=0.1),"
-                f" precision=fp32, or look at the rows with `lorafit check`; `lorafit doctor {run.folder}` has the figures"
+                f"training stopped: {reason}{kept}; try {calmer}{exact}, or look at the rows with `lorafit check`;"
+                f" `lorafit doctor {run.folder}` has the figures"
             )
         return run
 

@@ -95,6 +95,25 @@ def test_divergence(runs, lr, capsys):
     assert made["verdict"].startswith("ill")
 
 
+@pytest.mark.parametrize("factor, wanted", [(100, 1.0), (1.5, 0.3)])
+def test_train_and_doctor_name_the_same_rate(quick_model, tmp_path, monkeypatch, factor, wanted):
+    """Advice's own where the rate was far over it, else a fifth of it."""
+    from lorafit.train import loop
+
+    plain, factors = loop.losses, iter([1.0, *[9.0] * 60])
+    monkeypatch.setattr(loop, "losses", lambda host, micro: plain(host, micro) * next(factors))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(20)))
+    fair = fit.advice.rate_for(64, "llama", 256)
+    given = {"model": str(quick_model), "precision": "fp32", "samples": 0, "steps": 30, "batch_tokens": 256}
+    given |= {"out": str(tmp_path / "away"), "lr": factor * fair}
+    with pytest.raises(fit.Failed) as failed:
+        fit.fit(fit.read_config(str(data), given), QUIET)
+    (fault,) = [one for one in examine(tmp_path / "away") if one.name == "diverged"]
+    settings = f"lr={wanted * fair:.2g} warmup=0.1"
+    assert f"; try {settings}, or look" in str(failed.value) and settings in fault.command
+
+
 def test_a_rate_that_is_too_small(runs):
     run = runs("tiny", lr=1e-8, steps=70)
     (fault,) = [one for one in examine(run) if one.level == "fault"]
