@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, variance
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lorafit.advice import rate_for
 from lorafit.config import read_yaml
-from lorafit.files import read_json, read_json_lines
+from lorafit.files import read_json, read_json_lines, unfinished_search
 from lorafit.methods import METHODS
 from lorafit.run import STOPPED, Run
 
@@ -58,6 +58,7 @@ class Files:
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
     stopped: dict[str, Any]
+    searching: bool = False  # a search that isn't over, which has its winner's settings already
 
     @staticmethod
     def of(folder: Path) -> Files:
@@ -72,6 +73,7 @@ class Files:
             by_step(read_json_lines(folder / "evaluations.jsonl")),
             read_json(folder / "summary.json"),
             read_json(folder / STOPPED),
+            unfinished_search(folder),
         )
 
     @cached_property
@@ -164,9 +166,12 @@ def number(row: dict[str, Any], key: str) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
-def examine(folder: Path) -> list[Finding]:
-    """What is to be said of a run, the worst first. Empty: nothing. RunError where it isn't a run."""
+def examine(folder: Path, ending: bool = False) -> list[Finding]:
+    """What is to be said of a run, the worst first. Empty: nothing. RunError where it isn't a run. `ending`: its report is being
+    written, the last that a search lacks."""
     files = Files.of(folder)
+    if ending and files.summary:
+        files = replace(files, searching=False)
     found = [finding for check in _CHECKS if (finding := check(files)) is not None]
     named = {finding.name for finding in found}
     found = [finding for finding in found if not _HIDES.get(finding.name, set()) & named]
@@ -194,9 +199,10 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
 
 def _ended(files: Files) -> Finding | None:
     """Before its time, other than by a failure of training."""
-    if files.summary:
+    if files.summary and not files.searching:
         return None
-    go_on = shlex.join(["lorafit", "train", "--resume", "--out", str(files.folder)])
+    verb = "tune" if files.searching else "train"
+    go_on = shlex.join(["lorafit", verb, "--resume", "--out", str(files.folder)])
     done = files.epochs
     far = f"{files.last} steps are recorded" + (
         f", {done:.2g} of {files.setting('epochs'):g} epochs" if _by_epochs(files) and done else ""
@@ -207,7 +213,7 @@ def _ended(files: Files) -> Finding | None:
         micro = number(row, "micro_tokens")
         at = f"; the last micro-batches had {micro:.0f} tokens" if micro else ""
         do = "keep less (checkpointing=true costs time and nothing else), or more memory; or shorter rows, anew"
-        more = "" if files.config.get("checkpointing") else " checkpointing=true"
+        more = "" if files.config.get("checkpointing") or files.searching else " checkpointing=true"
         return Finding(
             "out-of-memory", "fault", "memory ran out, with one row at a time", f"{reason.split(';')[0]}; {far}{at}", do,
             go_on + more, files.last,
@@ -219,7 +225,8 @@ def _ended(files: Files) -> Finding | None:
             "broken-off", "fault", "an error ended it", f"{reason[:300]}; {far}", "mend that, then go on", go_on
         )
     what = (
-        "it has no end: it is still going on, or it was killed (by hand, by the system for its memory, by a power cut)"
+        f"{'the search' if files.searching else 'it'} has no end: it is still going on, or it was killed (by hand, by the"
+        " system for its memory, by a power cut)"
     )
     return Finding("unfinished", "fault", what, far, "if it isn't going on any more, go on with it", go_on)
 

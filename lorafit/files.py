@@ -107,6 +107,12 @@ def load_json(path: Path, error: type[UserError]) -> dict[str, Any] | None:
     return values
 
 
+def unfinished_search(folder: Path) -> bool:
+    """Whether a folder is of a search (lorafit tune) that isn't over, so `lorafit tune --resume` goes on with it."""
+    over = (folder / "tune.json").exists() and (folder / "report.html").exists()
+    return (folder / "tune" / "search.json").is_file() and not over
+
+
 def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on with --resume") -> None:
     """Replace a folder by what `fill` writes into an empty one; nothing is replaced if `fill` raises.
 

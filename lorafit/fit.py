@@ -187,6 +187,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     """Go on with a run from its newest whole checkpoint. RunError shows the differences if it isn't the same training."""
     terminal = terminal or Terminal()
     run = Run.open(Path(folder))
+    if files.unfinished_search(run.folder):
+        raise RunError(f"{run.folder} is a search that hasn't ended; lorafit tune --resume --out {run.folder} goes on")
     saved = settings.read_yaml(run.folder / "config.yaml")
     if given.get("method", saved.get("method")) != saved.get("method"):
         raise RunError(f"{run.folder} trains method={saved.get('method')}; another method needs a new run")

@@ -31,7 +31,7 @@ def write(run: Path) -> Path:
     steps = doctor.by_step(read_json_lines(run / "metrics.jsonl"))
     evaluations = doctor.by_step(read_json_lines(run / "evaluations.jsonl"))
     data, summary = read_json(run / "data.json"), read_json(run / "summary.json")
-    findings = doctor.examine(run)
+    findings = doctor.examine(run, ending=True)
     best = _best(evaluations, summary)
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>"

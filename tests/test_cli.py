@@ -195,6 +195,25 @@ def test_runs_lists_and_compares(capsys, run, other):
     assert code == 2 and "no runs in" in err
 
 
+def test_runs_lists_searches_that_have_not_ended(capsys, run, tmp_path):
+    """One that was killed before its last phase has no config.yaml."""
+    folder = tmp_path / "runs" / "a search"
+    (folder / "tune").mkdir(parents=True)
+    asked = {"settings": {"data": "/somewhere/rows.jsonl", "model": "tiny"}, "options": {}}
+    (folder / "tune" / "search.json").write_text(json.dumps(asked))
+    shutil.copytree(run, tmp_path / "runs" / "done")
+    go_on = f"lorafit tune --resume --out '{folder}'"
+    code, out, _ = call(capsys, "runs", folder.parent)
+    (line,) = [line for line in out.splitlines() if line.startswith(str(folder))]
+    assert code == 0 and "search not finished" in line and "rows.jsonl" in line and "tiny" in line
+    assert f"\n  {go_on}\n" in out and "done" in out
+    for words in ([folder.parent], [folder], [folder, folder.parent / "done"]):
+        found = json.loads(call(capsys, "runs", *words, "--json")[1])
+        assert [row["go_on"] for row in found if row["run"] == str(folder)] == [go_on]
+    (folder / "tune" / "search.json").write_text("[1]")
+    assert call(capsys, "runs", folder.parent)[0] == 0
+
+
 def test_runs_says_how_bases_are_stored_where_one_is_quantised(capsys, run, tmp_path):
     code, out, _ = call(capsys, "runs", run.parent)
     assert code == 0 and "quant" not in out

@@ -298,3 +298,27 @@ def test_of_a_search_that_has_not_ended_it_says_how_to_go_on(tmp_path):
         RunError, match=f"is a search that hasn't ended.*lorafit tune --resume --out {tmp_path} goes on"
     ):
         examine(tmp_path)
+
+
+def test_a_search_in_its_last_phase_goes_on_with_tune(runs, tmp_path, capsys):
+    """Its folder has the settings and perhaps the summary of its winner by then."""
+    run = tmp_path / "search"
+    shutil.copytree(runs("few", steps=4, lr=3e-3), run)
+    (run / "tune").mkdir()
+    (run / "tune" / "search.json").write_text("{}")
+    go_on = f"lorafit tune --resume --out {run}"
+    for gone in ("report.html", "summary.json"):
+        (run / gone).unlink()
+        (fault,) = [one for one in examine(run) if one.level == "fault"]
+        assert (fault.name, fault.command) == ("unfinished", go_on) and "the search has no end" in fault.what
+    with pytest.raises(RunError, match=f"is a search that hasn't ended; {go_on} goes on"):
+        fit.resume(run, {}, terminal=QUIET)
+    assert main(["runs", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "search not finished" in told and go_on in told
+    shutil.copy(runs("few") / "summary.json", run)
+    (run / "tune.json").write_text("{}")
+    report.write(run)  # ends it, and must not say of itself that it isn't there
+    assert "has no end" not in (run / "report.html").read_text() and "unfinished" not in names(run)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "not finished" not in capsys.readouterr().out

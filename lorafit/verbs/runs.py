@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
-from lorafit.files import read_json
+from lorafit.files import read_json, unfinished_search
 from lorafit.verbs.common import add_json, print_json
 
 ABOUT = "list runs by data file, each file's best first; or compare the settings and results of two"
@@ -23,22 +24,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """List or compare."""
-    from lorafit import config as settings
     from lorafit.log import count, duration, size, table
 
     places = [Path(p) for p in args.runs]
-    single = [p for p in places if (p / "config.yaml").is_file()]
-    if len(single) == 2 and len(places) == 2:
-        _compare(single, args.json)
+    if len(places) == 2 and all((p / "config.yaml").is_file() for p in places):
+        _compare(places, args.json)
         return
-    folders = single + [c.parent for p in (places or [Path("runs")]) for c in sorted(p.glob("*/config.yaml"))]
+    single = [p for p in places if _is_run(p)]
+    folders = single + [c for p in (places or [Path("runs")]) for c in sorted(p.glob("*")) if _is_run(c)]
     if not folders:
         from lorafit.errors import RunError
 
         raise RunError(f"no runs in {', '.join(map(str, places)) or 'runs/'}; make one with: lorafit train DATA")
     found = []
     for folder in folders:
-        config, summary = settings.read_yaml(folder / "config.yaml"), read_json(folder / "summary.json")
+        config, summary = _settings(folder), read_json(folder / "summary.json")
+        if unfinished_search(folder):
+            go_on = shlex.join(["lorafit", "tune", "--resume", "--out", str(folder)])
+            summary |= {"stopped": "search not finished", "go_on": go_on}
         found.append(
             {
                 "run": str(folder),
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     coded = any(r["quant"] != "none" for r in found)  # else every base is in its own type, which needn't be said
     rows = [
         [
-            r["run"], r["data"], str(r["base"]), *([str(r["quant"])] if coded else []), str(r["method"]),
+            r["run"], r["data"], str(r["base"] or ""), *([str(r["quant"])] if coded else []), str(r["method"] or ""),
             _loss(r.get("held_out_loss_before")), _loss(r.get("held_out_loss_after")),
             count(r["trainable_parameters"]) if "trainable_parameters" in r else "",
             size(r["adapter_bytes"]) if "adapter_bytes" in r else "",
@@ -75,6 +78,23 @@ def run(args: argparse.Namespace) -> None:
             "lllll"[not coded :] + "rrrrrl",
         )
     )
+    if waiting := [r["go_on"] for r in found if "go_on" in r]:
+        print("\n".join(["", "a search that isn't running any more goes on with:", *(f"  {line}" for line in waiting)]))
+
+
+def _is_run(folder: Path) -> bool:
+    """Of a training, or of a search, which has no settings of its own before its last phase."""
+    return (folder / "config.yaml").is_file() or unfinished_search(folder)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """As far as they are known: of a search, what was asked for."""
+    from lorafit import config as settings
+
+    if (folder / "config.yaml").is_file():
+        return settings.read_yaml(folder / "config.yaml")
+    asked = read_json(folder / "tune" / "search.json").get("settings")
+    return asked if isinstance(asked, dict) else {}
 
 
 def _compare(folders: list[Path], as_json: bool) -> None:
