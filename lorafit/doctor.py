@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lorafit.advice import rate_for
 from lorafit.config import read_yaml
+from lorafit.data.report import PLACEHOLDERS
 from lorafit.files import read_json, read_json_lines, unfinished_search
 from lorafit.methods import METHODS
 from lorafit.run import STOPPED, Run
@@ -133,11 +134,10 @@ class Files:
     @property
     def epochs(self) -> float | None:
         """How many times the training rows were gone through."""
-        rows, all_rows = number(self.data, "train_rows"), number(self.data, "held_out_rows")
-        tokens = number(self.data, "tokens")
-        if not rows or all_rows is None or not tokens:
+        rows, held, tokens = (number(self.data, key) for key in ("train_rows", "held_out_rows", "tokens"))
+        if rows is None or held is None or tokens is None or min(rows, tokens) < 1 or held < 0:
             return None
-        return sum(number(row, "tokens") or 0 for row in self.steps) / (tokens * rows / (rows + all_rows))
+        return sum(number(row, "tokens") or 0 for row in self.steps) / (tokens * rows / (rows + held))
 
     def again(self, *changes: str) -> str:
         """The command that trains anew with these settings changed."""
@@ -149,21 +149,31 @@ class Files:
 
     def longer(self, factor: float) -> str:
         """The setting that makes it so many times as long."""
-        if self.config.get("steps"):
-            return f"steps={max(1, round(self.config['steps'] * factor))}"
+        if steps := self.setting("steps"):
+            return f"steps={max(1, round(steps * factor))}"
         return f"epochs={max(0.1, float(self.setting('epochs') or 3) * factor):.3g}"
 
 
 def by_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in the order of their steps; of a step that was taken again after a resume the later one."""
-    found = {step: row for row in rows if (step := number(row, "step")) is not None}
+    """Rows in the order of their steps; of a step that was taken again after a resume the later one. Without what is no step."""
+    found = {step: row for row in rows if type(step := row.get("step")) is int and 0 <= step < 1 << 53}
     return [found[step] for step in sorted(found)]
 
 
 def number(row: dict[str, Any], key: str) -> float | None:
-    """A finite number of a row; None for anything else, too large a whole number among it."""
+    """A finite number of a row, whose square is finite too; None for anything else."""
     value = row.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100 else None
+
+
+def items(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> list[Any]:
+    """The well-formed items of a row's list, of this kind and length if one is given; none where it isn't a list."""
+    found = row.get(key)
+    return (
+        [i for i in found if isinstance(i, kind) and (not length or len(i) == length)]
+        if isinstance(found, list)
+        else []
+    )
 
 
 def examine(folder: Path, ending: bool = False) -> list[Finding]:
@@ -339,8 +349,8 @@ def _why_nothing(files: Files, evidence: list[str]) -> tuple[str, str, list[str]
     slow = [f"lr={fair:.2g}"] if lr is not None and fair is not None and lr < fair / 4 else []
     if slow:
         evidence.append(f"lr={lr:.2g}{_beside_default(files)}")
-    if trained and total and trained < total * 2e-4 and files.config.get("targets"):
-        named = ",".join(map(str, files.config["targets"]))
+    if trained and total and trained < total * 2e-4 and items(files.config, "targets", str):
+        named = ",".join(items(files.config, "targets", str))
         evidence.append(f"{trained:,.0f} of {total:,.0f} numbers are trained (targets={named})")
         return "too little is trained", "all linear layers", ["targets=all-linear", *slow]
     if slow:
@@ -405,7 +415,9 @@ def _overfitting(files: Files) -> Finding | None:
     rise = last[1] / best[1] - 1 if best[1] else 0.0
     before = [value for step, value in files.losses if step <= best[0]]
     after = [value for step, value in files.losses if step > best[0]]
-    falling = bool(after) and fmean(after[-max(2, len(after) // 4) :]) < fmean(before[-max(2, len(before) // 4) :])
+    falling = bool(before and after) and fmean(after[-max(2, len(after) // 4) :]) < fmean(
+        before[-max(2, len(before) // 4) :]
+    )
     if rise < HARDLY or not falling or best[0] >= last[0]:
         return None
     share = best[0] / max(1, last[0])
@@ -419,10 +431,9 @@ def _overfitting(files: Files) -> Finding | None:
     what = "overfitting: from there on it learned its rows by heart"
     kept = f"the adapter of step {best[0]} is the one that was kept; " if files.summary else ""
     do = f"{kept}a shorter run whose learning rate falls in time is often a little better, so are more rows"
-    planned = files.config.get("steps") or 0
     change = (
-        f"steps={max(FEW_STEPS, best[0])}"
-        if planned or not files.epochs
+        f"steps={max(FEW_STEPS, int(best[0]))}"
+        if files.setting("steps") or not files.epochs
         else files.longer(max(0.05, files.epochs * share / (files.setting("epochs") or 3)))
     )
     return Finding("overfitting", "warning" if bad else "note", what, evidence, do, files.again(change), best[0])
@@ -433,8 +444,8 @@ def _overfitting(files: Files) -> Finding | None:
 
 def _no_end(files: Files) -> Finding | None:
     """Whether what ends an answer is among what is learned."""
-    pieces = [p for p in files.data.get("text_example") or [] if isinstance(p, list) and len(p) == 2]
-    stops = [str(s["text"]) for s in files.chat.get("stop") or [] if isinstance(s, dict) and s.get("text")]
+    pieces = items(files.data, "text_example", list, 2)
+    stops = [str(stop["text"]) for stop in items(files.chat, "stop", dict) if stop.get("text")]
     learned = [str(text) for text, on in pieces if on]
     cut = number(files.data, "truncated_end") or 0
     rows = (number(files.data, "train_rows") or 0) + (number(files.data, "held_out_rows") or 0)
@@ -463,10 +474,24 @@ def _no_end(files: Files) -> Finding | None:
     return Finding("no-end", "fault", f"the end of an answer is never learned: {why}", evidence, do)
 
 
+def _placeholders(files: Files) -> Finding | None:
+    """Answers with {{name}} and the like, which nobody has filled in."""
+    notes = items(files.data, "notes", dict)
+    note = next((note for note in notes if str(note.get("reason")).startswith(PLACEHOLDERS)), None)
+    if note is None:
+        return None
+    rows, of, line = number(note, "rows"), number(files.data, "rows"), number(note, "line")
+    parts = [f"{rows:.0f} of {of:.0f} rows"] if rows and of else []
+    parts += [f"the first at line {line:.0f} of {files.data.get('path')}"] if line else []
+    what = "answers hold placeholders such as {{name}}, and it learns to say them"
+    do = "put in what they stand for (`lorafit check` names the lines), then train again"
+    return Finding("placeholders", "warning", what, ", ".join(parts), do)
+
+
 def _cut_rows(files: Files) -> Finding | None:
     """Rows that were cut or left out."""
     cut, skipped = number(files.data, "truncated") or 0, number(files.data, "skipped") or 0
-    faults = len(files.data.get("faults") or [])
+    faults = len(items(files.data, "faults", dict))
     rows = number(files.data, "rows") or 0
     if not rows or cut + skipped + faults == 0:
         return None
@@ -474,8 +499,8 @@ def _cut_rows(files: Files) -> Finding | None:
     parts = [f"{cut:.0f} cut to {longest:.0f} tokens"] if cut else []
     parts += [f"{skipped:.0f} over {longest:.0f} tokens left out"] if skipped else []
     parts += [f"{faults} bad ones left out"] if faults else []
-    lengths = [row for row in files.data.get("lengths") or [] if isinstance(row, list) and len(row) == 3]
-    high = max((int(row[1]) for row in lengths if row[2]), default=0)
+    lengths = [row for row in items(files.data, "lengths", list, 3) if isinstance(row[1], int) and row[2]]
+    high = max((row[1] for row in lengths), default=0)
     command = files.again(f"max_tokens={high}") if cut + skipped and high > longest else ""
     do = (
         "a larger max_tokens, where the model's context and memory allow it"
@@ -507,8 +532,8 @@ def _few_rows(files: Files) -> Finding | None:
 
 def _repeated_rows(files: Files) -> Finding | None:
     """Duplicates, and held-out rows that share their prompt with a training row."""
-    rows, twins = number(files.data, "rows") or 0, len(files.data.get("duplicates") or [])
-    same, held = len(files.data.get("same_prompt") or []), number(files.data, "held_out_rows") or 0
+    rows, twins = number(files.data, "rows") or 0, len(items(files.data, "duplicates", list))
+    same, held = len(items(files.data, "same_prompt", list)), number(files.data, "held_out_rows") or 0
     if held and same > 0.2 * held:
         what = "held-out rows share their prompt with training rows, so the held-out loss flatters"
         return Finding(
@@ -529,27 +554,28 @@ def _repeated_rows(files: Files) -> Finding | None:
 
 def _memory(files: Files) -> Finding | None:
     """Steps that had to be repeated in smaller pieces."""
-    tried = [size for row in files.steps for size in row.get("too_large") or []]
-    if not tried or files.stopped.get("kind") == "OutOfMemory":
-        return None
+    short = [row for row in files.steps if (sizes := items(row, "too_large", int)) and max(sizes) < 1 << 53]
+    tried = [size for row in short for size in row["too_large"] if isinstance(size, int)]
     sizes = [value for row in files.steps if (value := number(row, "micro_tokens")) is not None]
+    if not tried or not sizes or files.stopped.get("kind") == "OutOfMemory":
+        return None
     evidence = (
-        f"micro-batches of {max(tried):.0f} tokens didn't fit; after {len(tried)} attempts {sizes[-1]:.0f} tokens did"
+        f"micro-batches of {max(tried)} tokens didn't fit; after {len(tried)} attempts {sizes[-1]:.0f} tokens did"
     )
     do = "nothing: the result is the same but for rounding; checkpointing=true, quant=nf4 or more memory make room"
-    step = next((int(row["step"]) for row in files.steps if row.get("too_large")), None)
-    return Finding("memory", "note", "memory was short", evidence, do, "", step)
+    return Finding("memory", "note", "memory was short", evidence, do, "", int(short[0]["step"]))
 
 
 def _fair_rate(files: Files) -> float | None:
     """The rate that advice gives this run's base and steps; None where the base's config isn't there any more."""
     shape = read_json(Path(str(files.summary.get("base_path", ""))) / "config.json") if files.summary else {}
-    shape = shape.get("text_config") or shape
-    width, tokens = shape.get("hidden_size") or shape.get("n_embd"), files.setting("batch_tokens")
-    if not isinstance(width, int) or width < 1 or not tokens:
-        return None
+    inner = shape.get("text_config")
+    shape = inner if isinstance(inner, dict) and inner else shape
+    width, tokens = number(shape, "hidden_size") or number(shape, "n_embd") or 0, files.setting("batch_tokens") or 0
     kind = METHODS.get(str(files.config.get("method")))
-    return rate_for(width, str(shape.get("model_type")), int(tokens)) * kind.lr_factor if kind else None
+    if width < 1 or tokens < 1 or kind is None:
+        return None
+    return rate_for(int(width), str(shape.get("model_type")), int(tokens)) * kind.lr_factor
 
 
 def _beside_default(files: Files) -> str:
@@ -563,6 +589,7 @@ _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
     _high_rate,
     _learned_nothing,
     _no_end,
+    _placeholders,
     _still_falling,
     _few_steps,
     _overfitting,

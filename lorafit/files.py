@@ -81,7 +81,7 @@ def read_json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (OSError, ValueError):  # a path out of a damaged file may be none
         return []
     found = []
     for part in [text] if whole else text.split("\n"):

@@ -23,6 +23,7 @@ from lorafit import config as settings
 from lorafit.batches import Plan, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
+from lorafit.data.report import PLACEHOLDERS
 from lorafit.errors import ConfigError, MissingExtra, ModelError, OutOfMemory, RunError, UserError
 from lorafit.evaluate import SAMPLE_TOKENS, TOKENS, evaluate, prompt_of, spacing
 from lorafit.generate import answer
@@ -773,6 +774,12 @@ class Training:
         )
         if rows.faults:
             say(f"          {len(rows.faults)} bad rows left out; `lorafit check` lists them")
+        if unfilled := next((note for note in rows.notes if note.reason.startswith(PLACEHOLDERS)), None):
+            rows_have = "row has" if unfilled.rows == 1 else "rows have"
+            say(
+                f"          {count(unfilled.rows)} {rows_have} a placeholder such as {{{{name}}}} in an answer (the first: line"
+                f" {unfilled.line}), which it learns to say; fill them in"
+            )
         if rows.truncated or rows.skipped:
             say(
                 f"          over {config.max_tokens} tokens: {rows.truncated} rows cut"

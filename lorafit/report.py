@@ -15,7 +15,7 @@ from typing import Any
 from lorafit import charts, doctor, tried
 from lorafit.charts import Point
 from lorafit.config import read_yaml
-from lorafit.doctor import Finding, number
+from lorafit.doctor import Finding, items, number
 from lorafit.errors import RunError
 from lorafit.files import read_json, read_json_lines, write_text
 from lorafit.log import count, duration, size
@@ -63,16 +63,6 @@ def adapter(name: str, facts: Iterable[tuple[str, str]], norms: dict[str, dict[s
 
 
 # --- the files
-
-
-def _list(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> list[Any]:
-    # The well-formed items of a list; pairs and triples come with their length.
-    items = row.get(key)
-    return (
-        [i for i in items if isinstance(i, kind) and (not length or len(i) == length)]
-        if isinstance(items, list)
-        else []
-    )
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> list[Point]:
@@ -168,7 +158,7 @@ def _diagnosis(findings: list[Finding]) -> str:
 
 
 def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
-    answered = [row for row in evaluations if _list(row, "samples", dict)]
+    answered = [row for row in evaluations if items(row, "samples", dict)]
     if not answered:
         return ""
     main = best if best in answered else answered[-1]
@@ -178,7 +168,7 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
     if first is not main:
         heads.insert(2, "Before training" if first["step"] == 0 else f"Step {_plain(first['step'])}")
     rows = []
-    for sample in _list(main, "samples", dict):
+    for sample in items(main, "samples", dict):
         cells = [sample.get("prompt"), sample.get("expected"), sample.get("answer")]
         if first is not main:
             cells.insert(2, old.get(_plain(sample.get("prompt"))))
@@ -187,7 +177,7 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
         f"<h3>Step {_escape(_plain(row['step']))}</h3>"
         + _table(
             ["Prompt", "Answer"],
-            [[_plain(s.get("prompt")), _plain(s.get("answer"))] for s in _list(row, "samples", dict)],
+            [[_plain(s.get("prompt")), _plain(s.get("answer"))] for s in items(row, "samples", dict)],
         )
         for row in answered
         if row is not main
@@ -197,10 +187,13 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
 
 def _search(found: dict[str, Any]) -> str:
     """What `lorafit tune` tried, for a run that is its winner."""
-    rows = tried.rows(found)
+    try:
+        rows, pictures = tried.rows(found), list(tried.pictures(found))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # somebody has changed a value in it
+        return "<p>tune.json is damaged, so what was tried can't be shown.</p>"
     if not rows:
         return ""
-    drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in tried.pictures(found))
+    drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in pictures)
     return _table(tried.HEADS, rows, "tried") + drawn
 
 
@@ -215,18 +208,18 @@ def _data(data: dict[str, Any]) -> str:
     if isinstance(formats, dict):
         facts.append(("Formats", ", ".join(f"{name} {_plain(number)}" for name, number in formats.items())))
     parts = [_pairs(facts)]
-    if lengths := [(a, b, c) for a, b, c in _list(data, "lengths", list, 3) if all(map(_is_amount, (a, b, c)))]:
+    if lengths := [(a, b, c) for a, b, c in items(data, "lengths", list, 3) if all(map(_is_amount, (a, b, c)))]:
         parts.append(charts.histogram(lengths))
-    if example := _list(data, "text_example", list, 2):
+    if example := items(data, "text_example", list, 2):
         marked = "".join(f"<mark>{_escape(text)}</mark>" if on else _escape(text) for text, on in example)
         parts.append(
             f'<h3>One row as the model sees it; <mark>marked</mark> is learned</h3><pre dir="auto">{marked}</pre>'
         )
     for key, title in (("faults", "Rows that can't be used"), ("notes", "Rows to look at")):
-        if items := _list(data, key, dict):
-            rows = [[_plain(item.get("line")), _plain(item.get("reason"))] for item in items]
+        if found := items(data, key, dict):
+            rows = [[_plain(item.get("line")), _plain(item.get("reason"))] for item in found]
             parts.append(f"<h3>{title} ({count(len(rows))})</h3>" + _table(["Line", "Reason"], rows, "lines"))
-    if twins := _list(data, "duplicates", list, 2):
+    if twins := items(data, "duplicates", list, 2):
         rows = [[_plain(line), _plain(first)] for line, first in twins]
         parts.append(f"<h3>Duplicates ({count(len(rows))})</h3>" + _table(["Line", "Same as line"], rows, "lines"))
     return "".join(parts)
@@ -306,8 +299,8 @@ def _escape(value: Any) -> str:
 
 
 def _pairs(facts: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f'<div><dt>{_escape(key)}</dt><dd dir="auto">{_escape(value)}</dd></div>' for key, value in facts)
-    return f"<dl>{items}</dl>"
+    rows = "".join(f'<div><dt>{_escape(key)}</dt><dd dir="auto">{_escape(value)}</dd></div>' for key, value in facts)
+    return f"<dl>{rows}</dl>"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "even") -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,24 @@ def test_an_answers_end_that_is_never_learned(runs):
     assert "no-end" not in names(run)
 
 
+def test_placeholders_that_nobody_filled_in(runs, quick_model, tmp_path):
+    rows = [conversation(i) for i in range(40)]
+    for row in rows[4::2]:
+        row["messages"][-1]["content"] += " {{name}}"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": str(quick_model), "out": str(tmp_path / "run"), "steps": 2, "samples": 0}
+    told = io.StringIO()
+    fit.fit(fit.read_config(str(file), given), Terminal(stream=told))
+    assert "18 rows have a placeholder such as {{name}} in an answer (the first: line 5)" in told.getvalue()
+    found = {one.name: one for one in examine(tmp_path / "run")}
+    assert found["placeholders"].level == "warning"
+    assert found["placeholders"].evidence == f"18 of 40 rows, the first at line 5 of {file}"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "answers hold placeholders such as {{name}}" in page[: page.index("<h2>Curves")]
+    assert "placeholders" not in names(runs("few", steps=4, lr=3e-3))
+
+
 def test_rows_that_were_cut(runs):
     found = {one.name: one for one in examine(runs("cut", steps=30, lr=3e-3, long="truncate", max_tokens=20))}
     assert found["no-end"].level == "fault" and "cut inside an answer" in found["no-end"].evidence
@@ -322,3 +342,54 @@ def test_a_search_in_its_last_phase_goes_on_with_tune(runs, tmp_path, capsys):
     assert "has no end" not in (run / "report.html").read_text() and "unfinished" not in names(run)
     assert main(["runs", str(tmp_path)]) == 0
     assert "not finished" not in capsys.readouterr().out
+
+
+ODD = (-1, 0, "a\0b", None, [], [[]], {"x": {}}, 3.5, True, 10**400)
+
+
+def places(value) -> list[tuple]:
+    """The ways to every value within JSON values; of a list's, to the first and the last."""
+    keys = list(value) if isinstance(value, dict) else sorted({0, len(value) - 1}) if value else []
+    inside = [(key, *way) for key in keys if isinstance(value[key], dict | list) for way in places(value[key])]
+    return [(key,) for key in keys] + inside
+
+
+def with_odd(value, way: tuple, odd):
+    """A copy with another value at that place."""
+    made = deepcopy(value)
+    place = made
+    for key in way[:-1]:
+        place = place[key]
+    place[way[-1]] = odd
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "data.json", "chat.json", "summary.json", "metrics.jsonl", "evaluations.jsonl"]
+)
+def test_no_value_breaks_it(runs, tmp_path, name):
+    """Whatever a file's values have become, doctor and report have words for it: of a run that has most there is to say."""
+    run = tmp_path / "run"
+    shutil.copytree(runs("cut", steps=30, lr=3e-3, long="truncate", max_tokens=20), run)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps[-1] |= {"too_large": [200, 100]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    file = run / name
+    text = file.read_text()
+    if name.endswith("yaml"):
+        whole, write = read_yaml(file), json.dumps  # which is YAML too
+    elif name.endswith("jsonl"):
+        whole = [json.loads(line) for line in text.splitlines()]
+
+        def write(rows) -> str:
+            return "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        whole, write = json.loads(text), json.dumps
+    for way in places(whole):
+        for odd in ODD:
+            file.write_text(write(with_odd(whole, way, odd)))
+            try:
+                doctor.verdict(run, examine(run))
+                report.write(run)
+            except Exception as error:
+                raise AssertionError(f"{name}: {way} = {odd!r}") from error
