@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         table(
             [
                 *("run", "data", "base", *(["quant"] if coded else [])),
-                *("method", "before", "after", "trainable", "size", "took", "stopped"),
+                *("method", "before", "best", "trainable", "size", "took", "stopped"),
             ],
             rows,
             "lllll"[not coded :] + "rrrrrl",
@@ -108,8 +108,29 @@ def _compare(folders: list[Path], as_json: bool) -> None:
     if as_json:
         print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
         return
-    rows = [[k, *(_shown(k, b.get(k)) for b in both)] for k in keys]
+    rows = [[_WORDS.get(k, k), *(_shown(k, b.get(k)) for b in both)] for k in keys]
     print(table(["", *map(str, folders)], rows, "lll"))
+
+
+# Results in words; settings keep the names that they are given by.
+_WORDS = {
+    "base_path": "base's folder",
+    "base_fingerprint": "base's fingerprint",
+    "held_out_loss_before": "held-out loss before training",
+    "held_out_loss_after": "held-out loss at the best step",
+    "best_step": "best step",
+    "seconds": "time",
+    "tokens_per_second": "tokens per second",
+    "peak_rss_bytes": "peak memory",
+    "peak_gpu_bytes": "peak memory of the GPU",
+    "planned_peak_bytes": "peak memory, as expected",
+    "trainable_parameters": "trained numbers",
+    "total_parameters": "all numbers",
+    "adapter_bytes": "adapter's size",
+    "base_bytes": "base's size",
+    "train_rows": "training rows",
+    "held_out_rows": "held-out rows",
+}
 
 
 def _shown(key: str, value: Any) -> str:
