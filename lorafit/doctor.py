@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lorafit.advice import rate_for
 from lorafit.config import read_yaml
+from lorafit.data.dataset import SMALLEST
 from lorafit.data.report import PLACEHOLDERS
 from lorafit.files import read_json, read_json_lines, unfinished_search
 from lorafit.methods import METHODS
@@ -196,11 +197,16 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
     word = {"fault": "ill", "warning": "could be better"}.get(worst, "healthy")
     after = min((point for point in files.held_out if point[0] > 0), key=lambda point: point[1], default=None)
     if files.before and after is not None:
+        end = files.held_out[-1]
+        rose = f"; {end[1]:.4f} at step {end[0]}, the last time" if end[1] > (1 + HARDLY) * after[1] else ""
+        if after[1] >= files.before:
+            lowest = f"no evaluation of {files.last} steps was lower, {after[1]:.4f} at step {after[0]} the nearest"
+            return f"{word}: held-out loss {files.before:.4f} before training, {lowest}{rose}"
         change = after[1] / files.before - 1
         where = f"best at step {after[0]} of {files.last}"
-        return f"{word}: held-out loss {files.before:.4f} -> {after[1]:.4f} ({change:+.1%}), {where}"
+        return f"{word}: held-out loss {files.before:.4f} -> {after[1]:.4f} ({change:+.1%}), {where}{rose}"
     if (ends := files.ends()) is not None:
-        return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}"
+        return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f} (means of the first and the last steps)"
     return f"{word}: {files.last} {'step was' if files.last == 1 else 'steps were'} taken"
 
 
@@ -261,10 +267,11 @@ def _diverged(files: Files) -> Finding | None:
     norms = [value for row in files.steps if (value := number(row, "grad_norm")) is not None]
     evidence = [reason] if ran or said else []
     evidence += [f"the loss at step {nan[0]:.0f} isn't a number"] if nan and not said else []
-    losses = [value for _, value in files.losses]
-    if len(losses) > 1:
+    if len(files.losses) > 1:
+        first, highest, last = files.losses[0], max(files.losses, key=lambda point: point[1]), files.losses[-1]
         evidence.append(
-            f"training loss {losses[0]:.3g} at first, {max(losses):.3g} at its highest, {losses[-1]:.3g} at the end"
+            f"training loss {first[1]:.3g} at step {first[0]}, {highest[1]:.3g} at its highest (step {highest[0]}),"
+            f" {last[1]:.3g} at step {last[0]}, the last"
         )
     evidence += [f"gradient norm {median(norms):.2g} (median), {max(norms):.2g} (highest)"] if norms else []
     evidence += [f"lr={lr:.2g}{_beside_default(files)}"] if lr else []
@@ -329,7 +336,7 @@ def _learned_nothing(files: Files) -> Finding | None:
     if gain is not None and files.before is not None:
         evidence.append(f"held-out loss {files.before:.4f} before, {files.before * (1 - gain):.4f} at best after")
     if ends:
-        evidence.append(f"training loss {ends[0]:.3f} at first, {ends[1]:.3f} at the end")
+        evidence.append(f"training loss {ends[0]:.3f} in the first steps, {ends[1]:.3f} in the last (means)")
     evidence.append(f"{files.last} steps")
     why, do, changes = _why_nothing(files, evidence)
     name = "nothing-learned"
@@ -518,8 +525,17 @@ def _few_rows(files: Files) -> Finding | None:
     rows, held = number(files.data, "train_rows"), number(files.data, "held_out_rows")
     if rows is None or held is None:
         return None
+    twins = len(items(files.data, "duplicates", list))
+    split = files.setting("held_out_share") != 0 and not files.config.get("held_out")
+    if held == 0 and twins and rows >= SMALLEST and split:
+        evidence = f"{rows:.0f} rows to train on, {twins} of them repeat another; rows that repeat are never held out"
+        what = "nothing was held out, since the rows repeat each other, so nobody knows how well it learned"
+        return Finding(
+            "few-rows", "warning", what, evidence, "leave the repetitions out; or rows of your own with --held-out"
+        )
     if rows < FEW_ROWS or held == 0:
         evidence = f"{rows:.0f} rows to train on, {held:.0f} held out"
+        evidence += f"; {twins} rows of the file repeat another" if twins else ""
         what = "few rows: it can learn a manner from them, hardly facts"
         if held == 0:
             what = "nothing was held out, so nobody knows how well it learned, and nothing stops it in time"

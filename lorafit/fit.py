@@ -773,16 +773,16 @@ class Training:
             f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"
         )
         if rows.faults:
-            say(f"          {len(rows.faults)} bad rows left out; `lorafit check` lists them")
+            say(f"          {_rows(len(rows.faults), 'bad ')} left out; `lorafit check` lists them")
         if unfilled := next((note for note in rows.notes if note.reason.startswith(PLACEHOLDERS)), None):
-            rows_have = "row has" if unfilled.rows == 1 else "rows have"
+            have = "has" if unfilled.rows == 1 else "have"
             say(
-                f"          {count(unfilled.rows)} {rows_have} a placeholder such as {{{{name}}}} in an answer (the first: line"
+                f"          {_rows(unfilled.rows)} {have} a placeholder such as {{{{name}}}} in an answer (the first: line"
                 f" {unfilled.line}), which it learns to say; fill them in"
             )
         if rows.truncated or rows.skipped:
             say(
-                f"          over {config.max_tokens} tokens: {rows.truncated} rows cut"
+                f"          over {config.max_tokens} tokens: {_rows(rows.truncated)} cut"
                 f" ({rows.truncated_end} inside an answer), {rows.skipped} left out"
             )
         evaluation = f" evaluation every {config.eval_every};" if self.data.held_out else ""
@@ -801,7 +801,7 @@ class Training:
         first = next(job.plan.since(job.done))
         optimizer = "" if config.optimizer == Config().optimizer else f" {config.optimizer},"
         say(
-            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {len(first)} rows), lr"
+            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {_rows(len(first))}), lr"
             f" {config.lr:.2g} {config.schedule},{optimizer}{evaluation} run folder {run.folder}"
         )
         if self.host.shares({self.name}) and (again := spared(first)):
@@ -973,6 +973,10 @@ def _tensorboard(config: Config, run: Run) -> Any:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _rows(number: int, kind: str = "") -> str:
+    return f"{count(number)} {kind}{'row' if number == 1 else 'rows'}"
 
 
 def _line(text: str, columns: int) -> str:

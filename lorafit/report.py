@@ -36,7 +36,7 @@ def write(run: Path) -> Path:
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>"
         for title, content in (
-            ("Verdict", _verdict(steps, evaluations, summary, best)),
+            ("Verdict", _verdict(steps, evaluations, summary, best, findings)),
             ("Diagnosis", _diagnosis(findings)),
             ("Curves", _curves(steps, evaluations, best, findings)),
             ("Search", _search(read_json(run / "tune.json"))),
@@ -80,7 +80,11 @@ def _best(evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> dict[st
 
 
 def _verdict(
-    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any], best: dict[str, Any] | None
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    summary: dict[str, Any],
+    best: dict[str, Any] | None,
+    findings: list[Finding],
 ) -> str:
     held_out = _points(evaluations, "held_out_loss")
     before, after = number(summary, "held_out_loss_before"), number(summary, "held_out_loss_after")
@@ -89,33 +93,40 @@ def _verdict(
     if after is None and best is not None and len(held_out) > 1:
         after = float(best["held_out_loss"])
     notes = [] if summary else ["The run has no summary yet: it is still going on, or it was cut off."]
+    if summary and findings and findings[0].level != "note":  # what to do is said by the findings alone
+        notes.append(f"{findings[0].what[:1].upper()}{findings[0].what[1:]}. What to change is under Diagnosis.")
     if before is None or after is None:
         losses = [value for _, value in _points(steps, "loss")]
         if len(losses) > 1:
             tenth = max(1, len(losses) // 10)
             first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-            notes.append(f"The training loss went from {first:.3f} to {last:.3f}.")
+            notes.append(
+                f"The training loss went from {first:.3f} to {last:.3f}, means of the first and the last steps."
+            )
         word, tone = "Can't tell: the loss on held-out rows wasn't measured before and after.", "so-so"
         return f'<p class="verdict {tone}">{word}</p>' + "".join(f"<p>{note}</p>" for note in notes)
     change = after / before - 1 if before else 0.0
+    lowest = float(best["held_out_loss"]) if best is not None else after
+    rose = bool(held_out) and held_out[-1][1] > 1.02 * lowest
     if change < -0.02:
         word, tone = "It learned.", "good"
         times = math.exp(min(before - after, 50))
         notes.insert(
             0, f"A token of a held-out answer became {times:.{1 if times < 100 else 0}f} times as likely on average."
         )
-    elif change <= 0.02:
+    elif change <= 0.02 and not rose:
         word, tone = "It hardly learned: the held-out loss stayed where it was.", "so-so"
-        notes.append("A higher learning rate, more epochs or more rows may help.")
     else:
         word, tone = "It didn't learn: the held-out loss rose.", "bad"
-        notes.append("A lower learning rate or fewer epochs may help; so may rows more like the held-out ones.")
-    if best is not None and best["step"] != held_out[0][0] and held_out[-1][1] > 1.02 * float(best["held_out_loss"]):
+    if best is not None and rose:
+        where = "before training" if best["step"] == 0 else f"at step {_plain(best['step'])}"
+        heart = any(one.name == "overfitting" for one in findings)
         notes.append(
-            f"The held-out loss was lowest at step {_plain(best['step'])} and rose to {held_out[-1][1]:.3f} by the "
-            "end: from there on the training rows were being memorised."
+            f"The held-out loss was lowest {where} and rose to {held_out[-1][1]:.3f} at step {_plain(held_out[-1][0])}"
+            + (": from there on the training rows were being memorised." if heart else ".")
         )
-    figures = f"Held-out loss <b>{before:.3f}</b> → <b>{after:.3f}</b> ({change:+.0%})"
+    at = f" at step {_plain(best['step'])}, the best" if best is not None else ""
+    figures = f"Held-out loss <b>{before:.3f}</b> before training → <b>{after:.3f}</b>{at} ({change:+.0%})"
     return f'<p class="verdict {tone}">{word}</p><p>{figures}</p>' + "".join(f"<p>{note}</p>" for note in notes)
 
 
@@ -264,8 +275,8 @@ _SUMMARY_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_gpu_bytes": ("Peak memory of the GPU", size),
     "adapter_bytes": ("Adapter size", size),
     "best_step": ("Best step", _whole_count),
-    "held_out_loss_before": ("Held-out loss before", "{:.3f}".format),
-    "held_out_loss_after": ("Held-out loss after", "{:.3f}".format),
+    "held_out_loss_before": ("Held-out loss before training", "{:.3f}".format),
+    "held_out_loss_after": ("Held-out loss at the best step", "{:.3f}".format),
     "trainable_parameters": ("Trained parameters", _whole_count),
     "total_parameters": ("All parameters", _whole_count),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import shlex
@@ -21,6 +22,7 @@ from lorafit.config import read_yaml
 from lorafit.doctor import examine, verdict
 from lorafit.errors import LorafitError, RunError
 from lorafit.log import Terminal
+from lorafit.verbs import train
 
 QUIET = Terminal(quiet=True)
 
@@ -91,10 +93,55 @@ def test_divergence(runs, lr, capsys):
     run = runs(f"diverged{lr}", lr=lr, steps=30)
     assert names(run, "fault") == ["diverged"]
     assert main(["doctor", str(run), "--json"]) == 2
-    made = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    notes = sum(one["level"] == "warning" for one in made["findings"])
+    assert err == f"lorafit: {run}: 1 fault" + ("" if notes == 0 else f", {notes} warning{'s' * (notes > 1)}") + "\n"
     (fault,) = [one for one in made["findings"] if one["level"] == "fault"]
     assert "lr=" in fault["evidence"] and "advice" in fault["evidence"] and "warmup=0.1" in fault["command"]
     assert made["verdict"].startswith("ill")
+    losses = doctor.Files.of(run).losses
+    if len(losses) > 1:
+        (highest, at), (last, end) = max((loss, step) for step, loss in losses), reversed(losses[-1])
+        figures = (
+            f"training loss {losses[0][1]:.3g} at step 1, {highest:.3g} at its highest (step {at}), {last:.3g} at step"
+        )
+        assert f"{figures} {end}, the last" in fault["evidence"]
+
+
+def test_the_end_of_train_and_the_report_say_what_doctor_says(runs):
+    """Neither gives advice of its own, which doctor might not share."""
+    for settings in ({"steps": 4, "lr": 3e-3}, {"steps": 70, "lr": 1e-8}, {"epochs": 6, "lr": 3e-3}):
+        run = runs("-".join(f"{k}{v}" for k, v in settings.items()), **settings)
+        found = [one for one in examine(run) if one.level != "note"]
+        end = train.described(str(run), json.loads((run / "summary.json").read_text()))
+        verdict = (run / "report.html").read_text()
+        verdict = verdict[verdict.index("<h2>Verdict") : verdict.index("<h2>Curves")]
+        verdict = verdict.partition("<h2>Diagnosis")[0]
+        assert "help" not in verdict and "more epochs" not in end
+        assert ("\ndoctor " in end) == ("is under Diagnosis" in verdict) == bool(found) == ("steps" in settings)
+        if found:
+            assert f"\ndoctor         {found[0].what}; to mend it: {found[0].do}\n" in end
+            assert f"\n  {found[0].command}\n" in end and found[0].what[1:] in html.unescape(verdict)
+
+
+def test_which_loss_is_meant(runs, tmp_path):
+    """Of a run whose best step is its start, and which ended far above it."""
+    run = tmp_path / "run"
+    shutil.copytree(runs("few", steps=4, lr=3e-3), run)
+    rows = [{"step": step, "held_out_loss": loss} for step, loss in ((0, 2.3), (2, 2.5), (4, 8.9))]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"held_out_loss_before": 2.3, "held_out_loss_after": 2.3, "best_step": 0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    line = verdict(run, examine(run))
+    assert (
+        "held-out loss 2.3000 before training, no evaluation of 4 steps was lower, 2.5000 at step 2 the nearest" in line
+    )
+    assert line.endswith("; 8.9000 at step 4, the last time")
+    page = report.write(run).read_text()
+    assert "It hardly learned" not in page and "lowest before training and rose to 8.900 at step 4" in page
+    assert "memorised" not in page  # which doctor finds only where the training loss fell
 
 
 @pytest.mark.parametrize("factor, wanted", [(100, 1.0), (1.5, 0.3)])
@@ -188,6 +235,16 @@ def test_without_held_out_rows(runs):
     assert found["few-rows"].level == "warning" and "--held-out" in found["few-rows"].do
 
 
+def test_nothing_is_held_out_of_rows_that_repeat(quick_model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(conversation(1)) + "\n") * 30 + (json.dumps(conversation(2)) + "\n") * 30)
+    given = {"model": str(quick_model), "out": str(tmp_path / "run"), "steps": 1, "samples": 0}
+    fit.fit(fit.read_config(str(file), given), QUIET)
+    found = {one.name: one for one in examine(tmp_path / "run")}
+    assert "since the rows repeat each other" in found["few-rows"].what
+    assert found["few-rows"].evidence.startswith("60 rows to train on, 58 of them repeat another")
+
+
 def test_an_answers_end_that_is_never_learned(runs):
     run = runs("healthy", epochs=8)
     copy = run.parent / "endless"
@@ -215,9 +272,10 @@ def test_placeholders_that_nobody_filled_in(runs, quick_model, tmp_path):
         row["messages"][-1]["content"] += " {{name}}"
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"model": str(quick_model), "out": str(tmp_path / "run"), "steps": 2, "samples": 0}
+    given = {"model": str(quick_model), "out": str(tmp_path / "run"), "steps": 2, "samples": 0, "batch_tokens": 16}
     told = io.StringIO()
     fit.fit(fit.read_config(str(file), given), Terminal(stream=told))
+    assert "(the first: 1 row)" in told.getvalue()
     assert "18 rows have a placeholder such as {{name}} in an answer (the first: line 5)" in told.getvalue()
     found = {one.name: one for one in examine(tmp_path / "run")}
     assert found["placeholders"].level == "warning"
