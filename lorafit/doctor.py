@@ -220,7 +220,7 @@ def _ended(files: Files) -> Finding | None:
     verb = "tune" if files.searching else "train"
     go_on = shlex.join(["lorafit", verb, "--resume", "--out", str(files.folder)])
     done = files.epochs
-    far = f"{files.last} steps are recorded" + (
+    far = f"{files.last} {'step is' if files.last == 1 else 'steps are'} recorded" + (
         f", {done:.2g} of {files.setting('epochs'):g} epochs" if _by_epochs(files) and done else ""
     )
     kind, reason = files.stopped.get("kind"), str(files.stopped.get("reason", ""))
