@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, variance
@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from lorafit.advice import rate_for
 from lorafit.config import read_yaml
-from lorafit.files import read_json, read_json_lines
+from lorafit.data.dataset import SMALLEST
+from lorafit.data.report import PLACEHOLDERS
+from lorafit.files import read_json, read_json_lines, unfinished_search
 from lorafit.methods import METHODS
 from lorafit.run import STOPPED, Run
 
@@ -58,6 +60,7 @@ class Files:
     evaluations: list[dict[str, Any]]
     summary: dict[str, Any]
     stopped: dict[str, Any]
+    searching: bool = False  # a search that isn't over, which has its winner's settings already
 
     @staticmethod
     def of(folder: Path) -> Files:
@@ -72,6 +75,7 @@ class Files:
             by_step(read_json_lines(folder / "evaluations.jsonl")),
             read_json(folder / "summary.json"),
             read_json(folder / STOPPED),
+            unfinished_search(folder),
         )
 
     @cached_property
@@ -131,11 +135,10 @@ class Files:
     @property
     def epochs(self) -> float | None:
         """How many times the training rows were gone through."""
-        rows, all_rows = number(self.data, "train_rows"), number(self.data, "held_out_rows")
-        tokens = number(self.data, "tokens")
-        if not rows or all_rows is None or not tokens:
+        rows, held, tokens = (number(self.data, key) for key in ("train_rows", "held_out_rows", "tokens"))
+        if rows is None or held is None or tokens is None or min(rows, tokens) < 1 or held < 0:
             return None
-        return sum(number(row, "tokens") or 0 for row in self.steps) / (tokens * rows / (rows + all_rows))
+        return sum(number(row, "tokens") or 0 for row in self.steps) / (tokens * rows / (rows + held))
 
     def again(self, *changes: str) -> str:
         """The command that trains anew with these settings changed."""
@@ -147,26 +150,39 @@ class Files:
 
     def longer(self, factor: float) -> str:
         """The setting that makes it so many times as long."""
-        if self.config.get("steps"):
-            return f"steps={max(1, round(self.config['steps'] * factor))}"
+        if steps := self.setting("steps"):
+            return f"steps={max(1, round(steps * factor))}"
         return f"epochs={max(0.1, float(self.setting('epochs') or 3) * factor):.3g}"
 
 
 def by_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows in the order of their steps; of a step that was taken again after a resume the later one."""
-    found = {step: row for row in rows if (step := number(row, "step")) is not None}
+    """Rows in the order of their steps; of a step that was taken again after a resume the later one. Without what is no step."""
+    found = {step: row for row in rows if type(step := row.get("step")) is int and 0 <= step < 1 << 53}
     return [found[step] for step in sorted(found)]
 
 
 def number(row: dict[str, Any], key: str) -> float | None:
-    """A finite number of a row; None for anything else, too large a whole number among it."""
+    """A finite number of a row, whose square is finite too; None for anything else."""
     value = row.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100 else None
 
 
-def examine(folder: Path) -> list[Finding]:
-    """What is to be said of a run, the worst first. Empty: nothing. RunError where it isn't a run."""
+def items(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> list[Any]:
+    """The well-formed items of a row's list, of this kind and length if one is given; none where it isn't a list."""
+    found = row.get(key)
+    return (
+        [i for i in found if isinstance(i, kind) and (not length or len(i) == length)]
+        if isinstance(found, list)
+        else []
+    )
+
+
+def examine(folder: Path, ending: bool = False) -> list[Finding]:
+    """What is to be said of a run, the worst first. Empty: nothing. RunError where it isn't a run. `ending`: its report is being
+    written, the last that a search lacks."""
     files = Files.of(folder)
+    if ending and files.summary:
+        files = replace(files, searching=False)
     found = [finding for check in _CHECKS if (finding := check(files)) is not None]
     named = {finding.name for finding in found}
     found = [finding for finding in found if not _HIDES.get(finding.name, set()) & named]
@@ -181,11 +197,16 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
     word = {"fault": "ill", "warning": "could be better"}.get(worst, "healthy")
     after = min((point for point in files.held_out if point[0] > 0), key=lambda point: point[1], default=None)
     if files.before and after is not None:
+        end = files.held_out[-1]
+        rose = f"; {end[1]:.4f} at step {end[0]}, the last time" if end[1] > (1 + HARDLY) * after[1] else ""
+        if after[1] >= files.before:
+            lowest = f"no evaluation of {files.last} steps was lower, {after[1]:.4f} at step {after[0]} the nearest"
+            return f"{word}: held-out loss {files.before:.4f} before training, {lowest}{rose}"
         change = after[1] / files.before - 1
         where = f"best at step {after[0]} of {files.last}"
-        return f"{word}: held-out loss {files.before:.4f} -> {after[1]:.4f} ({change:+.1%}), {where}"
+        return f"{word}: held-out loss {files.before:.4f} -> {after[1]:.4f} ({change:+.1%}), {where}{rose}"
     if (ends := files.ends()) is not None:
-        return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f}"
+        return f"{word}: training loss {ends[0]:.4f} -> {ends[1]:.4f} (means of the first and the last steps)"
     return f"{word}: {files.last} {'step was' if files.last == 1 else 'steps were'} taken"
 
 
@@ -194,11 +215,12 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
 
 def _ended(files: Files) -> Finding | None:
     """Before its time, other than by a failure of training."""
-    if files.summary:
+    if files.summary and not files.searching:
         return None
-    go_on = shlex.join(["lorafit", "train", "--resume", "--out", str(files.folder)])
+    verb = "tune" if files.searching else "train"
+    go_on = shlex.join(["lorafit", verb, "--resume", "--out", str(files.folder)])
     done = files.epochs
-    far = f"{files.last} steps are recorded" + (
+    far = f"{files.last} {'step is' if files.last == 1 else 'steps are'} recorded" + (
         f", {done:.2g} of {files.setting('epochs'):g} epochs" if _by_epochs(files) and done else ""
     )
     kind, reason = files.stopped.get("kind"), str(files.stopped.get("reason", ""))
@@ -207,7 +229,7 @@ def _ended(files: Files) -> Finding | None:
         micro = number(row, "micro_tokens")
         at = f"; the last micro-batches had {micro:.0f} tokens" if micro else ""
         do = "keep less (checkpointing=true costs time and nothing else), or more memory; or shorter rows, anew"
-        more = "" if files.config.get("checkpointing") else " checkpointing=true"
+        more = "" if files.config.get("checkpointing") or files.searching else " checkpointing=true"
         return Finding(
             "out-of-memory", "fault", "memory ran out, with one row at a time", f"{reason.split(';')[0]}; {far}{at}", do,
             go_on + more, files.last,
@@ -219,7 +241,8 @@ def _ended(files: Files) -> Finding | None:
             "broken-off", "fault", "an error ended it", f"{reason[:300]}; {far}", "mend that, then go on", go_on
         )
     what = (
-        "it has no end: it is still going on, or it was killed (by hand, by the system for its memory, by a power cut)"
+        f"{'the search' if files.searching else 'it'} has no end: it is still going on, or it was killed (by hand, by the"
+        " system for its memory, by a power cut)"
     )
     return Finding("unfinished", "fault", what, far, "if it isn't going on any more, go on with it", go_on)
 
@@ -244,22 +267,27 @@ def _diverged(files: Files) -> Finding | None:
     norms = [value for row in files.steps if (value := number(row, "grad_norm")) is not None]
     evidence = [reason] if ran or said else []
     evidence += [f"the loss at step {nan[0]:.0f} isn't a number"] if nan and not said else []
-    losses = [value for _, value in files.losses]
-    if len(losses) > 1:
+    if len(files.losses) > 1:
+        first, highest, last = files.losses[0], max(files.losses, key=lambda point: point[1]), files.losses[-1]
         evidence.append(
-            f"training loss {losses[0]:.3g} at first, {max(losses):.3g} at its highest, {losses[-1]:.3g} at the end"
+            f"training loss {first[1]:.3g} at step {first[0]}, {highest[1]:.3g} at its highest (step {highest[0]}),"
+            f" {last[1]:.3g} at step {last[0]}, the last"
         )
     evidence += [f"gradient norm {median(norms):.2g} (median), {max(norms):.2g} (highest)"] if norms else []
     evidence += [f"lr={lr:.2g}{_beside_default(files)}"] if lr else []
     at = int(nan[0]) if nan else max(files.losses, key=lambda point: point[1])[0] if files.losses else None
-    fair = _fair_rate(files)
-    changes = [f"lr={fair if fair and lr and lr > 2 * fair else (lr or 1e-4) / 5:.2g}"]
-    if (files.setting("warmup") or 0) < 0.1:
-        changes.append("warmup=0.1")
     do = "a lower learning rate and a longer warm-up"
     if nan and files.config.get("precision") == "bf16":
         do += "; precision=fp32 if that isn't enough; or rows that `lorafit check` finds odd"
-    return Finding("diverged", "fault", "training ran away", "; ".join(evidence), do, files.again(*changes), at)
+    return Finding("diverged", "fault", "training ran away", "; ".join(evidence), do, files.again(*calmer(files)), at)
+
+
+def calmer(files: Files) -> list[str]:
+    """The settings to try after a training that ran away: the rate that advice gives, or a fifth of the run's own where that
+    is hardly higher; and a longer warm-up."""
+    lr, fair = files.setting("lr") or 1e-4, _fair_rate(files)
+    longer = ["warmup=0.1"] if (files.setting("warmup") or 0) < 0.1 else []
+    return [f"lr={fair if fair and lr > 2 * fair else lr / 5:.2g}", *longer]
 
 
 def _high_rate(files: Files) -> Finding | None:
@@ -308,7 +336,7 @@ def _learned_nothing(files: Files) -> Finding | None:
     if gain is not None and files.before is not None:
         evidence.append(f"held-out loss {files.before:.4f} before, {files.before * (1 - gain):.4f} at best after")
     if ends:
-        evidence.append(f"training loss {ends[0]:.3f} at first, {ends[1]:.3f} at the end")
+        evidence.append(f"training loss {ends[0]:.3f} in the first steps, {ends[1]:.3f} in the last (means)")
     evidence.append(f"{files.last} steps")
     why, do, changes = _why_nothing(files, evidence)
     name = "nothing-learned"
@@ -328,8 +356,8 @@ def _why_nothing(files: Files, evidence: list[str]) -> tuple[str, str, list[str]
     slow = [f"lr={fair:.2g}"] if lr is not None and fair is not None and lr < fair / 4 else []
     if slow:
         evidence.append(f"lr={lr:.2g}{_beside_default(files)}")
-    if trained and total and trained < total * 2e-4 and files.config.get("targets"):
-        named = ",".join(map(str, files.config["targets"]))
+    if trained and total and trained < total * 2e-4 and items(files.config, "targets", str):
+        named = ",".join(items(files.config, "targets", str))
         evidence.append(f"{trained:,.0f} of {total:,.0f} numbers are trained (targets={named})")
         return "too little is trained", "all linear layers", ["targets=all-linear", *slow]
     if slow:
@@ -394,7 +422,9 @@ def _overfitting(files: Files) -> Finding | None:
     rise = last[1] / best[1] - 1 if best[1] else 0.0
     before = [value for step, value in files.losses if step <= best[0]]
     after = [value for step, value in files.losses if step > best[0]]
-    falling = bool(after) and fmean(after[-max(2, len(after) // 4) :]) < fmean(before[-max(2, len(before) // 4) :])
+    falling = bool(before and after) and fmean(after[-max(2, len(after) // 4) :]) < fmean(
+        before[-max(2, len(before) // 4) :]
+    )
     if rise < HARDLY or not falling or best[0] >= last[0]:
         return None
     share = best[0] / max(1, last[0])
@@ -408,10 +438,9 @@ def _overfitting(files: Files) -> Finding | None:
     what = "overfitting: from there on it learned its rows by heart"
     kept = f"the adapter of step {best[0]} is the one that was kept; " if files.summary else ""
     do = f"{kept}a shorter run whose learning rate falls in time is often a little better, so are more rows"
-    planned = files.config.get("steps") or 0
     change = (
-        f"steps={max(FEW_STEPS, best[0])}"
-        if planned or not files.epochs
+        f"steps={max(FEW_STEPS, int(best[0]))}"
+        if files.setting("steps") or not files.epochs
         else files.longer(max(0.05, files.epochs * share / (files.setting("epochs") or 3)))
     )
     return Finding("overfitting", "warning" if bad else "note", what, evidence, do, files.again(change), best[0])
@@ -422,8 +451,8 @@ def _overfitting(files: Files) -> Finding | None:
 
 def _no_end(files: Files) -> Finding | None:
     """Whether what ends an answer is among what is learned."""
-    pieces = [p for p in files.data.get("text_example") or [] if isinstance(p, list) and len(p) == 2]
-    stops = [str(s["text"]) for s in files.chat.get("stop") or [] if isinstance(s, dict) and s.get("text")]
+    pieces = items(files.data, "text_example", list, 2)
+    stops = [str(stop["text"]) for stop in items(files.chat, "stop", dict) if stop.get("text")]
     learned = [str(text) for text, on in pieces if on]
     cut = number(files.data, "truncated_end") or 0
     rows = (number(files.data, "train_rows") or 0) + (number(files.data, "held_out_rows") or 0)
@@ -452,10 +481,24 @@ def _no_end(files: Files) -> Finding | None:
     return Finding("no-end", "fault", f"the end of an answer is never learned: {why}", evidence, do)
 
 
+def _placeholders(files: Files) -> Finding | None:
+    """Answers with {{name}} and the like, which nobody has filled in."""
+    notes = items(files.data, "notes", dict)
+    note = next((note for note in notes if str(note.get("reason")).startswith(PLACEHOLDERS)), None)
+    if note is None:
+        return None
+    rows, of, line = number(note, "rows"), number(files.data, "rows"), number(note, "line")
+    parts = [f"{rows:.0f} of {of:.0f} rows"] if rows and of else []
+    parts += [f"the first at line {line:.0f} of {files.data.get('path')}"] if line else []
+    what = "answers hold placeholders such as {{name}}, and it learns to say them"
+    do = "put in what they stand for (`lorafit check` names the lines), then train again"
+    return Finding("placeholders", "warning", what, ", ".join(parts), do)
+
+
 def _cut_rows(files: Files) -> Finding | None:
     """Rows that were cut or left out."""
     cut, skipped = number(files.data, "truncated") or 0, number(files.data, "skipped") or 0
-    faults = len(files.data.get("faults") or [])
+    faults = len(items(files.data, "faults", dict))
     rows = number(files.data, "rows") or 0
     if not rows or cut + skipped + faults == 0:
         return None
@@ -463,8 +506,8 @@ def _cut_rows(files: Files) -> Finding | None:
     parts = [f"{cut:.0f} cut to {longest:.0f} tokens"] if cut else []
     parts += [f"{skipped:.0f} over {longest:.0f} tokens left out"] if skipped else []
     parts += [f"{faults} bad ones left out"] if faults else []
-    lengths = [row for row in files.data.get("lengths") or [] if isinstance(row, list) and len(row) == 3]
-    high = max((int(row[1]) for row in lengths if row[2]), default=0)
+    lengths = [row for row in items(files.data, "lengths", list, 3) if isinstance(row[1], int) and row[2]]
+    high = max((row[1] for row in lengths), default=0)
     command = files.again(f"max_tokens={high}") if cut + skipped and high > longest else ""
     do = (
         "a larger max_tokens, where the model's context and memory allow it"
@@ -482,8 +525,17 @@ def _few_rows(files: Files) -> Finding | None:
     rows, held = number(files.data, "train_rows"), number(files.data, "held_out_rows")
     if rows is None or held is None:
         return None
+    twins = len(items(files.data, "duplicates", list))
+    split = files.setting("held_out_share") != 0 and not files.config.get("held_out")
+    if held == 0 and twins and rows >= SMALLEST and split:
+        evidence = f"{rows:.0f} rows to train on, {twins} of them repeat another; rows that repeat are never held out"
+        what = "nothing was held out, since the rows repeat each other, so nobody knows how well it learned"
+        return Finding(
+            "few-rows", "warning", what, evidence, "leave the repetitions out; or rows of your own with --held-out"
+        )
     if rows < FEW_ROWS or held == 0:
         evidence = f"{rows:.0f} rows to train on, {held:.0f} held out"
+        evidence += f"; {twins} rows of the file repeat another" if twins else ""
         what = "few rows: it can learn a manner from them, hardly facts"
         if held == 0:
             what = "nothing was held out, so nobody knows how well it learned, and nothing stops it in time"
@@ -496,8 +548,8 @@ def _few_rows(files: Files) -> Finding | None:
 
 def _repeated_rows(files: Files) -> Finding | None:
     """Duplicates, and held-out rows that share their prompt with a training row."""
-    rows, twins = number(files.data, "rows") or 0, len(files.data.get("duplicates") or [])
-    same, held = len(files.data.get("same_prompt") or []), number(files.data, "held_out_rows") or 0
+    rows, twins = number(files.data, "rows") or 0, len(items(files.data, "duplicates", list))
+    same, held = len(items(files.data, "same_prompt", list)), number(files.data, "held_out_rows") or 0
     if held and same > 0.2 * held:
         what = "held-out rows share their prompt with training rows, so the held-out loss flatters"
         return Finding(
@@ -518,27 +570,28 @@ def _repeated_rows(files: Files) -> Finding | None:
 
 def _memory(files: Files) -> Finding | None:
     """Steps that had to be repeated in smaller pieces."""
-    tried = [size for row in files.steps for size in row.get("too_large") or []]
-    if not tried or files.stopped.get("kind") == "OutOfMemory":
-        return None
+    short = [row for row in files.steps if (sizes := items(row, "too_large", int)) and max(sizes) < 1 << 53]
+    tried = [size for row in short for size in row["too_large"] if isinstance(size, int)]
     sizes = [value for row in files.steps if (value := number(row, "micro_tokens")) is not None]
+    if not tried or not sizes or files.stopped.get("kind") == "OutOfMemory":
+        return None
     evidence = (
-        f"micro-batches of {max(tried):.0f} tokens didn't fit; after {len(tried)} attempts {sizes[-1]:.0f} tokens did"
+        f"micro-batches of {max(tried)} tokens didn't fit; after {len(tried)} attempts {sizes[-1]:.0f} tokens did"
     )
     do = "nothing: the result is the same but for rounding; checkpointing=true, quant=nf4 or more memory make room"
-    step = next((int(row["step"]) for row in files.steps if row.get("too_large")), None)
-    return Finding("memory", "note", "memory was short", evidence, do, "", step)
+    return Finding("memory", "note", "memory was short", evidence, do, "", int(short[0]["step"]))
 
 
 def _fair_rate(files: Files) -> float | None:
     """The rate that advice gives this run's base and steps; None where the base's config isn't there any more."""
     shape = read_json(Path(str(files.summary.get("base_path", ""))) / "config.json") if files.summary else {}
-    shape = shape.get("text_config") or shape
-    width, tokens = shape.get("hidden_size") or shape.get("n_embd"), files.setting("batch_tokens")
-    if not isinstance(width, int) or width < 1 or not tokens:
-        return None
+    inner = shape.get("text_config")
+    shape = inner if isinstance(inner, dict) and inner else shape
+    width, tokens = number(shape, "hidden_size") or number(shape, "n_embd") or 0, files.setting("batch_tokens") or 0
     kind = METHODS.get(str(files.config.get("method")))
-    return rate_for(width, str(shape.get("model_type")), int(tokens)) * kind.lr_factor if kind else None
+    if width < 1 or tokens < 1 or kind is None:
+        return None
+    return rate_for(int(width), str(shape.get("model_type")), int(tokens)) * kind.lr_factor
 
 
 def _beside_default(files: Files) -> str:
@@ -552,6 +605,7 @@ _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
     _high_rate,
     _learned_nothing,
     _no_end,
+    _placeholders,
     _still_falling,
     _few_steps,
     _overfitting,

@@ -81,7 +81,7 @@ def read_json_lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (OSError, ValueError):  # a path out of a damaged file may be none
         return []
     found = []
     for part in [text] if whole else text.split("\n"):
@@ -105,6 +105,12 @@ def load_json(path: Path, error: type[UserError]) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise error(f"{path} must hold a JSON object")
     return values
+
+
+def unfinished_search(folder: Path) -> bool:
+    """Whether a folder is of a search (lorafit tune) that isn't over, so `lorafit tune --resume` goes on with it."""
+    over = (folder / "tune.json").exists() and (folder / "report.html").exists()
+    return (folder / "tune" / "search.json").is_file() and not over
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on with --resume") -> None:

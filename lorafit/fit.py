@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 import lorafit
-from lorafit import advice, files, peft_files, places, plan, report
+from lorafit import advice, doctor, files, peft_files, places, plan, report
 from lorafit import config as settings
 from lorafit.batches import Plan, spared
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens, fingerprint, prepare
+from lorafit.data.report import PLACEHOLDERS
 from lorafit.errors import ConfigError, MissingExtra, ModelError, OutOfMemory, RunError, UserError
 from lorafit.evaluate import SAMPLE_TOKENS, TOKENS, evaluate, prompt_of, spacing
 from lorafit.generate import answer
@@ -187,6 +188,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     """Go on with a run from its newest whole checkpoint. RunError shows the differences if it isn't the same training."""
     terminal = terminal or Terminal()
     run = Run.open(Path(folder))
+    if files.unfinished_search(run.folder):
+        raise RunError(f"{run.folder} is a search that hasn't ended; lorafit tune --resume --out {run.folder} goes on")
     saved = settings.read_yaml(run.folder / "config.yaml")
     if given.get("method", saved.get("method")) != saved.get("method"):
         raise RunError(f"{run.folder} trains method={saved.get('method')}; another method needs a new run")
@@ -693,10 +696,11 @@ class Training:
         report.write(run.folder)
         if went_wrong:
             kept = f"; the adapter of step {best}, the best so far, is in {run.adapter}" if best > 0 else ""
-            assert self.config.lr is not None
+            calmer = " ".join(doctor.calmer(doctor.Files.of(run.folder)))  # what doctor's command for this run has
+            exact = ", precision=fp32" if self.config.precision == "bf16" else ""
             raise Failed(
-                f"training stopped: {reason}{kept}; try lr={self.config.lr / 5:.1e}, a longer warm-up (warmup=0.1),"
-                f" precision=fp32, or look at the rows with `lorafit check`; `lorafit doctor {run.folder}` has the figures"
+                f"training stopped: {reason}{kept}; try {calmer}{exact}, or look at the rows with `lorafit check`;"
+                f" `lorafit doctor {run.folder}` has the figures"
             )
         return run
 
@@ -760,10 +764,16 @@ class Training:
             f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"
         )
         if rows.faults:
-            say(f"          {len(rows.faults)} bad rows left out; `lorafit check` lists them")
+            say(f"          {_rows(len(rows.faults), 'bad ')} left out; `lorafit check` lists them")
+        if unfilled := next((note for note in rows.notes if note.reason.startswith(PLACEHOLDERS)), None):
+            have = "has" if unfilled.rows == 1 else "have"
+            say(
+                f"          {_rows(unfilled.rows)} {have} a placeholder such as {{{{name}}}} in an answer (the first: line"
+                f" {unfilled.line}), which it learns to say; fill them in"
+            )
         if rows.truncated or rows.skipped:
             say(
-                f"          over {config.max_tokens} tokens: {rows.truncated} rows cut"
+                f"          over {config.max_tokens} tokens: {_rows(rows.truncated)} cut"
                 f" ({rows.truncated_end} inside an answer), {rows.skipped} left out"
             )
         evaluation = f" evaluation every {config.eval_every};" if self.data.held_out else ""
@@ -780,10 +790,9 @@ class Training:
                 " (start.json)"
             )
         first = next(job.plan.since(job.done))
-        rows_of_it = f"{len(first)} row{'' if len(first) == 1 else 's'}"
         optimizer = "" if config.optimizer == Config().optimizer else f" {config.optimizer},"
         say(
-            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {rows_of_it}), lr"
+            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {_rows(len(first))}), lr"
             f" {config.lr:.2g} {config.schedule},{optimizer}{evaluation} run folder {run.folder}"
         )
         if self.host.shares({self.name}) and (again := spared(first)):
@@ -955,6 +964,10 @@ def _tensorboard(config: Config, run: Run) -> Any:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _rows(number: int, kind: str = "") -> str:
+    return f"{count(number)} {kind}{'row' if number == 1 else 'rows'}"
 
 
 def _line(text: str, columns: int) -> str:

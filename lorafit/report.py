@@ -15,7 +15,7 @@ from typing import Any
 from lorafit import charts, doctor, tried
 from lorafit.charts import Point
 from lorafit.config import read_yaml
-from lorafit.doctor import Finding, number
+from lorafit.doctor import Finding, items, number
 from lorafit.errors import RunError
 from lorafit.files import read_json, read_json_lines, write_text
 from lorafit.log import count, duration, size
@@ -31,12 +31,12 @@ def write(run: Path) -> Path:
     steps = doctor.by_step(read_json_lines(run / "metrics.jsonl"))
     evaluations = doctor.by_step(read_json_lines(run / "evaluations.jsonl"))
     data, summary = read_json(run / "data.json"), read_json(run / "summary.json")
-    findings = doctor.examine(run)
+    findings = doctor.examine(run, ending=True)
     best = _best(evaluations, summary)
     body = "".join(
         f"<section><h2>{title}</h2>{content}</section>"
         for title, content in (
-            ("Verdict", _verdict(steps, evaluations, summary, best)),
+            ("Verdict", _verdict(steps, evaluations, summary, best, findings)),
             ("Diagnosis", _diagnosis(findings)),
             ("Curves", _curves(steps, evaluations, best, findings)),
             ("Search", _search(read_json(run / "tune.json"))),
@@ -65,16 +65,6 @@ def adapter(name: str, facts: Iterable[tuple[str, str]], norms: dict[str, dict[s
 # --- the files
 
 
-def _list(row: dict[str, Any], key: str, kind: type[Any], length: int = 0) -> list[Any]:
-    # The well-formed items of a list; pairs and triples come with their length.
-    items = row.get(key)
-    return (
-        [i for i in items if isinstance(i, kind) and (not length or len(i) == length)]
-        if isinstance(items, list)
-        else []
-    )
-
-
 def _points(rows: list[dict[str, Any]], key: str) -> list[Point]:
     return [(row["step"], value) for row in rows if (value := number(row, key)) is not None]
 
@@ -90,7 +80,11 @@ def _best(evaluations: list[dict[str, Any]], summary: dict[str, Any]) -> dict[st
 
 
 def _verdict(
-    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], summary: dict[str, Any], best: dict[str, Any] | None
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    summary: dict[str, Any],
+    best: dict[str, Any] | None,
+    findings: list[Finding],
 ) -> str:
     held_out = _points(evaluations, "held_out_loss")
     before, after = number(summary, "held_out_loss_before"), number(summary, "held_out_loss_after")
@@ -99,33 +93,40 @@ def _verdict(
     if after is None and best is not None and len(held_out) > 1:
         after = float(best["held_out_loss"])
     notes = [] if summary else ["The run has no summary yet: it is still going on, or it was cut off."]
+    if summary and findings and findings[0].level != "note":  # what to do is said by the findings alone
+        notes.append(f"{findings[0].what[:1].upper()}{findings[0].what[1:]}. What to change is under Diagnosis.")
     if before is None or after is None:
         losses = [value for _, value in _points(steps, "loss")]
         if len(losses) > 1:
             tenth = max(1, len(losses) // 10)
             first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-            notes.append(f"The training loss went from {first:.3f} to {last:.3f}.")
+            notes.append(
+                f"The training loss went from {first:.3f} to {last:.3f}, means of the first and the last steps."
+            )
         word, tone = "Can't tell: the loss on held-out rows wasn't measured before and after.", "so-so"
         return f'<p class="verdict {tone}">{word}</p>' + "".join(f"<p>{note}</p>" for note in notes)
     change = after / before - 1 if before else 0.0
+    lowest = float(best["held_out_loss"]) if best is not None else after
+    rose = bool(held_out) and held_out[-1][1] > 1.02 * lowest
     if change < -0.02:
         word, tone = "It learned.", "good"
         times = math.exp(min(before - after, 50))
         notes.insert(
             0, f"A token of a held-out answer became {times:.{1 if times < 100 else 0}f} times as likely on average."
         )
-    elif change <= 0.02:
+    elif change <= 0.02 and not rose:
         word, tone = "It hardly learned: the held-out loss stayed where it was.", "so-so"
-        notes.append("A higher learning rate, more epochs or more rows may help.")
     else:
         word, tone = "It didn't learn: the held-out loss rose.", "bad"
-        notes.append("A lower learning rate or fewer epochs may help; so may rows more like the held-out ones.")
-    if best is not None and best["step"] != held_out[0][0] and held_out[-1][1] > 1.02 * float(best["held_out_loss"]):
+    if best is not None and rose:
+        where = "before training" if best["step"] == 0 else f"at step {_plain(best['step'])}"
+        heart = any(one.name == "overfitting" for one in findings)
         notes.append(
-            f"The held-out loss was lowest at step {_plain(best['step'])} and rose to {held_out[-1][1]:.3f} by the "
-            "end: from there on the training rows were being memorised."
+            f"The held-out loss was lowest {where} and rose to {held_out[-1][1]:.3f} at step {_plain(held_out[-1][0])}"
+            + (": from there on the training rows were being memorised." if heart else ".")
         )
-    figures = f"Held-out loss <b>{before:.3f}</b> → <b>{after:.3f}</b> ({change:+.0%})"
+    at = f" at step {_plain(best['step'])}, the best" if best is not None else ""
+    figures = f"Held-out loss <b>{before:.3f}</b> before training → <b>{after:.3f}</b>{at} ({change:+.0%})"
     return f'<p class="verdict {tone}">{word}</p><p>{figures}</p>' + "".join(f"<p>{note}</p>" for note in notes)
 
 
@@ -168,7 +169,7 @@ def _diagnosis(findings: list[Finding]) -> str:
 
 
 def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> str:
-    answered = [row for row in evaluations if _list(row, "samples", dict)]
+    answered = [row for row in evaluations if items(row, "samples", dict)]
     if not answered:
         return ""
     main = best if best in answered else answered[-1]
@@ -178,7 +179,7 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
     if first is not main:
         heads.insert(2, "Before training" if first["step"] == 0 else f"Step {_plain(first['step'])}")
     rows = []
-    for sample in _list(main, "samples", dict):
+    for sample in items(main, "samples", dict):
         cells = [sample.get("prompt"), sample.get("expected"), sample.get("answer")]
         if first is not main:
             cells.insert(2, old.get(_plain(sample.get("prompt"))))
@@ -187,7 +188,7 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
         f"<h3>Step {_escape(_plain(row['step']))}</h3>"
         + _table(
             ["Prompt", "Answer"],
-            [[_plain(s.get("prompt")), _plain(s.get("answer"))] for s in _list(row, "samples", dict)],
+            [[_plain(s.get("prompt")), _plain(s.get("answer"))] for s in items(row, "samples", dict)],
         )
         for row in answered
         if row is not main
@@ -197,13 +198,16 @@ def _samples(evaluations: list[dict[str, Any]], best: dict[str, Any] | None) -> 
 
 def _search(found: dict[str, Any]) -> str:
     """What `lorafit tune` tried, for a run that is its winner."""
-    rows = tried.rows(found)
+    try:
+        rows, pictures, heads = tried.rows(found), list(tried.pictures(found)), tried.heads(found)
+        said = [f"Winner {tried.winner(found)}" if found.get("winner") else "", tried.budget(found).capitalize()]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # somebody has changed a value in it
+        return "<p>tune.json is damaged, so what was tried can't be shown.</p>"
     if not rows:
         return ""
-    drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in tried.pictures(found))
-    said = [f"Winner {tried.winner(found)}" if found.get("winner") else "", tried.budget(found).capitalize()]
+    drawn = "".join(f"<h3>{_escape(title)}</h3><figure>{svg}</figure>" for title, svg in pictures)
     won = "".join(f"<p>{_escape(line)}</p>" for line in said if line)
-    return won + _table(tried.heads(found), rows, "tried") + drawn
+    return won + _table(heads, rows, "tried") + drawn
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -217,18 +221,18 @@ def _data(data: dict[str, Any]) -> str:
     if isinstance(formats, dict):
         facts.append(("Formats", ", ".join(f"{name} {_plain(number)}" for name, number in formats.items())))
     parts = [_pairs(facts)]
-    if lengths := [(a, b, c) for a, b, c in _list(data, "lengths", list, 3) if all(map(_is_amount, (a, b, c)))]:
+    if lengths := [(a, b, c) for a, b, c in items(data, "lengths", list, 3) if all(map(_is_amount, (a, b, c)))]:
         parts.append(charts.histogram(lengths))
-    if example := _list(data, "text_example", list, 2):
+    if example := items(data, "text_example", list, 2):
         marked = "".join(f"<mark>{_escape(text)}</mark>" if on else _escape(text) for text, on in example)
         parts.append(
             f'<h3>One row as the model sees it; <mark>marked</mark> is learned</h3><pre dir="auto">{marked}</pre>'
         )
     for key, title in (("faults", "Rows that can't be used"), ("notes", "Rows to look at")):
-        if items := _list(data, key, dict):
-            rows = [[_plain(item.get("line")), _plain(item.get("reason"))] for item in items]
+        if found := items(data, key, dict):
+            rows = [[_plain(item.get("line")), _plain(item.get("reason"))] for item in found]
             parts.append(f"<h3>{title} ({count(len(rows))})</h3>" + _table(["Line", "Reason"], rows, "lines"))
-    if twins := _list(data, "duplicates", list, 2):
+    if twins := items(data, "duplicates", list, 2):
         rows = [[_plain(line), _plain(first)] for line, first in twins]
         parts.append(f"<h3>Duplicates ({count(len(rows))})</h3>" + _table(["Line", "Same as line"], rows, "lines"))
     return "".join(parts)
@@ -273,8 +277,8 @@ _SUMMARY_FACTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_gpu_bytes": ("Peak memory of the GPU", size),
     "adapter_bytes": ("Adapter size", size),
     "best_step": ("Best step", _whole_count),
-    "held_out_loss_before": ("Held-out loss before", "{:.3f}".format),
-    "held_out_loss_after": ("Held-out loss after", "{:.3f}".format),
+    "held_out_loss_before": ("Held-out loss before training", "{:.3f}".format),
+    "held_out_loss_after": ("Held-out loss at the best step", "{:.3f}".format),
     "trainable_parameters": ("Trained parameters", _whole_count),
     "total_parameters": ("All parameters", _whole_count),
 }
@@ -308,8 +312,8 @@ def _escape(value: Any) -> str:
 
 
 def _pairs(facts: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f'<div><dt>{_escape(key)}</dt><dd dir="auto">{_escape(value)}</dd></div>' for key, value in facts)
-    return f"<dl>{items}</dl>"
+    rows = "".join(f'<div><dt>{_escape(key)}</dt><dd dir="auto">{_escape(value)}</dd></div>' for key, value in facts)
+    return f"<dl>{rows}</dl>"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "even") -> str:

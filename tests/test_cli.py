@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import yaml
 
 from lorafit.cli import VERBS, main
 from lorafit.config import read_yaml
-from lorafit.verbs import common
+from lorafit.verbs import common, eval_
 from lorafit.verbs.common import importing
 
 
@@ -111,8 +112,25 @@ def test_eval_names_base_and_adapter(capsys, run, data_file):
     assert scores["mine"]["loss"] < scores["base"]["loss"]
     code, out, _ = call(capsys, "eval", run, data_file, "--answers", "--limit", "3", "--max-new", "8")
     assert "exact" in out and "F1" in out
+    assert re.search(r"^mine (is better: loss|and base are within)", out, re.MULTILINE)
     code, out, _ = call(capsys, "eval", "base", data_file, "--model", run.parent, "--json")
     assert code == 2
+
+
+def test_eval_says_who_is_better():
+    def said(same: bool = True, **losses: float) -> str:
+        scores = {name: {"loss": loss, "rows": 1200} for name, loss in losses.items()}
+        return eval_.better(scores, {name: "" if same else name for name in scores})
+
+    assert said(base=2.3, a=1.0321, b=1.0534) == "a is better: loss 1.0321 against 1.0534 (2% lower) on 1,200 rows"
+    same = "a and b are within 1%: no difference to speak of, loss 1.0500 and 1.0534 on 1,200 rows"
+    assert said(base=2.3, b=1.0534, a=1.05) == same
+    assert said(base=1.0, a=2.0) == "base is better: loss 1.0000 against 2.0000 (50% lower) on 1,200 rows"
+    assert said(base=9.0, a=3.0, b=2.0, c=4.0).startswith(
+        "b is the best of 3: loss 2.0000 against 3.0000 of a, the next"
+    )
+    assert said(same=False, base=1.0, a=2.0, b=1.0).startswith("their losses can't be compared")
+    assert said(base=1.0) == "" and "no difference" in said(base=1.0, a=math.nan)
 
 
 def test_eval_says_which_rows_were_trained_on(capsys, run, data_file, tmp_path):
@@ -187,12 +205,33 @@ def test_runs_lists_and_compares(capsys, run, other):
     code, out, _ = call(capsys, "runs", run.parent, other.parent)
     assert code == 0 and "mine" in out and "other" in out
     code, out, _ = call(capsys, "runs", run, other)
-    assert re.search(r"held_out_loss_after +\d\.\d{1,3} ", out) and re.search(r"adapter_bytes +[\d.]+ kB", out)
+    assert re.search(r"held-out loss at the best step +\d\.\d{1,3} ", out)
+    assert re.search(r"adapter's size +[\d.]+ kB", out) and "peak memory" in out
+    assert not re.search(r"^\w+_(bytes|parameters|rows|loss)\b", out, re.MULTILINE)
     code, out, _ = call(capsys, "runs", run, other, "--json")
     different = json.loads(out)["different"]
     assert different["r"] == [16, 4] and "model" not in different
     code, _, err = call(capsys, "runs", run / "checkpoints")
     assert code == 2 and "no runs in" in err
+
+
+def test_runs_lists_searches_that_have_not_ended(capsys, run, tmp_path):
+    """One that was killed before its last phase has no config.yaml."""
+    folder = tmp_path / "runs" / "a search"
+    (folder / "tune").mkdir(parents=True)
+    asked = {"settings": {"data": "/somewhere/rows.jsonl", "model": "tiny"}, "options": {}}
+    (folder / "tune" / "search.json").write_text(json.dumps(asked))
+    shutil.copytree(run, tmp_path / "runs" / "done")
+    go_on = f"lorafit tune --resume --out '{folder}'"
+    code, out, _ = call(capsys, "runs", folder.parent)
+    (line,) = [line for line in out.splitlines() if line.startswith(str(folder))]
+    assert code == 0 and "search not finished" in line and "rows.jsonl" in line and "tiny" in line
+    assert f"\n  {go_on}\n" in out and "done" in out
+    for words in ([folder.parent], [folder], [folder, folder.parent / "done"]):
+        found = json.loads(call(capsys, "runs", *words, "--json")[1])
+        assert [row["go_on"] for row in found if row["run"] == str(folder)] == [go_on]
+    (folder / "tune" / "search.json").write_text("[1]")
+    assert call(capsys, "runs", folder.parent)[0] == 0
 
 
 def test_runs_says_how_bases_are_stored_where_one_is_quantised(capsys, run, tmp_path):

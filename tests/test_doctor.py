@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from lorafit.config import read_yaml
 from lorafit.doctor import examine, verdict
 from lorafit.errors import LorafitError, RunError
 from lorafit.log import Terminal
+from lorafit.verbs import train
 
 QUIET = Terminal(quiet=True)
 
@@ -89,10 +93,74 @@ def test_divergence(runs, lr, capsys):
     run = runs(f"diverged{lr}", lr=lr, steps=30)
     assert names(run, "fault") == ["diverged"]
     assert main(["doctor", str(run), "--json"]) == 2
-    made = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    notes = sum(one["level"] == "warning" for one in made["findings"])
+    assert err == f"lorafit: {run}: 1 fault" + ("" if notes == 0 else f", {notes} warning{'s' * (notes > 1)}") + "\n"
     (fault,) = [one for one in made["findings"] if one["level"] == "fault"]
     assert "lr=" in fault["evidence"] and "advice" in fault["evidence"] and "warmup=0.1" in fault["command"]
     assert made["verdict"].startswith("ill")
+    losses = doctor.Files.of(run).losses
+    if len(losses) > 1:
+        (highest, at), (last, end) = max((loss, step) for step, loss in losses), reversed(losses[-1])
+        figures = (
+            f"training loss {losses[0][1]:.3g} at step 1, {highest:.3g} at its highest (step {at}), {last:.3g} at step"
+        )
+        assert f"{figures} {end}, the last" in fault["evidence"]
+
+
+def test_the_end_of_train_and_the_report_say_what_doctor_says(runs):
+    """Neither gives advice of its own, which doctor might not share."""
+    for settings in ({"steps": 4, "lr": 3e-3}, {"steps": 70, "lr": 1e-8}, {"epochs": 6, "lr": 3e-3}):
+        run = runs("-".join(f"{k}{v}" for k, v in settings.items()), **settings)
+        found = [one for one in examine(run) if one.level != "note"]
+        end = train.described(str(run), json.loads((run / "summary.json").read_text()))
+        verdict = (run / "report.html").read_text()
+        verdict = verdict[verdict.index("<h2>Verdict") : verdict.index("<h2>Curves")]
+        verdict = verdict.partition("<h2>Diagnosis")[0]
+        assert "help" not in verdict and "more epochs" not in end
+        assert ("\ndoctor " in end) == ("is under Diagnosis" in verdict) == bool(found) == ("steps" in settings)
+        if found:
+            assert f"\ndoctor         {found[0].what}; to mend it: {found[0].do}\n" in end
+            assert f"\n  {found[0].command}\n" in end and found[0].what[1:] in html.unescape(verdict)
+
+
+def test_which_loss_is_meant(runs, tmp_path):
+    """Of a run whose best step is its start, and which ended far above it."""
+    run = tmp_path / "run"
+    shutil.copytree(runs("few", steps=4, lr=3e-3), run)
+    rows = [{"step": step, "held_out_loss": loss} for step, loss in ((0, 2.3), (2, 2.5), (4, 8.9))]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"held_out_loss_before": 2.3, "held_out_loss_after": 2.3, "best_step": 0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    line = verdict(run, examine(run))
+    assert (
+        "held-out loss 2.3000 before training, no evaluation of 4 steps was lower, 2.5000 at step 2 the nearest" in line
+    )
+    assert line.endswith("; 8.9000 at step 4, the last time")
+    page = report.write(run).read_text()
+    assert "It hardly learned" not in page and "lowest before training and rose to 8.900 at step 4" in page
+    assert "memorised" not in page  # which doctor finds only where the training loss fell
+
+
+@pytest.mark.parametrize("factor, wanted", [(100, 1.0), (1.5, 0.3)])
+def test_train_and_doctor_name_the_same_rate(quick_model, tmp_path, monkeypatch, factor, wanted):
+    """Advice's own where the rate was far over it, else a fifth of it."""
+    from lorafit.train import loop
+
+    plain, factors = loop.losses, iter([1.0, *[9.0] * 60])
+    monkeypatch.setattr(loop, "losses", lambda host, micro: plain(host, micro) * next(factors))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(20)))
+    fair = fit.advice.rate_for(64, "llama", 256)
+    given = {"model": str(quick_model), "precision": "fp32", "samples": 0, "steps": 30, "batch_tokens": 256}
+    given |= {"out": str(tmp_path / "away"), "lr": factor * fair}
+    with pytest.raises(fit.Failed) as failed:
+        fit.fit(fit.read_config(str(data), given), QUIET)
+    (fault,) = [one for one in examine(tmp_path / "away") if one.name == "diverged"]
+    settings = f"lr={wanted * fair:.2g} warmup=0.1"
+    assert f"; try {settings}, or look" in str(failed.value) and settings in fault.command
 
 
 def test_a_rate_that_is_too_small(runs):
@@ -167,6 +235,16 @@ def test_without_held_out_rows(runs):
     assert found["few-rows"].level == "warning" and "--held-out" in found["few-rows"].do
 
 
+def test_nothing_is_held_out_of_rows_that_repeat(quick_model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(conversation(1)) + "\n") * 30 + (json.dumps(conversation(2)) + "\n") * 30)
+    given = {"model": str(quick_model), "out": str(tmp_path / "run"), "steps": 1, "samples": 0}
+    fit.fit(fit.read_config(str(file), given), QUIET)
+    found = {one.name: one for one in examine(tmp_path / "run")}
+    assert "since the rows repeat each other" in found["few-rows"].what
+    assert found["few-rows"].evidence.startswith("60 rows to train on, 58 of them repeat another")
+
+
 def test_an_answers_end_that_is_never_learned(runs):
     run = runs("healthy", epochs=8)
     copy = run.parent / "endless"
@@ -186,6 +264,25 @@ def test_an_answers_end_that_is_never_learned(runs):
     found = {one.name: one for one in examine(copy)}
     assert "learn=assistant leaves it out" in found["no-end"].what
     assert "no-end" not in names(run)
+
+
+def test_placeholders_that_nobody_filled_in(runs, quick_model, tmp_path):
+    rows = [conversation(i) for i in range(40)]
+    for row in rows[4::2]:
+        row["messages"][-1]["content"] += " {{name}}"
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": str(quick_model), "out": str(tmp_path / "run"), "steps": 2, "samples": 0, "batch_tokens": 16}
+    told = io.StringIO()
+    fit.fit(fit.read_config(str(file), given), Terminal(stream=told))
+    assert "(the first: 1 row)" in told.getvalue()
+    assert "18 rows have a placeholder such as {{name}} in an answer (the first: line 5)" in told.getvalue()
+    found = {one.name: one for one in examine(tmp_path / "run")}
+    assert found["placeholders"].level == "warning"
+    assert found["placeholders"].evidence == f"18 of 40 rows, the first at line 5 of {file}"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "answers hold placeholders such as {{name}}" in page[: page.index("<h2>Curves")]
+    assert "placeholders" not in names(runs("few", steps=4, lr=3e-3))
 
 
 def test_rows_that_were_cut(runs):
@@ -279,3 +376,78 @@ def test_of_a_search_that_has_not_ended_it_says_how_to_go_on(tmp_path):
         RunError, match=f"is a search that hasn't ended.*lorafit tune --resume --out {tmp_path} goes on"
     ):
         examine(tmp_path)
+
+
+def test_a_search_in_its_last_phase_goes_on_with_tune(runs, tmp_path, capsys):
+    """Its folder has the settings and perhaps the summary of its winner by then."""
+    run = tmp_path / "search"
+    shutil.copytree(runs("few", steps=4, lr=3e-3), run)
+    (run / "tune").mkdir()
+    (run / "tune" / "search.json").write_text("{}")
+    go_on = f"lorafit tune --resume --out {run}"
+    for gone in ("report.html", "summary.json"):
+        (run / gone).unlink()
+        (fault,) = [one for one in examine(run) if one.level == "fault"]
+        assert (fault.name, fault.command) == ("unfinished", go_on) and "the search has no end" in fault.what
+    with pytest.raises(RunError, match=f"is a search that hasn't ended; {go_on} goes on"):
+        fit.resume(run, {}, terminal=QUIET)
+    assert main(["runs", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "search not finished" in told and go_on in told
+    shutil.copy(runs("few") / "summary.json", run)
+    (run / "tune.json").write_text("{}")
+    report.write(run)  # ends it, and must not say of itself that it isn't there
+    assert "has no end" not in (run / "report.html").read_text() and "unfinished" not in names(run)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "not finished" not in capsys.readouterr().out
+
+
+ODD = (-1, 0, "a\0b", None, [], [[]], {"x": {}}, 3.5, True, 10**400)
+
+
+def places(value) -> list[tuple]:
+    """The ways to every value within JSON values; of a list's, to the first and the last."""
+    keys = list(value) if isinstance(value, dict) else sorted({0, len(value) - 1}) if value else []
+    inside = [(key, *way) for key in keys if isinstance(value[key], dict | list) for way in places(value[key])]
+    return [(key,) for key in keys] + inside
+
+
+def with_odd(value, way: tuple, odd):
+    """A copy with another value at that place."""
+    made = deepcopy(value)
+    place = made
+    for key in way[:-1]:
+        place = place[key]
+    place[way[-1]] = odd
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "data.json", "chat.json", "summary.json", "metrics.jsonl", "evaluations.jsonl"]
+)
+def test_no_value_breaks_it(runs, tmp_path, name):
+    """Whatever a file's values have become, doctor and report have words for it: of a run that has most there is to say."""
+    run = tmp_path / "run"
+    shutil.copytree(runs("cut", steps=30, lr=3e-3, long="truncate", max_tokens=20), run)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps[-1] |= {"too_large": [200, 100]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    file = run / name
+    text = file.read_text()
+    if name.endswith("yaml"):
+        whole, write = read_yaml(file), json.dumps  # which is YAML too
+    elif name.endswith("jsonl"):
+        whole = [json.loads(line) for line in text.splitlines()]
+
+        def write(rows) -> str:
+            return "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        whole, write = json.loads(text), json.dumps
+    for way in places(whole):
+        for odd in ODD:
+            file.write_text(write(with_odd(whole, way, odd)))
+            try:
+                doctor.verdict(run, examine(run))
+                report.write(run)
+            except Exception as error:
+                raise AssertionError(f"{name}: {way} = {odd!r}") from error

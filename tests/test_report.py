@@ -157,6 +157,11 @@ def test_damaged_reports_are_left_out(run, content):
     assert "Settings" in page(run)[0]
 
 
+def test_a_damaged_table_of_a_search_is_said_to_be_damaged(run):
+    (run / "tune.json").write_text('{"candidates": [{"losses": 1}]}')
+    assert "tune.json is damaged" in page(run)[0]
+
+
 def test_a_resumed_run_counts_its_later_rows(run):
     lines(run / "evaluations.jsonl", [{"step": s, "held_out_loss": x} for s, x in ((0, 4.0), (9, 9.0), (9, 3.0))])
     text, source = page(run)

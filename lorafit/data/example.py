@@ -58,11 +58,15 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=s
 
 @dataclass(frozen=True)
 class Fault:
-    """Why the row at `line` can't be used; or, with `note`, something worth telling that doesn't stop a run."""
+    """Why the row at `line` can't be used; or, with `note`, something worth telling that doesn't stop a run.
+
+    A note may be of several `rows`; `line` is the first of them then.
+    """
 
     line: int
     reason: str
     note: bool = False
+    rows: int = 1
 
 
 class RowFault(Exception):

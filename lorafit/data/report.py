@@ -114,8 +114,7 @@ CONVERSATION = 1 << 5  # the bit of rows that have messages
 SHOWN = 5  # lines that a note on several rows names
 _PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d]\w*\s*\}\}")
 
-PLACEHOLDER = "an answer holds a placeholder such as {{name}}, which it would learn to say; put in what it stands for"
-
+PLACEHOLDERS = "an answer holds a placeholder such as {{name}}, which it would learn to say; put in what it stands for"
 NOTES = (
     "the chat template leaves out reasoning_content",
     "the chat template leaves out the reasoning of all but the last answer; learn=last learns only whole answers",
@@ -126,7 +125,7 @@ NOTES = (
     "the template begins an answer otherwise than its generation prompt; the prompt at inference will differ from "
     "training",
     "the content holds the text of a special token, which is read as that token",
-    PLACEHOLDER,
+    PLACEHOLDERS,
 )
 
 
@@ -148,7 +147,7 @@ def template_notes(flags: np.ndarray, lines: np.ndarray, chat: Chat) -> list[Fau
         if len(found):
             named = ", ".join(str(lines[row]) for row in found[:SHOWN]) + (", …" if len(found) > SHOWN else "")
             count = f" ({len(found)} rows: lines {named})" if len(found) > 1 else ""
-            notes.append(Fault(int(lines[found[0]]), reason + count, note=True))
+            notes.append(Fault(int(lines[found[0]]), reason + count, note=True, rows=len(found)))
     return notes
 
 

@@ -40,9 +40,11 @@ class Watch:
         untrained = max(self.start, self.before) if sure else self.start
         first = min(self.first, 1.25 * untrained + 0.25 if sure else 2 * untrained + 2)
         if self.seen > 10 and self.mean > 1.2 * first + 0.5:
-            return f"the training loss ran away, from {first:.3g} to {self.mean:.3g}"
+            to = f"{self.mean:.3g} (mean of about ten steps) at step {self.seen}"
+            return f"the training loss ran away, from {self.start:.3g} at step 1 to {to}"
         if self.seen >= 3 and self.recent > 2 * untrained + (2 if sure else 4):
-            return f"the training loss ran away at once, from {untrained:.3g} to {self.recent:.3g}"
+            to = f"{self.recent:.3g} (mean of about three steps) at step {self.seen}"
+            return f"the training loss ran away at once, from {self.start:.3g} at step 1 to {to}"
         return ""
 
     def evaluation(self, step: int, loss: float) -> tuple[bool, str]:

@@ -77,7 +77,7 @@ def resume(folder: str | Path, terminal: Terminal | None = None, workers: str | 
     saved = files.load_json(run.folder / "tune" / "search.json", RunError)
     if saved is None:
         raise RunError(f"{run.folder} is not a search (it has no tune/search.json); lorafit tune DATA --out makes one")
-    if (run.folder / "tune.json").exists() and (run.folder / "report.html").exists():
+    if not files.unfinished_search(run.folder):
         raise RunError(f"{run.folder} is finished; its winner trains on with: lorafit train DATA --from {run.folder}")
     asked, options = saved["settings"], Options(**saved["options"])
     if workers is not None:

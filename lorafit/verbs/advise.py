@@ -159,7 +159,7 @@ def _base_loss(config: Config, data: Dataset, source: Path | None, out: Any) -> 
 def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, pieces: float) -> list[str]:
     """What no setting mends, or what is to be known beside them. `pieces`: tokens of a character."""
     from lorafit.data.dataset import LEAST
-    from lorafit.data.report import PLACEHOLDER
+    from lorafit.data.report import PLACEHOLDERS
 
     report, found = data.report, []
     if loss is not None:
@@ -182,7 +182,7 @@ def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, piec
         found.append(
             f"{len(report.duplicates)} of {report.rows} rows are duplicates, which weigh double; leave them out"
         )
-    found += [f"line {note.line}: {note.reason}" for note in report.notes if note.reason.startswith(PLACEHOLDER)]
+    found += [f"line {note.line}: {note.reason}" for note in report.notes if note.reason.startswith(PLACEHOLDERS)]
     if report.share < 0.1:
         found.append(f"only {report.share:.0%} of the tokens are learned; the rest is prompt and only costs time")
     return found

@@ -37,5 +37,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"         {'so' if finding.command else 'do'}: {finding.do}")
             if finding.command:
                 print(f"         {finding.command}")
-    if faults := [finding for finding in found if finding.level == "fault"]:
-        raise RunError(f"{folder}: {faults[0].what}")
+    levels = [finding.level for finding in found]
+    if "fault" in levels:
+        counted = [(levels.count(level), level) for level in ("fault", "warning") if level in levels]
+        raise RunError(f"{folder}: " + ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for n, level in counted))

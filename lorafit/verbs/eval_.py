@@ -10,6 +10,8 @@ from typing import Any
 
 from lorafit.verbs.common import add_json, add_model, importing, opened, print_json, terminal
 
+SAME = 0.01  # of a loss: a smaller difference is none
+
 ABOUT = "score adapters on a data file, beside their base"
 EXAMPLE = """\
   lorafit eval runs/mine test.jsonl
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         "trained_on": {},
     }
     first = next(iter(host.adapters), None)
+    asked: dict[str, str] = {}  # the key in `sets` of each that is scored
     sets: dict[str, Any] = {}  # rows by what decides their tokens: adapters of one chat share them
     names: list[str | None] = [None, *host.adapters]
     if args.stack and first is not None:
@@ -89,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         data = sets[key]
         rows = data.train[: args.limit]
         label = name or "base"
+        asked[label] = key
         with memory_limit(), out.working(f"scoring {label}") as spinner:
             scores = evaluate.evaluate(host, rows, session.stack(name), progress=spinner.update)
             if args.answers:
@@ -111,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
         for name, s in result["scores"].items()
     ]
     print(table(["model", "loss", "perplexity", "rows", "tokens"] + (["exact", "F1"] if args.answers else []), lines))
+    if line := better(result["scores"], asked):
+        print(line)
     stored = "its own precision" if host.base.quant is None else f"{host.base.quant}; --quant none scores it in 16 bits"
     print(f"the base is {host.base.name} in {stored}")
     for name, seen in result["trained_on"].items():
@@ -120,3 +126,25 @@ def run(args: argparse.Namespace) -> None:
             )
     if result["left_out"]:
         print(f"{result['left_out']} rows left out (bad, or longer than the context)")
+
+
+def better(scores: dict[str, dict[str, Any]], asked: dict[str, str]) -> str:
+    """A line on who has the lowest loss, of the adapters if there are several. `asked`: by name, what was scored; losses of other
+    tokens aren't compared. '' for a base alone."""
+    from lorafit.log import count
+
+    names = [name for name in scores if name != "base" or len(scores) == 2]
+    if len(names) < 2:
+        return ""
+    if len({asked[name] for name in names}) > 1:
+        return "their losses can't be compared: their chats or learn= differ, so other tokens were scored"
+    first, second = sorted(names, key=lambda name: float(scores[name]["loss"]))[:2]
+    low, high = scores[first]["loss"], scores[second]["loss"]
+    on = f"on {count(scores[first]['rows'])} rows"
+    if not low < high * (1 - SAME):
+        return (
+            f"{first} and {second} are within {SAME:.0%}: no difference to speak of, loss {low:.4f} and {high:.4f} {on}"
+        )
+    best = "better" if len(names) == 2 else f"the best of {len(names)}"
+    other = "" if len(names) == 2 else f" of {second}, the next"
+    return f"{first} is {best}: loss {low:.4f} against {high:.4f}{other} ({1 - low / high:.0%} lower) {on}"

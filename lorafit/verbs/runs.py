@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
-from lorafit.files import read_json
+from lorafit.files import read_json, unfinished_search
 from lorafit.verbs.common import add_json, print_json
 
 ABOUT = "list runs by data file, each file's best first; or compare the settings and results of two"
@@ -23,22 +24,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """List or compare."""
-    from lorafit import config as settings
     from lorafit.log import count, duration, size, table
 
     places = [Path(p) for p in args.runs]
-    single = [p for p in places if (p / "config.yaml").is_file()]
-    if len(single) == 2 and len(places) == 2:
-        _compare(single, args.json)
+    if len(places) == 2 and all((p / "config.yaml").is_file() for p in places):
+        _compare(places, args.json)
         return
-    folders = single + [c.parent for p in (places or [Path("runs")]) for c in sorted(p.glob("*/config.yaml"))]
+    single = [p for p in places if _is_run(p)]
+    folders = single + [c for p in (places or [Path("runs")]) for c in sorted(p.glob("*")) if _is_run(c)]
     if not folders:
         from lorafit.errors import RunError
 
         raise RunError(f"no runs in {', '.join(map(str, places)) or 'runs/'}; make one with: lorafit train DATA")
     found = []
     for folder in folders:
-        config, summary = settings.read_yaml(folder / "config.yaml"), read_json(folder / "summary.json")
+        config, summary = _settings(folder), read_json(folder / "summary.json")
+        if unfinished_search(folder):
+            go_on = shlex.join(["lorafit", "tune", "--resume", "--out", str(folder)])
+            summary |= {"stopped": "search not finished", "go_on": go_on}
         found.append(
             {
                 "run": str(folder),
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     coded = any(r["quant"] != "none" for r in found)  # else every base is in its own type, which needn't be said
     rows = [
         [
-            r["run"], r["data"], str(r["base"]), *([str(r["quant"])] if coded else []), str(r["method"]),
+            r["run"], r["data"], str(r["base"] or ""), *([str(r["quant"])] if coded else []), str(r["method"] or ""),
             _loss(r.get("held_out_loss_before")), _loss(r.get("held_out_loss_after")),
             count(r["trainable_parameters"]) if "trainable_parameters" in r else "",
             size(r["adapter_bytes"]) if "adapter_bytes" in r else "",
@@ -69,12 +72,29 @@ def run(args: argparse.Namespace) -> None:
         table(
             [
                 *("run", "data", "base", *(["quant"] if coded else [])),
-                *("method", "before", "after", "trainable", "size", "took", "stopped"),
+                *("method", "before", "best", "trainable", "size", "took", "stopped"),
             ],
             rows,
             "lllll"[not coded :] + "rrrrrl",
         )
     )
+    if waiting := [r["go_on"] for r in found if "go_on" in r]:
+        print("\n".join(["", "a search that isn't running any more goes on with:", *(f"  {line}" for line in waiting)]))
+
+
+def _is_run(folder: Path) -> bool:
+    """Of a training, or of a search, which has no settings of its own before its last phase."""
+    return (folder / "config.yaml").is_file() or unfinished_search(folder)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """As far as they are known: of a search, what was asked for."""
+    from lorafit import config as settings
+
+    if (folder / "config.yaml").is_file():
+        return settings.read_yaml(folder / "config.yaml")
+    asked = read_json(folder / "tune" / "search.json").get("settings")
+    return asked if isinstance(asked, dict) else {}
 
 
 def _compare(folders: list[Path], as_json: bool) -> None:
@@ -88,8 +108,29 @@ def _compare(folders: list[Path], as_json: bool) -> None:
     if as_json:
         print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
         return
-    rows = [[k, *(_shown(k, b.get(k)) for b in both)] for k in keys]
+    rows = [[_WORDS.get(k, k), *(_shown(k, b.get(k)) for b in both)] for k in keys]
     print(table(["", *map(str, folders)], rows, "lll"))
+
+
+# Results in words; settings keep the names that they are given by.
+_WORDS = {
+    "base_path": "base's folder",
+    "base_fingerprint": "base's fingerprint",
+    "held_out_loss_before": "held-out loss before training",
+    "held_out_loss_after": "held-out loss at the best step",
+    "best_step": "best step",
+    "seconds": "time",
+    "tokens_per_second": "tokens per second",
+    "peak_rss_bytes": "peak memory",
+    "peak_gpu_bytes": "peak memory of the GPU",
+    "planned_peak_bytes": "peak memory, as expected",
+    "trainable_parameters": "trained numbers",
+    "total_parameters": "all numbers",
+    "adapter_bytes": "adapter's size",
+    "base_bytes": "base's size",
+    "train_rows": "training rows",
+    "held_out_rows": "held-out rows",
+}
 
 
 def _shown(key: str, value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from lorafit.log import count, duration, size
@@ -71,22 +72,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def described(run: str, summary: dict[str, Any]) -> str:
-    """A finished run in lines for people, with what to do next."""
+    """A finished run in lines for people, with what to do next: of what could be better, doctor's first finding."""
+    from lorafit.doctor import examine
+
+    finding = next((one for one in examine(Path(run)) if one.level != "note"), None)
     before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
     lines = []
-    change = 0.0
     if before is not None and after is not None:
         change = (after - before) / before
-        falling = summary["best_step"] == summary["steps"]
-        learned = "it learned, and was still learning at the end: more epochs may help" if falling else "it learned"
-        verdict = learned if change < -0.02 else "it hardly learned" if change < 0.02 else "it got worse"
+        verdict = "it learned" if change < -0.02 else "it hardly learned" if change < 0.02 else "it got worse"
         lines.append(
             f"held-out loss  {before:.4f} -> {after:.4f} ({change:+.1%}), best at step {summary['best_step']}: {verdict}"
         )
     if before is not None and summary["best_step"] == 0:
-        lines.append(
-            "               no evaluation was better than the start, so adapter/ holds the start; try another lr"
-        )
+        lines.append("               no evaluation was better than the start, so adapter/ holds the start")
+    if finding is not None:
+        lines.append(f"doctor         {finding.what}" + (f"; to mend it: {finding.do}" if finding.do else ""))
     share = summary["trainable_parameters"] / summary["total_parameters"]
     on_gpu = f", {size(summary['peak_gpu_bytes'])} of the GPU's" if summary["peak_gpu_bytes"] else ""
     speed = f"{summary['tokens_per_second']:.0f} tokens/s in its steps, " if summary["tokens_per_second"] else ""
@@ -98,7 +99,8 @@ def described(run: str, summary: dict[str, Any]) -> str:
         f"run            {run} (report.html shows the curves)",
         "",
         "next:",
-        *([f"  lorafit doctor {run}"] if before is not None and change > -0.02 else []),
+        *([f"  {finding.command}"] if finding is not None and finding.command else []),
+        *([f"  lorafit doctor {run}"] if finding is not None else []),
         f"  lorafit chat {run} --compare",
         f"  lorafit eval {run} DATA",
         f"  lorafit merge {run} OUT",
