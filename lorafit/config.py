@@ -66,9 +66,10 @@ class Config:
     rank_pattern: dict[str, int] = setting({}, "another r for sites that match a name or glob")
     alpha_pattern: dict[str, float] = setting({}, "another alpha for sites that match a name or glob")
     start: str | None = setting(None, "run or adapter folder to start new training from (--from)")
-    quant: Literal["none", "nf4", "fp4", "int8"] = setting(
+    quant: Literal["none", "nf4", "fp4", "int8", "w8a8"] = setting(
         "none",
-        "keep the frozen base's linear weights in 4 or 8 bits: a quarter or half of the memory, somewhat less exact",
+        "keep the frozen base's linear weights in 4 or 8 bits: a quarter or half of the memory, somewhat less exact; w8a8"
+        " computes in 8 bits too, which is faster without AMX",
     )
     double_quant: bool = setting(True, "with nf4 and fp4: quantise their scales too, 4.13 bits a weight instead of 4.5")
 

@@ -49,6 +49,7 @@ from lorafit.model.quant import Quant
 from lorafit.model.starts import Start
 from lorafit.native import build as kernels
 from lorafit.native import pool
+from lorafit.native.quantised import ROUNDED
 from lorafit.plan import Estimate
 from lorafit.route import StackLike
 from lorafit.run import Checkpoint, Run, next_folder
@@ -938,6 +939,8 @@ def _check_files(config: Config) -> None:
 
 
 def _check_extras(config: Config) -> None:
+    if config.quant == ROUNDED and (device := pick_device(config.device).type) != "cpu":
+        raise ConfigError(f"quant={ROUNDED} is computed on the CPU alone, this is {device}; use quant=int8")
     if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtra("log=tensorboard needs tensorboard; pip install 'lorafit[tensorboard]'")
     if config.optimizer != "adamw" and (device := pick_device(config.device).type) != "cpu":

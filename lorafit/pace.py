@@ -44,7 +44,7 @@ WARM = 128  # tokens, about, of what is taken first
 OFF, OFF_ONE_ROUND, OFF_CUT = 0.1, 0.1, 0.1
 NAME = "adapter"
 BYTES_OF = {"bf16": 2.0, "fp32": 4.0}  # of a number
-CODES = {"nf4": 0.52, "fp4": 0.52, "int8": 1.0}  # bytes that stand for one
+CODES = {"nf4": 0.52, "fp4": 0.52, "int8": 1.0, "w8a8": 1.0}  # bytes that stand for one
 
 
 @dataclass(frozen=True)

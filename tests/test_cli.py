@@ -308,7 +308,7 @@ def test_one_method(capsys, tiny_model):
         (["train", "DATA", "targets=q_porj", "--model", "MODEL"], "target 'q_porj' matches nothing; this model has"),
         (["train", "DATA", "targets=lm_head", "--model", "MODEL"], "shares its weight with model.embed_tokens"),
         (["train", "DATA", "rank_pattern=zzz=3", "--model", "MODEL"], "pattern 'zzz' matches none"),
-        (["train", "DATA", "quant=nf5"], "quant=nf5: must be one of none, nf4, fp4, int8"),
+        (["train", "DATA", "quant=nf5"], "quant=nf5: must be one of none, nf4, fp4, int8, w8a8"),
         (["train", "DATA", "--model", "./nowhere"], "no model at './nowhere'"),
         (["train", "DATA", "device=cuda:7", "--model", "MODEL"], "device=cuda:7 can't be used here"),
         (["train", "--resume"], "--resume needs the run folder"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.bench.work import Work
+from lorafit.bench.work import UNMATCHED, Work
 from lorafit.errors import ConfigError, MissingExtra
 from lorafit.log import Terminal, size
 
@@ -67,10 +67,10 @@ def sides(names: Sequence[str]) -> list[Side]:
 def need(peers: Sequence[Side], rest: str, quant: str = "none") -> None:
     """MissingExtra if what these sides run on isn't installed; `rest` says what can be measured without. ConfigError for a
     mode that is about a quantised base where there is none."""
-    if quant == "none" and any(side.mode == "kbit" for side in peers):
+    if quant in UNMATCHED and any(side.mode == "kbit" for side in peers):
         raise ConfigError("the peer 'kbit' is about a quantised base; add --quant nf4")
     wanted = {"peft"} | ({"trl", "datasets"} if any(side.mode.startswith("trl") for side in peers) else set())
-    wanted |= {"bitsandbytes"} if quant != "none" else set()
+    wanted |= {"bitsandbytes"} if quant not in UNMATCHED else set()
     missing = sorted(name for name in wanted if importlib.util.find_spec(name) is None)
     if peers and missing:
         raise MissingExtra(f"the comparison needs {' and '.join(missing)}; {INSTALL}, or measure {rest} alone")

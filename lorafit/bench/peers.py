@@ -10,8 +10,8 @@ steps have) a step, every real token learned, padding not.
     kbit      trainer with PEFT's prepare_model_for_kbit_training as it comes: with activation checkpointing
 
 All others without activation checkpointing, which saves memory and costs time. A work with `quant` has its base in
-bitsandbytes' 4 bits here. --tuned: no autocast, the base in bf16 and PEFT's
-adapters in fp32 as PEFT makes them; the harness also gives it the tuned malloc.
+bitsandbytes' codes here, but for those that it has nothing like: then it is as it comes. --tuned: no autocast, the base
+in bf16 and PEFT's adapters in fp32 as PEFT makes them; the harness also gives it the tuned malloc.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def made(work: Work, mode: str, tuned: bool, scratch: str) -> Any:
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     dtype = torch.bfloat16 if bf16 else torch.float32
-    stored = {"quantization_config": _bits(work, dtype)} if work.quant != "none" else {}
+    stored = {"quantization_config": _bits(work, dtype)} if work.coded_there else {}
     base = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype, local_files_only=True, **stored)
     base.config.use_cache = False
     if stored:
@@ -170,7 +170,7 @@ def adapted(base: Any, work: Work) -> Any:
 def score(model: Any, work: Work) -> float:
     """Held-out loss: the mean over the learned tokens of all rows, each row alone."""
     # In evaluation mode bitsandbytes' layer repacks its codes on a CPU and computes something else. Nothing here drops out.
-    model.train(work.quant != "none")
+    model.train(work.coded_there)
     total, count = 0.0, 0
     for ids in work.held_out:
         row = torch.tensor([ids])

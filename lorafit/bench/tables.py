@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bench.harness import OURS, Runs, median, ratios
+from lorafit.bench.work import UNMATCHED
 from lorafit.log import count, size, table
 
 
@@ -69,10 +70,13 @@ def method(found: dict[str, Any]) -> str:
     """How it was measured, in two lines."""
     on, what, asked = found["machine"], found["documents"], found["settings"]
     source = f"rows of {what['data']}" if what["data"] else "documents with lengths like Alpaca's"
+    quant = asked.get("quant", "none")
+    where = "on our side, as it comes on theirs" if quant in UNMATCHED else "on both sides"
+    stored = "" if quant == "none" else f", the base in {quant} {where}"
     versions = ", ".join(f"{name} {on[name]}" for name in ("torch", "transformers", "peft", "trl") if on.get(name))
     return (
         f"{what['rows']} {source}, {count(what['tokens'])} real tokens, 8 rows a step, LoRA r={asked['r']} on all linear"
-        f" layers, every token learned, {found['precision']}; each figure the median of {asked['repeats']} runs in"
+        f" layers, every token learned, {found['precision']}{stored}; each figure the median of {asked['repeats']} runs in"
         f" processes of their own, the sides in turn; ratios are taken between neighbouring runs.\n"
         f"{on['cpu']}, {on['threads']} threads, {on['capability']}{' with AMX' if on['amx'] else ''},"
         f" {size(on['memory_bytes'])}; {versions}."

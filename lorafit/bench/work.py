@@ -22,6 +22,7 @@ Document = list[int]
 
 # Documents when the user names no data: log-normal lengths like those of Alpaca's rows under a chat template.
 MEDIAN, SPREAD, SHORTEST, LONGEST = 160, 0.7, 48, 750
+UNMATCHED = ("none", "w8a8")  # ways to store the base in which the other side has it in 16 or 32 bits, as it comes
 TEXT = Path(__file__).parent.parent / "demo.jsonl"
 
 
@@ -38,8 +39,13 @@ class Work:
     lr: float = 2e-4
     max_tokens: int = 512  # what the mode that pads every row to one length pads to
     share: bool = True  # our side computes once what documents of a step begin with
-    quant: str = "none"  # how both sides store the base
+    quant: str = "none"  # how both sides store the base; in UNMATCHED the other one stores it as it comes
     checkpointing: bool = False  # our side recomputes activations in the backward
+
+    @property
+    def coded_there(self) -> bool:
+        """The other side's base is quantised too."""
+        return self.quant not in UNMATCHED
 
     @property
     def tokens(self) -> int:

@@ -34,7 +34,7 @@ from lorafit.host import Host
 from lorafit.model.quant import Quant, QuantLinear, quantise
 from lorafit.model.quant_load import tensors_of
 from lorafit.model.shards import Shards
-from lorafit.native.quantised import dequantise
+from lorafit.native.quantised import ROUNDED, dequantise
 from lorafit.route import StackLike
 
 
@@ -52,7 +52,7 @@ def requantise(
     computing in fp32) is used up.
 
     The proof compares with the unmerged model and refuses nothing. RunError if `out` isn't empty or the base isn't
-    quantised; LorafitError, and no folder, if what is read back isn't what was written.
+    quantised, or is so in a way of our own; LorafitError, and no folder, if what is read back isn't what was written.
     """
     out = files.free(out)
     quant, model = host.base.quant, host.base.model
@@ -60,6 +60,11 @@ def requantise(
         raise RunError(
             "this adapter was trained on a base that isn't quantised; merge into the original weights, and quantise when"
             " the folder is loaded"
+        )
+    if quant.kind == ROUNDED:
+        raise RunError(
+            f"the codes of {quant} are of turned weights, which nobody else computes with; merge into the original weights, or"
+            " --into dequantised, or train with quant=int8"
         )
     assert host.base.dtype is torch.float32 and not host.base.streamed
     quant = replace(quant, start=None)  # the folder has no place for what is beside codes: it is rounded with them

@@ -17,7 +17,7 @@ from lorafit.errors import ModelError
 from lorafit.model.starts import Part, Start, split
 from lorafit.native import quantised
 from lorafit.native.lowrank import Frozen, LowRank, Run, products
-from lorafit.native.quantised import BLOCK, NESTED, Quantised
+from lorafit.native.quantised import BLOCK, BY_ROWS, NESTED, Quantised
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Quant:
         return {"quant": self.kind, "double_quant": self.double, **start}
 
     def __str__(self) -> str:
-        double = "" if self.double or self.kind == "int8" else " without double quantisation"
+        double = "" if self.double or self.kind in BY_ROWS else " without double quantisation"
         return f"{self.kind}{double}{f' ({self.start})' if self.start else ''}"
 
     def size(self, shape: torch.Size) -> int:
         """Bytes that a weight (out, in) takes."""
-        if self.kind == "int8":
+        if self.kind in BY_ROWS:
             return shape.numel() + 4 * shape[0]
         blocks = -(-shape.numel() // BLOCK)
         return -(-shape.numel() // 2) + (blocks + 4 * -(-blocks // NESTED) + 4 if self.double else 4 * blocks)

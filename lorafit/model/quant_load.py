@@ -30,7 +30,7 @@ from lorafit.model.shards import Entry, Files, Shards, write_file
 from lorafit.model.sites import ranks
 from lorafit.model.starts import Part
 from lorafit.model.streamed import Source, stream
-from lorafit.native.quantised import BLOCK, NESTED, Quantised, dynamic, table
+from lorafit.native.quantised import BLOCK, BY_ROWS, NESTED, Quantised, dynamic, table
 
 FORMAT = 1  # raised when what is written changes
 FILE = "weights.safetensors"
@@ -163,7 +163,7 @@ def _entries(name: str, shape: torch.Size, quant: Quant, r: int | None) -> Itera
         yield Entry(f"{name}.start_a", torch.float32, (r, shape[1]))
         yield Entry(f"{name}.start_b", torch.float32, (shape[0], r))
         yield Entry(f"{name}.start_errors", torch.float32, (2,))
-    if quant.kind == "int8":
+    if quant.kind in BY_ROWS:
         yield Entry(f"{name}.weight", torch.int8, tuple(shape))
         yield Entry(f"{name}.SCB", torch.float32, (shape[0],))
         return
@@ -179,7 +179,7 @@ def _entries(name: str, shape: torch.Size, quant: Quant, r: int | None) -> Itera
 
 def tensors_of(name: str, q: Quantised, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """A weight as those tensors; `dtype` is what bitsandbytes makes of its numbers."""
-    if q.kind == "int8":
+    if q.kind in BY_ROWS:
         return {f"{name}.weight": q.codes, f"{name}.SCB": q.absmax}
     state: dict[str, Any] = {
         "quant_type": q.kind,
@@ -218,8 +218,8 @@ def _part(tensors: Any, name: str, quant: Quant, there: bool) -> Part | None:
 
 def read(tensors: Any, name: str, shape: torch.Size, quant: Quant) -> Quantised:
     """A weight (out, in) from an open file of codes."""
-    if quant.kind == "int8":
-        return Quantised("int8", shape, tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.SCB"))
+    if quant.kind in BY_ROWS:
+        return Quantised(quant.kind, shape, tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.SCB"))
     codes, absmax = tensors.get_tensor(f"{name}.weight"), tensors.get_tensor(f"{name}.weight.absmax")
     if not quant.double:
         return Quantised(quant.kind, shape, codes, absmax)

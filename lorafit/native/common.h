@@ -11,10 +11,10 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define LORAFIT_AMX 1
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__linux__)
 #define LORAFIT_TILES 1  // of AMX, or the same done with vectors
 #endif
 
@@ -225,6 +225,11 @@ template <int C, int D, int A>
 inline void multiply() {  // C += A·B and D += A·B', for B and B' in tiles 6 and 7
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(6));
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(D), "i"(A), "i"(7));
+}
+template <int C, int D, int A>
+inline void multiply_codes() {  // the same of 8-bit whole numbers, A's with a sign, B's without
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(6));
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(D), "i"(A), "i"(7));
 }
 
 // The sums of BANDS bands of 16 rows and 32 columns: C = (or += where ADD) sum over `lines` of A·B. A band of A is a tile of its

@@ -8,13 +8,15 @@
 #ifdef LORAFIT_TILES
 extern "C" {
 
-// y = x·W' + bias, with W' = Wᵀ for W (out, in) if `across`, else W (in, out).
+// y = x·W' + bias, with W' = Wᵀ for W (out, in) if `across`, else W (in, out). With `scale` (out,) the weight's numbers are codes of 8
+// bits times scale/127, and what it is multiplied with is rounded to codes too.
 struct Base {
-    const bf16* weight;
+    const void* weight;
     int64_t ldw;
     int64_t across;
     int64_t out;
     const bf16* bias;
+    const float* scale;
     bf16* y;  // (rows, out): the product, or in the backward its gradient, null if there is none
     int64_t ldy;
 };
@@ -100,6 +102,45 @@ bool lay(const Group& g, Layout& found) {
     return found.thin;
 }
 
+// Rows rounded to codes, with room for whole bands.
+struct Rounded {
+    int8_t* codes;
+    float* scale;
+    int32_t* sum;
+
+    // Thread t's share of x (rows, k). False where memory ran out.
+    bool round(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const float* share, int t, int threads) const {
+        static thread_local Buffer<float> row;
+        if (!row.of(k)) return false;
+        codes::round(x, ldx, rows, k, share, row.data, codes, scale, sum, t, threads);
+        return true;
+    }
+    CodesPart part(const Base& base, bool across, int64_t k) const {
+        const int8_t* weight = static_cast<const int8_t*>(base.weight);
+        return {codes, scale, sum, weight, base.ldw, k, across, across ? base.scale : nullptr};
+    }
+};
+
+// Places for `count` times so many rows, of `numbers` in all. False where memory ran out.
+struct Roundings {
+    Buffer<int8_t> codes;
+    Buffer<float> scales;
+    Buffer<int32_t> sums;
+
+    bool of(int64_t rows, int64_t numbers, int64_t count) {
+        return codes.of(numbers * tall(rows) + 1) && scales.of(count * tall(rows) + 1) && sums.of(count * tall(rows) + 1);
+    }
+    // The `at`-th, before which there are so many `numbers` to a row.
+    Rounded place(int64_t rows, int64_t numbers, int64_t at) const {
+        return {codes.data + numbers * tall(rows), scales.data + at * tall(rows), sums.data + at * tall(rows)};
+    }
+    static int64_t tall(int64_t rows) { return (rows + TALL - 1) / TALL * TALL; }
+};
+
+inline Part dense(const bf16* a, int64_t lda, const Base& base, int64_t k, int64_t across) {
+    return {a, lda, static_cast<const bf16*>(base.weight), base.ldw, k, across};
+}
+
 // Thread t's share of a run's A's, one under another, and of each scale·B (out, whole steps); in bf16, zeros after them.
 void pack(const Group& g, const Run& run, bf16* thin, int t, int threads) {
     bf16* as = thin + run.thin;
@@ -155,11 +196,19 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
     const Group& g = *group;
     Layout layout;
     if (!lay(g, layout)) return 1;
-    bool fine = true;
+    static thread_local Roundings roundings;
+    bool fine = true, coded = false;
+    for (int64_t i = 0; i < g.count; i++) coded |= g.bases[i].scale != nullptr;
+    if (coded && !roundings.of(layout.rows, g.in, 1)) return 1;
+    const Rounded x = roundings.place(layout.rows, 0, 0);
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         static thread_local Buffer<Part> parts_;
         tiles::configure();
+        if (coded) {
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++) fine = x.round(g.x, g.ldx, layout.rows, g.in, nullptr, t, threads) && fine;
+        }
         if (layout.lows) {
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
@@ -180,7 +229,8 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
             for (int64_t i = 0; parts && i < g.count; i++) {
                 const Base& base = g.bases[i];
                 int64_t used = 0;
-                parts[used++] = {g.x, g.ldx, base.weight, base.ldw, g.in, base.across};
+                CodesPart codes = x.part(base, true, g.in);
+                if (!base.scale) parts[used++] = dense(g.x, g.ldx, base, g.in, base.across);
                 for (int64_t n = 0; n < layout.count; n++) {
                     const Run& run = layout.runs[n];
                     int64_t wide = whole(run.lows[i].r);
@@ -188,7 +238,8 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
                         parts[used++] = {g.xa + run.xa + run.at[i].start, run.width, layout.thin + run.at[i].b, wide, wide, 1,
                                          run.first, run.last};
                 }
-                fine = share({parts, used, layout.rows, base.out, base.y, base.ldy, base.bias}, t, threads) && fine;
+                Job job{parts, used, layout.rows, base.out, base.y, base.ldy, base.bias, &codes, base.scale ? 1 : 0};
+                fine = share(job, t, threads) && fine;
             }
         tiles::release();
     }
@@ -227,9 +278,35 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     float* sums_ = all_sums.of(numbers + 1);
     Part* parts = all_parts.of(g.count + layout.count + 1);
     if (!dxa || !flats_ || !sums_ || !parts) return 1;
+    static thread_local Roundings own_roundings;
+    static thread_local Buffer<CodesPart> all_codes;
+    Roundings& roundings = own_roundings;  // this thread's, in the others too
+    int64_t coded = 0, wide = 0;
     for (int64_t i = 0; i < g.count; i++)
-        if (const Base& base = g.bases[i]; base.y)
-            parts[used++] = {base.y, base.ldy, base.weight, base.ldw, base.out, !base.across};
+        if (const Base& base = g.bases[i]; dx && base.y && base.scale) coded++, wide += base.out;
+    CodesPart* codes = all_codes.of(coded + 1);
+    if (!codes || (coded && !roundings.of(layout.rows, wide, coded))) return 1;
+    coded = wide = 0;
+    for (int64_t i = 0; dx && i < g.count; i++) {
+        const Base& base = g.bases[i];
+        if (base.y && base.scale) {
+            codes[coded] = roundings.place(layout.rows, wide, coded).part(base, false, base.out);
+            coded++, wide += base.out;
+        } else if (base.y) {
+            parts[used++] = dense(base.y, base.ldy, base, base.out, !base.across);
+        }
+    }
+    // Thread t's share of what arrives, each number with its column's scale.
+    auto round = [&](int t) {
+        bool fine = true;
+        for (int64_t i = 0, at = 0, before = 0; coded && i < g.count; i++)
+            if (const Base& base = g.bases[i]; base.y && base.scale) {
+                Rounded place = roundings.place(layout.rows, before, at++);
+                fine = place.round(base.y, base.ldy, layout.rows, base.out, base.scale, t, threads) && fine;
+                before += base.out;
+            }
+        return fine;
+    };
     for (int64_t n = 0; n < layout.count; n++)
         if (const Run& run = layout.runs[n]; run.ranks && run.first < run.last)
             parts[used++] = {dxa + run.xa, run.width, layout.thin + run.thin, g.in, run.width, 0, run.first, run.last};
@@ -290,6 +367,10 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         tiles::configure();
+        if (coded) {
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++) fine = round(t) && fine;
+        }
         if (layout.lows) {  // packed anew: kept from the forward they would be a copy of the adapter
 #pragma omp for schedule(static)
             for (int t = 0; t < threads; t++)
@@ -307,7 +388,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
         }
 #pragma omp for schedule(static)
         for (int t = 0; t < threads; t++) {
-            if (dx) fine = share({parts, used, layout.rows, g.in, dx, g.in, nullptr}, t, threads) && fine;
+            if (dx) fine = share({parts, used, layout.rows, g.in, dx, g.in, nullptr, codes, coded}, t, threads) && fine;
             for (int64_t n = 0; n < layout.count; n++)
                 if (const Run& run = layout.runs[n]; run.from < run.to) gather(run, t);
         }

@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorafit.native import rounded
 from lorafit.native.gemm import DEEP, lines, native
 from lorafit.native.kernel import Kernel, wide
 from lorafit.native.quantised import Quantised, dequantise, dequantise_all
+
+CODES_DEEP = 64  # the kernel takes 64 codes of the inner dimension at a time
 
 _forward = Kernel("low_rank_forward", "p")
 _backward = Kernel("low_rank_backward", "pp")
@@ -90,8 +93,11 @@ def plain_products(x: Tensor, frozen: Sequence[Frozen], runs: Sequence[Run]) -> 
     """The twin, in torch's own operations and torch's own gradients."""
     made = []
     for i, base in enumerate(frozen):
-        w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
-        y = x @ (w.t() if base.across else w)
+        if isinstance(base.weight, Quantised) and rounded.rounds(base.weight):
+            y = rounded.product(x, base.weight)
+        else:
+            w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
+            y = x @ (w.t() if base.across else w)
         y = y if base.bias is None else y + base.bias
         rows = []
         for xs, ys, run in zip(*(t.split([run.rows for run in runs]) for t in (x, y)), runs, strict=True):
@@ -119,9 +125,31 @@ Pair = tuple[Tensor, Tensor, float] | None
 
 
 def _numbers(frozen: Sequence[Frozen], dtype: torch.dtype) -> list[Tensor]:
-    """The weights as tensors; those that have to be made, of `dtype`, are there until the next call."""
-    made = iter(dequantise_all([base.weight for base in frozen if isinstance(base.weight, Quantised)], dtype))
-    return [base.weight if isinstance(base.weight, Tensor) else next(made) for base in frozen]
+    """The weights as tensors; those that have to be made, of `dtype`, are there until the next call. Codes where products are
+    of codes."""
+    weights = [base.weight for base in frozen]
+    made = iter(dequantise_all([w for w in weights if isinstance(w, Quantised) and not rounded.rounds(w)], dtype))
+    return [w if isinstance(w, Tensor) else w.codes if rounded.rounds(w) else next(made) for w in weights]
+
+
+def _through(x: Tensor, base: Frozen) -> Tensor:
+    """x times the weight, and the bias."""
+    if isinstance(base.weight, Quantised) and rounded.rounds(base.weight):
+        y = rounded.across(x, base.weight)
+        return y if base.bias is None else y.add_(base.bias)
+    (weight,) = _numbers([base], x.dtype)
+    weight = weight.t() if base.across else weight
+    return x @ weight if base.bias is None else torch.addmm(base.bias, x, weight)
+
+
+def _back(dy: Tensor, base: Frozen, dx: Tensor | None) -> Tensor:
+    """What arrives at the weight's input, on top of `dx`."""
+    if isinstance(base.weight, Quantised) and rounded.rounds(base.weight):
+        made = rounded.along(dy, base.weight)
+        return made if dx is None else dx.add_(made)
+    (weight,) = _numbers([base], dy.dtype)
+    weight = weight if base.across else weight.t()
+    return dy @ weight if dx is None else dx.addmm_(dy, weight)
 
 
 def _typed(found: Sequence[Tensor | None], trained: Sequence[Tensor]) -> list[Tensor | None]:
@@ -136,11 +164,7 @@ class _Composed(torch.autograd.Function):
         ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], shape: Shape, remake: Remake | None, *trained: Tensor
     ) -> tuple[Tensor, ...]:
         pairs, count = shape.paired(trained), len(frozen)
-        made = []
-        for base in frozen:
-            (weight,) = _numbers([base], x.dtype)
-            weight = weight.t() if base.across else weight
-            made.append(x @ weight if base.bias is None else torch.addmm(base.bias, x, weight))
+        made = [_through(x, base) for base in frozen]
         thin, at = [], 0
         for number, rows in enumerate(shape.rows):
             own = pairs[number * count : (number + 1) * count]
@@ -172,9 +196,7 @@ class _Composed(torch.autograd.Function):
         dx: Tensor | None = None
         for dy, base in zip(grads, ctx.frozen, strict=True):
             if dy is not None and ctx.needs_input_grad[0]:
-                (weight,) = _numbers([base], dy.dtype)
-                weight = weight if base.across else weight.t()
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                dx = _back(dy, base, dx)
         found: list[Tensor | None] = []
         at, pairs = 0, iter(shape.paired(trained))
         for rows in shape.rows:
@@ -205,7 +227,7 @@ def _fields(pointers: str, numbers: str, order: str) -> list[tuple[str, Any]]:
 
 
 class _Base(ctypes.Structure):
-    _fields_ = _fields("weight bias y", "ldw across out ldy", "weight ldw across out bias y ldy")
+    _fields_ = _fields("weight bias scale y", "ldw across out ldy", "weight ldw across out bias scale y ldy")
 
 
 class _Low(ctypes.Structure):
@@ -219,8 +241,10 @@ class _Group(ctypes.Structure):
 def _takes(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[Tensor]) -> bool:
     """The kernels take these: whole tiles, and fp32 additions whose rows lie one after another."""
     sizes = {size for base in frozen for size in base.weight.shape}
+    coded = {size for base in frozen if rounded.rounds(base.weight) for size in base.weight.shape}
     return (
         native(x, *sizes)
+        and all(size % CODES_DEEP == 0 for size in coded)
         and len(x) > 0
         and all(base.suits(x.dtype) for base in frozen)
         and all(t.dtype == torch.float32 and t.is_contiguous() for t in trained)
@@ -231,8 +255,9 @@ def _base(base: Frozen, weight: Tensor, y: Tensor | None) -> _Base:
     """One product as the kernels take it; y its result, or what arrives in the backward. Whoever calls keeps the weight's numbers
     until the kernel is done."""
     bias = None if base.bias is None else base.bias.data_ptr()
+    scale = base.weight.absmax.data_ptr() if weight.dtype == torch.int8 and isinstance(base.weight, Quantised) else None
     out = weight.shape[0 if base.across else 1]
-    return _Base(weight.data_ptr(), weight.stride(0), base.across, out, bias, *_place(y))
+    return _Base(weight.data_ptr(), weight.stride(0), base.across, out, bias, scale, *_place(y))
 
 
 def _place(y: Tensor | None) -> tuple[int | None, int]:

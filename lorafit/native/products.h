@@ -6,7 +6,7 @@
 //
 // Everything here is the work of one thread, whose tiles are configured; kernels share it out.
 #pragma once
-#include "common.h"
+#include "codes.h"
 
 #ifdef LORAFIT_TILES
 #include <algorithm>
@@ -129,6 +129,8 @@ struct Job {
     bf16* c;
     int64_t ldc;
     const bf16* bias;  // of each column, or null
+    const CodesPart* coded = nullptr;  // parts in 8 bits, of all rows; they come first
+    int64_t coded_count = 0;
 };
 
 // A block of up to 32 x 32 sums on its way into C. It is rounded row by row between the tile products of the next block: the
@@ -183,6 +185,7 @@ inline int64_t turns_of(const Step* steps, int64_t from, int64_t to, int64_t m, 
 // Rows m0..m1 and columns n0..n1 of C, by one thread.
 bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     static thread_local Buffer<bf16> packed_, copies_;
+    static thread_local Buffer<uint8_t> coded_;
     static thread_local Buffer<float> sums_;
     static thread_local Buffer<Step> steps_;
     static thread_local Buffer<Turn> turns_;
@@ -198,18 +201,30 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
             steps[depth++] = {&part, k, part.across ? part.b + k : part.b + k * part.ldb};
     }
     int64_t slices = std::max<int64_t>(1, (depth + DEPTH / DEEP - 1) / (DEPTH / DEEP)), deep = (depth + slices - 1) / slices;
+    int64_t codes_deep = 0;
+    for (int64_t p = 0; p < job.coded_count; p++) codes_deep += job.coded[p].k;
     // As few slices as the size allows, all alike.
-    int64_t most = std::max<int64_t>(1, SLICE / (deep * DEEP * WIDE + 1)), panels_all = (n1 - n0 + WIDE - 1) / WIDE;
+    int64_t most = std::max<int64_t>(1, SLICE / ((deep * DEEP + codes_deep / 2) * WIDE + 1)), panels_all = (n1 - n0 + WIDE - 1) / WIDE;
     int64_t rounds = (panels_all + most - 1) / most, panels_each = (panels_all + rounds - 1) / rounds;
     bf16* packed = packed_.of(panels_each * deep * DEEP * WIDE + 1);
     float* sums = sums_.of(slices > 1 ? (m1 - m0 + TALL) * panels_each * WIDE : 2 * TALL * WIDE);
     bf16* copies = copies_.of(deep * DEEP * TALL + 1);
     Turn* turns = turns_.of(deep + 1);
-    if (!packed || !sums || !copies || !turns) return false;
+    uint8_t* coded = coded_.of(panels_each * codes_deep * WIDE + 1);
+    if (!packed || !sums || !copies || !turns || !coded) return false;
     Rest rest;
     int64_t turn = 0;
     for (int64_t n = n0; n < n1; n += panels_each * WIDE) {
         int64_t panels = (std::min(n1, n + panels_each * WIDE) - n + WIDE - 1) / WIDE;
+        for (int64_t panel = 0; panel < panels; panel++) {
+            uint8_t* to = coded + panel * codes_deep * WIDE;
+            int64_t column = n + panel * WIDE;
+            for (const CodesPart* part = job.coded; part < job.coded + job.coded_count; part++)
+                for (int64_t k = 0; k < part->k; k += codes::DEEP, to += 2 * codes::TILE) {
+                    codes::pack(*part, k, column, to);
+                    codes::pack(*part, k, column + 16, to + codes::TILE);
+                }
+        }
         for (int64_t slice = 0; slice < slices; slice++) {
             int64_t first = slice * deep, last = std::min(depth, first + deep);
             // Either kind is walked as it lies in memory: along k where a row is a column of B, across panels where it isn't.
@@ -233,8 +248,15 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
                 for (int64_t panel = 0; panel < panels; panel++) {
                     float* to = slices > 1 ? sums + (m - m0) * panels * WIDE + panel * TALL * WIDE : sums + (turn ^= TALL * WIDE);
                     const bf16* b = packed + panel * deep * 2 * TILE;
+                    bool more = slice || job.coded_count;  // there are sums already
+                    if (!slice && job.coded_count) {
+                        const uint8_t* from = coded + panel * codes_deep * WIDE;
+                        int64_t column = n + panel * WIDE;
+                        for (int64_t p = 0; p < job.coded_count; from += job.coded[p++].k * WIDE)
+                            codes::add(job.coded[p], from, m, tall, column, p == 0, to);
+                    }
 #ifdef LORAFIT_AMX
-                    if (slice) {
+                    if (more) {
                         tiles::load<0>(to, WIDE * 4), tiles::load<1>(to + 16, WIDE * 4);
                         tiles::load<2>(to + 16 * WIDE, WIDE * 4), tiles::load<3>(to + 16 * WIDE + 16, WIDE * 4);
                     } else {
@@ -250,7 +272,7 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
                     tiles::store<2>(to + 16 * WIDE, WIDE * 4), tiles::store<3>(to + 16 * WIDE + 16, WIDE * 4);
 #else
                     rest.round(TALL);
-                    products_of(turns, count, b, !slice, to);
+                    if (count || !more) products_of(turns, count, b, !more, to);
 #endif
                     if (slice == slices - 1) {
                         int64_t column = n + panel * WIDE;

@@ -4,14 +4,16 @@ The layout is that of bitsandbytes. In 4 bits (`nf4`: arXiv 2305.14314, section 
 of mantissa): the weight row after row in blocks of 64 numbers, each block with its largest magnitude in fp32 (absmax), each
 number a code for what it is as a share of that; two codes to a byte, the first in the upper half. With double quantisation
 the absmax are themselves codes of 8 bits, in blocks of 256, after their mean was taken off. `int8`: a whole number from -127
-to 127 for each weight, and the largest magnitude of each row.
+to 127 for each weight, and the largest magnitude of each row. `w8a8`: the same of the weight turned on
+both sides (`turned`), for products that round what they are multiplied with too (rounded.py).
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
@@ -34,7 +36,9 @@ TABLES = {
     ),
     "fp4": tuple(sign * size / 12.0 for sign in (1.0, -1.0) for size in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
 }
-KINDS = (*TABLES, "int8")
+ROUNDED = "w8a8"
+BY_ROWS = ("int8", ROUNDED)
+KINDS = (*TABLES, *BY_ROWS)
 
 PIECE = (
     1 << 22
@@ -53,7 +57,7 @@ class Quantised:
     """A weight (out, in) of a kind in KINDS.
 
     4 bits: codes (⌈out·in / 2⌉, 1) uint8; absmax (blocks,) fp32, or uint8 with `nested` (⌈blocks / 256⌉,) and `offset` (),
-    both fp32. int8: codes (out, in) int8; absmax (out,) fp32.
+    both fp32. BY_ROWS: codes (out, in) int8; absmax (out,) fp32.
     """
 
     kind: str
@@ -80,6 +84,8 @@ def quantise(weight: Tensor, kind: str, double: bool = True) -> Quantised:
 
     A number that isn't finite makes the absmax of its block so.
     """
+    if kind == ROUNDED:
+        return replace(_by_rows(_turned_both(weight)), kind=kind)
     if kind == "int8":
         return _by_rows(weight)
     shape, flat = weight.shape, weight.reshape(-1)
@@ -161,10 +167,34 @@ def _by_rows(weight: Tensor) -> Quantised:
     return Quantised("int8", weight.shape, codes, absmax)
 
 
+TURNED = 32  # numbers that are turned together
+
+
+@cache
+def _hadamard(device: str) -> Tensor:
+    """The matrix (32, 32) of ±1/√32 that is its own inverse."""
+    made = torch.ones(1, 1, device=device)
+    while len(made) < TURNED:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / math.sqrt(TURNED)
+
+
+def turned(x: Tensor) -> Tensor:
+    """The rows of x (n, k), fp32, times the Hadamard matrix, block by block; numbers after the last whole block stay. Its own
+    inverse."""
+    whole = x.shape[1] // TURNED * TURNED
+    made = x[:, :whole].reshape(-1, TURNED) @ _hadamard(str(x.device))
+    return torch.cat([made.view(len(x), whole), x[:, whole:]], 1)
+
+
+def _turned_both(weight: Tensor) -> Tensor:
+    return turned(turned(weight.float()).t()).t()
+
+
 def dequantise(q: Quantised, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The weight (out, in), computed in fp32 and rounded once; in `out`, which is contiguous, or a new tensor."""
-    on_gpu = _on_gpu() if q.codes.is_cuda and q.kind != "int8" and build.on() else None
-    if on_gpu is None and not gives(dtype, q.codes):
+    on_gpu = _on_gpu() if q.codes.is_cuda and q.kind not in BY_ROWS and build.on() else None
+    if on_gpu is None and (q.kind == ROUNDED or not gives(dtype, q.codes)):
         made = plain_dequantise(q, dtype)
         return made if out is None else out.copy_(made)
     out = torch.empty(q.shape, dtype=dtype, device=q.codes.device) if out is None else out
@@ -200,8 +230,8 @@ def _given(q: Quantised) -> tuple[Tensor | None, ...]:
 
 def few_rows(x: Tensor, q: Quantised, bias: Tensor | None = None) -> Tensor | None:
     """x (n, in) times the weight, plus bias (out,), without a gradient: what generation asks for token by token. None where
-    the numbers have to be made first: for more rows than a few, int8, or rows that aren't whole blocks."""
-    if q.kind == "int8" or not 0 < len(x) <= FEW or x.shape[1] % BLOCK or not gives(x.dtype, x, q.codes):
+    the numbers have to be made first: for more rows than a few, codes by rows, or rows that aren't whole blocks."""
+    if q.kind in BY_ROWS or not 0 < len(x) <= FEW or x.shape[1] % BLOCK or not gives(x.dtype, x, q.codes):
         return None
     x = x.contiguous()
     y = x.new_empty(len(x), q.shape[0])
@@ -212,8 +242,9 @@ def few_rows(x: Tensor, q: Quantised, bias: Tensor | None = None) -> Tensor | No
 @torch.no_grad()
 def plain_dequantise(q: Quantised, dtype: torch.dtype) -> Tensor:
     """The twin, in torch's own operations."""
-    if q.kind == "int8":
-        return (q.codes * q.absmax[:, None] * (1 / 127)).to(dtype)
+    if q.kind in BY_ROWS:
+        numbers = q.codes * q.absmax[:, None] * (1 / 127)
+        return (_turned_both(numbers) if q.kind == ROUNDED else numbers).to(dtype)
     codes = q.codes.flatten().int()
     shares = torch.nn.functional.embedding(codes, _pairs(q.kind, str(codes.device))).flatten()[: q.shape.numel()]
     absmax = blocks_absmax(q)
