@@ -109,7 +109,7 @@ def case(n: int, outs: tuple[int, ...], k: int, dtype: torch.dtype, function) ->
     ]
     lows = [
         LowRank(torch.randn(r, k) * 0.1, torch.randn(o, r) * 0.1, 2.0) if r else None
-        for o, r in zip(outs, (8, 0, 40, 3))
+        for o, r in zip(outs, RANKS, strict=False)
     ]
     trained = [t.requires_grad_() for low in lows if low is not None for t in (low.a, low.b)]
     x = rows(n, k).to(dtype).requires_grad_()
