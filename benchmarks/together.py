@@ -27,9 +27,11 @@ from typing import Any
 from lorafit.bench import harness
 from lorafit.bench.ours import GivenPlan
 from lorafit.bench.work import Document, Work, as_tokens, of_lengths
+from lorafit.config import choices
 from lorafit.host import Host
 from lorafit.machine import peak_memory
 from lorafit.model.load import load, locate
+from lorafit.model.quant import Quant
 from lorafit.native import build, pool
 from lorafit.train import optim
 from lorafit.train.loop import Job, train
@@ -79,7 +81,7 @@ def opened(args: argparse.Namespace) -> Host:
     build.prepare()
     build.library()
     pool.start()
-    return Host(load(args.model, precision=args.precision, device="cpu"))
+    return Host(load(args.model, precision=args.precision, device="cpu", quant=Quant.of(args.quant)))
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def ask(args: argparse.Namespace, side: str, count: int, *more: str) -> dict[str
     """A worker's figures."""
     words = ["--side", side, "--candidates", str(count), "--tokens", str(args.tokens), "--steps", str(args.steps)]
     given = ["--model", args.model, "--precision", args.precision, "--repeats", str(args.repeats)]
-    given += ["--optimizer", args.optimizer, *more]
+    given += ["--optimizer", args.optimizer, "--quant", args.quant, *more]
     done = subprocess.run([sys.executable, __file__, *words, *given], stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -127,6 +129,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument(
+        "--quant", default="none", choices=choices("quant"), help="how our base is stored; PEFT's is as it comes"
+    )
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw_8bit"))
     parser.add_argument("--candidates", default="8", help="how many; several numbers make a curve")
     parser.add_argument("--tokens", type=int, default=64, help="of a candidate's step")
@@ -142,6 +147,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {
         "tokens": args.tokens,
+        "quant": args.quant,
         "optimizer": args.optimizer,
         "machine": harness.machine(),
         "counts": {},
