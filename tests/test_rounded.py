@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -228,6 +229,17 @@ def test_it_is_trained_told_and_merged(trained, data_file, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "w8a8" in said and "--into dequantised" in said and "Traceback" not in said
     assert not (tmp_path / "codes").exists()
+
+
+@pytest.mark.parametrize("given", [{"precision": "fp32"}, {"precision": "bf16", "native": False}], ids=str)
+def test_where_it_is_slower_that_is_said(given, data_file, tiny_model, tmp_path):
+    said = io.StringIO()
+    asked = {"model": str(tiny_model), "out": str(tmp_path / "run"), "quant": "w8a8", "steps": 1, "samples": 0, **given}
+    try:
+        fit.fit(fit.read_config(str(data_file), asked), Terminal(stream=said))
+    finally:
+        build.switch(True)
+    assert "w8a8" in said.getvalue() and "slower than any other kind" in said.getvalue()
 
 
 def test_the_setting_and_the_kinds_agree():
