@@ -113,6 +113,47 @@ def unfinished_search(folder: Path) -> bool:
     return (folder / "tune" / "search.json").is_file() and not over
 
 
+LOCK = "lock"  # in a search's folder, of the process that is at work in it
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """In the context no other process gets into the folder this way; however the process ends, it is free again. RunError that
+    names the one that is in it. Where the system knows no such locks, all get in."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunError(
+                f"process {file.read().strip()} is at work in {folder}; wait for it, or stop it first"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def at_work(folder: Path) -> str:
+    """The process that is in a folder by `alone`; '' for none."""
+    try:
+        import fcntl
+
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip()
+    except (ImportError, OSError):
+        pass
+    return ""
+
+
 def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on with --resume") -> None:
     """Replace a folder by what `fill` writes into an empty one; nothing is replaced if `fill` raises.
 

@@ -190,6 +190,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     terminal = terminal or Terminal()
     run = Run.open(Path(folder))
     if files.unfinished_search(run.folder):
+        if process := files.at_work(run.folder / "tune"):
+            raise RunError(f"{run.folder} is a search that is going on (process {process}); wait for its end")
         raise RunError(f"{run.folder} is a search that hasn't ended; lorafit tune --resume --out {run.folder} goes on")
     saved = settings.read_yaml(run.folder / "config.yaml")
     if given.get("method", saved.get("method")) != saved.get("method"):

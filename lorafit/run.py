@@ -78,6 +78,8 @@ class Run:
     def open(folder: Path) -> Run:
         """An existing run folder. RunError if it isn't one."""
         if not (folder / "config.yaml").is_file():
+            if process := files.at_work(folder / "tune"):
+                raise RunError(f"{folder} is a search that is going on (process {process}), with no run in it yet")
             if (folder / "tune" / "search.json").is_file():
                 raise RunError(
                     f"{folder} is a search that hasn't ended, with no run in it yet; lorafit tune --resume --out {folder} goes on"

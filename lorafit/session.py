@@ -136,7 +136,7 @@ def open_session(
         smallest = " or ".join(f"--quant {kind}" for kind in kinds)
         raise AdapterError(
             f"these adapters were trained on bases stored otherwise ({each}); choose one base for all of them: --quant none,"
-            f" or {smallest} where memory is short; each is at its best on its own, one at a time"
+            f" or {smallest}; each is at its best on its own, one at a time"
         )
     if stored is not None:  # without double quantisation, if that is what an adapter knows
         stored = next((kept for kept in trained.values() if kept is not None and kept.kind == stored.kind), stored)

@@ -139,6 +139,8 @@ def order(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     def key(c: dict[str, Any]) -> tuple[Any, ...]:
         losses, score = [loss for loss in c["losses"] if loss is not None], c.get("score")
+        if _by_loss(found) and c.get("taken") == c.get("steps"):  # those cut at their end have no score
+            score = c["best_loss"]
         far = (-len(losses), losses[-1] if losses else math.inf)
         return (
             not c["winner"],

@@ -129,6 +129,8 @@ def test_eval_says_who_is_better():
     assert said(base=9.0, a=3.0, b=2.0, c=4.0).startswith(
         "b is the best of 3: loss 2.0000 against 3.0000 of a, the next"
     )
+    worse = said(base=1.01, a=1.0321, b=1.0534)
+    assert worse.startswith("a is better") and worse.endswith("; but the base alone is better than that: 1.0100")
     assert said(same=False, base=1.0, a=2.0, b=1.0).startswith("their losses can't be compared")
     assert said(base=1.0) == "" and "no difference" in said(base=1.0, a=math.nan)
 

@@ -180,6 +180,21 @@ def test_zeros_and_what_is_not_finite(dtype):
 
 
 @TILES
+@pytest.mark.parametrize("kind", [None, "w8a8"])
+def test_a_run_without_rows_has_gradients_of_zero(kind):
+    w = weight(64, 128)
+    base = Frozen(w.bfloat16() if kind is None else quantise(w, kind))
+    lows = [LowRank(weight(4, 128).requires_grad_(), weight(64, 4).requires_grad_(), 1.0) for _ in range(2)]
+    trash = [torch.full((1 << 16,), 1e30) for _ in range(8)]
+    del trash
+    (y,) = products(rows(9, 128).bfloat16(), [base], [Run(0, [lows[0]]), Run(9, [lows[1]])])
+    y.backward(torch.ones_like(y))
+    for t in (lows[0].a, lows[0].b):
+        assert t.grad is not None and not t.grad.any()
+    assert lows[1].a.grad is not None and lows[1].a.grad.any()
+
+
+@TILES
 def test_odd_sizes_take_the_plain_way():
     q, odd = quantise(weight(64, 96), "w8a8"), rows(3, 96).bfloat16()
     assert not lowrank._takes(odd, [Frozen(q)], [])

@@ -28,6 +28,7 @@ from lorafit.cli import main
 from lorafit.errors import ConfigError, MissingExtra, RunError
 from lorafit.host import Host
 from lorafit.log import Terminal
+from lorafit.run import Run
 from lorafit.train.loop import Job, train
 from lorafit.tune import halving, samplers, study, together, workers
 from lorafit.tune.halving import EIGHTHS, Cut, Heat
@@ -965,7 +966,7 @@ def until(seconds: float, done) -> bool:
     return done()
 
 
-def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(tiny_model, data_file, tmp_path):
+def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(tiny_model, data_file, tmp_path, capsys):
     words = [sys.executable, "-m", "lorafit", "tune", str(data_file), "--model", str(tiny_model), "--search", "random"]
     words += ["--workers", "local:2", "--budget", "2", "--together", "1", "--out", str(tmp_path / "run")]
     words += ["steps=10000000", "eval_every=10000000", "batch_tokens=100", "lr=1e-5"]  # they have nothing to tell
@@ -980,8 +981,18 @@ def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(tiny_model, 
         assert search.poll() is None, (tmp_path / "log").read_text()
         pids = set(scratch_of(scratch))
         assert len(pids) == 2 and all(map(running, pids))
+        busy = f"process {search.pid} is at work in"
+        with pytest.raises(RunError, match=busy):  # two would write the same files
+            study.resume(tmp_path / "run", QUIET)
+        with pytest.raises(RunError, match=rf"a search that is going on \(process {search.pid}\)"):
+            Run.open(tmp_path / "run")
+        assert main(["runs", str(tmp_path), "--json"]) == 0
+        (listed,) = json.loads(capsys.readouterr().out)
+        assert listed["stopped"] == f"search going on (process {search.pid})" and "go_on" not in listed
         search.kill()
         search.wait()
+        with pytest.raises(RunError, match="is a search that hasn't ended"):
+            Run.open(tmp_path / "run")
         assert until(20, lambda: not any(map(running, pids)) and not scratch_of(scratch))
     finally:
         search.kill()
@@ -1121,3 +1132,17 @@ def test_answers_that_decide_are_said_before_and_while_they_are_made(
     rows_ = fit.Run(tmp_path / "run").records("evaluations")
     assert [row["step"] for row in rows_] == sorted({row["step"] for row in rows_})
     assert {row["step"] for row in rows_ if row["samples"]} == {0, best["best_step"]}
+
+
+def test_those_trained_to_their_ends_are_in_the_order_of_their_losses():
+    def one(number: int, loss: float, state: str, taken: int = 16, winner: bool = False) -> dict:
+        figures = {"losses": [loss] * (1 + (taken == 16)), "best_loss": loss, "steps": 16, "taken": taken}
+        return {
+            "number": number,
+            "state": state,
+            "score": loss if state == "done" else None,
+            "winner": winner,
+        } | figures
+
+    these = [one(1, 1.4, "done"), one(2, 1.1, "done", winner=True), one(3, 1.0, "cut", 8), one(4, 1.2, "cut")]
+    assert [c["number"] for c in tried.order({"objective": "loss", "candidates": these})] == [2, 4, 1, 3]

@@ -141,9 +141,9 @@ inline void round(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const flo
     for (int64_t m = rows * t / threads; m < rows * (t + 1) / threads; m++) {
         Floats mosts{}, finite{};
         for (int64_t i = 0; i < k; i += 32) {
-            __m512 a = (__m512)widen(x + m * ldx + i), b = (__m512)widen(x + m * ldx + i + 16);
+            __m512 a = (__m512)(widen(x + m * ldx + i) * TURN), b = (__m512)(widen(x + m * ldx + i + 16) * TURN);
             turn(a, b);
-            Floats both[2] = {(Floats)a * TURN, (Floats)b * TURN};
+            Floats both[2] = {(Floats)a, (Floats)b};
             for (int half = 0; half < 2; half++) {
                 Floats some = share ? both[half] * (widen(share + i + 16 * half) * (1.0f / 127)) : both[half];
                 mosts = greater(some, mosts), mosts = greater(-some, mosts);

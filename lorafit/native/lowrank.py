@@ -297,10 +297,10 @@ def _thin(pairs: Sequence[Pair], shape: Shape) -> int:
     return numbers
 
 
-def _places(like: Sequence[Tensor]) -> Iterator[Tensor]:
+def _places(like: Sequence[Tensor], make: Callable[..., Tensor] = torch.empty) -> Iterator[Tensor]:
     """A tensor like each of these, of one piece of memory: thousands of small ones of their own take a tenth of a small step."""
     sizes = [t.numel() for t in like]
-    pieces = torch.empty(sum(sizes), dtype=torch.float32).split(sizes) if like else ()
+    pieces = make(sum(sizes), dtype=torch.float32).split(sizes) if like else ()
     return (piece.view(t.shape) for piece, t in zip(pieces, like, strict=True))
 
 
@@ -343,7 +343,8 @@ class _Tiled(torch.autograd.Function):
             x, xa = some.new_empty(0, width), some.new_empty(0)
         pairs = shape.paired(trained)
         wanted = [None if dys[i % len(dys)] is None else pair for i, pair in enumerate(pairs)]
-        places = _places([t for pair in wanted if pair is not None for t in pair[:2]])
+        make = torch.empty if all(shape.rows) else torch.zeros  # the kernel knows nothing of runs without rows
+        places = _places([t for pair in wanted if pair is not None for t in pair[:2]], make)
         lows, found = [], []
         for pair, want in zip(pairs, wanted, strict=True):
             da, db = (None, None) if want is None else (next(places), next(places))

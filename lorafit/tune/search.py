@@ -386,7 +386,9 @@ def too_short(steps: int, ranged: bool) -> str:
     if ranged and FEWEST <= count < RANGE_STEPS:
         found.append(f"a range test of {count} steps may be off (it is trusted from {4 * RANGE_STEPS} on)")
     first, second = rungs(steps)
-    if first > spacing(steps):
+    if first == second:
+        found.append("nobody can be compared before the end, so nothing is saved")
+    elif first > spacing(steps):
         found.append(f"comparisons come late, after {first} and {second} steps, and save less")
     return f"{steps} steps a training are few: {'; '.join(found)}" if found else ""
 

@@ -66,7 +66,8 @@ def tune(source: str | None, given: Mapping[str, Any], options: Options, termina
     Run.create(folder, search=True)
     asked |= {key: value for key in ("data", "model", "held_out") if (value := getattr(config, key))}
     made.begin(asked)
-    return made.run_to_its_end()
+    with files.alone(folder / "tune"):
+        return made.run_to_its_end()
 
 
 def resume(folder: str | Path, terminal: Terminal | None = None, workers: str | None = None) -> Run:
@@ -79,15 +80,16 @@ def resume(folder: str | Path, terminal: Terminal | None = None, workers: str | 
         raise RunError(f"{run.folder} is not a search (it has no tune/search.json); lorafit tune DATA --out makes one")
     if not files.unfinished_search(run.folder):
         raise RunError(f"{run.folder} is finished; its winner trains on with: lorafit train DATA --from {run.folder}")
-    asked, options = saved["settings"], Options(**saved["options"])
-    if workers is not None:
-        options = replace(options, workers=workers)
-        options.check()
-    config = fit.read_config(None, {**asked, "out": str(run.folder)})
-    base = Training(config, terminal, files.load_json(run.folder / "chat.json", RunError))
-    made = Study(run, asked, options, base, terminal)
-    made.take_up()
-    return made.run_to_its_end()
+    with files.alone(run.folder / "tune"):
+        asked, options = saved["settings"], Options(**saved["options"])
+        if workers is not None:
+            options = replace(options, workers=workers)
+            options.check()
+        config = fit.read_config(None, {**asked, "out": str(run.folder)})
+        base = Training(config, terminal, files.load_json(run.folder / "chat.json", RunError))
+        made = Study(run, asked, options, base, terminal)
+        made.take_up()
+        return made.run_to_its_end()
 
 
 class Study:
@@ -405,7 +407,7 @@ class Study:
             100 if over or (after and share > 98) else min(99, share),
             100,
             state=", ".join(f"{amount} {state}" for state, amount in number.items() if amount)
-            + (", answers come after" if after else ""),
+            + (", answers come after" if self.answers else ", sample answers come after" if self.samples else ""),
             held_out_loss=best.best_loss if best else None,
         )
 

@@ -147,4 +147,7 @@ def better(scores: dict[str, dict[str, Any]], asked: dict[str, str]) -> str:
         )
     best = "better" if len(names) == 2 else f"the best of {len(names)}"
     other = "" if len(names) == 2 else f" of {second}, the next"
-    return f"{first} is {best}: loss {low:.4f} against {high:.4f}{other} ({1 - low / high:.0%} lower) {on}"
+    line = f"{first} is {best}: loss {low:.4f} against {high:.4f}{other} ({1 - low / high:.0%} lower) {on}"
+    base = scores.get("base", {}).get("loss")
+    worse = base is not None and "base" not in names and asked.get("base") == asked[first] and base < low
+    return f"{line}; but the base alone is better than that: {base:.4f}" if worse else line

@@ -45,11 +45,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _ours(run: str) -> bool:
+    """Trained on a base whose codes nobody else has: that is what must be said of it, and merging says it."""
+    from lorafit.peft_files import read_notes
+    from lorafit.session import adapter_folder
+
+    return read_notes(adapter_folder(run)).get("quant") == "w8a8"
+
+
 def run(args: argparse.Namespace) -> None:
     """Merge, prove, print the proof."""
     if args.force and args.into != "quantised":
         raise ConfigError("--force only goes with --into quantised")
-    if args.into == "quantised" and not args.force:
+    if args.into == "quantised" and not args.force and not _ours(args.run):
         raise ConfigError(
             "--into quantised rounds the sum to 4 or 8 bits again, and of a change of 2% of the weights or less nothing but"
             " noise of its size is left in 4; leave it out, or see how much is lost with --force"

@@ -138,6 +138,7 @@ def seconds(time: Time | None) -> dict[str, Any]:
 def otherwise(asked: Estimate, other: Estimate, time: Time | None, others: Time | None) -> str:
     """A line on the base in 4 bits where 16 fit, or the other way round."""
     from lorafit.log import duration, size
+    from lorafit.native.quantised import ROUNDED
 
     peaks = f"{size(other.peak_bytes)} instead of {size(asked.peak_bytes)}"
     longer = f", {duration(others.total)} instead of {duration(time.total)}" if time and others else ""
@@ -147,7 +148,8 @@ def otherwise(asked: Estimate, other: Estimate, time: Time | None, others: Time 
             " each product, and somewhat less exact"
         )
     faster = "" if time and others and others.total > time.total else " faster and"
-    return f"quant=none fits too ({peaks}{longer}):{faster} exact; {asked.quant} is for where memory is short"
+    use = "memory is short, or steps are slow without AMX" if asked.quant == ROUNDED else "memory is short"
+    return f"quant=none fits too ({peaks}{longer}):{faster} exact; {asked.quant} is for where {use}"
 
 
 def described(asked: Estimate, verdict: Verdict, place: Place, way_out: str) -> str:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lorafit.files import read_json, unfinished_search
+from lorafit.files import at_work, read_json, unfinished_search
 from lorafit.verbs.common import add_json, print_json
 
 ABOUT = "list runs by data file, each file's best first; or compare the settings and results of two"
@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
     found = []
     for folder in folders:
         config, summary = _settings(folder), read_json(folder / "summary.json")
-        if unfinished_search(folder):
+        if process := at_work(folder / "tune"):
+            summary |= {"stopped": f"search going on (process {process})"}
+        elif unfinished_search(folder):
             go_on = shlex.join(["lorafit", "tune", "--resume", "--out", str(folder)])
             summary |= {"stopped": "search not finished", "go_on": go_on}
         found.append(
