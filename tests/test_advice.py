@@ -18,7 +18,9 @@ from lorafit.cli import main
 from lorafit.errors import ModelError
 from lorafit.log import Terminal
 from lorafit.model.load import load_tokenizer, shape_of
+from lorafit.native import build
 from lorafit.run import Run
+from lorafit.verbs import plan as plan_verb
 
 QUIET = Terminal(quiet=True)
 ADVISED = ("method", "r", "alpha", "batch_tokens", "lr", "epochs")
@@ -307,3 +309,17 @@ def test_placeholders_are_told(tiny_model, tmp_path, capsys):
         notes[0].startswith("line 2: an answer holds a placeholder such as {{name}}")
         and "(30 rows: lines 2, " in notes[0]
     )
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_where_bf16_is_slow_products_in_8_bits_are_named(tiny_model, data_file, capsys, monkeypatch, slow):
+    monkeypatch.setattr(build, "slow_in_bf16", lambda: slow)
+    monkeypatch.setattr(plan_verb, "time_of", lambda *_: None)
+
+    def reason(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["advise", str(data_file), "--model", str(tiny_model), "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)["settings"]["quant"]["reason"]
+
+    assert ("w8a8" in reason()) == slow
+    assert "w8a8" not in reason("precision=fp32") + reason("quant=int8") + reason("--no-measure")

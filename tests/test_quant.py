@@ -656,7 +656,7 @@ def test_a_run_remembers_how_its_base_was_stored(runs):
 
 def test_adapters_of_bases_stored_otherwise_need_a_choice(runs):
     paths = [str(runs / "none"), str(runs / "nf4")]
-    with pytest.raises(AdapterError, match=r"\(none none, nf4 nf4\); .*: --quant none, or --quant nf4 where memory"):
+    with pytest.raises(AdapterError, match=r"\(none none, nf4 nf4\); .*: --quant none, or --quant nf4; each is"):
         session.open_session(paths)
     assert session.open_session(paths, quant="none").host.base.quant is None
     assert session.open_session(paths[1:], quant="nf4").host.base.quant == quant.Quant("nf4")

@@ -140,6 +140,12 @@ def has_tiles() -> bool:
     return lib is not None and bool(lib.tiles_permitted())
 
 
+def slow_in_bf16() -> bool:
+    """The kernels multiply bf16 in vectors, which codes of 8 bits outrun (`quant=w8a8`): there are no AMX tiles."""
+    lib = library()
+    return lib is not None and has_tiles() and not lib.amx()
+
+
 def state() -> str:
     """What is in use, in words."""
     if not _on:

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         from lorafit import advice, plan
         from lorafit.log import terminal_columns
         from lorafit.model.load import shape_of
+        from lorafit.native import build
         from lorafit.verbs.plan import seconds, time_of, timed
 
     out = terminal()
@@ -71,9 +72,12 @@ def run(args: argparse.Namespace) -> None:
         model = plan.empty(config, path, place.gpu, want.source)
         verdict = plan.judge(config, model, data.train, place.memory, config.memory is None, data.held_out)
         asked = plan.estimate(config, model, data.train, data.held_out)
-    choices += _for_memory(config, verdict, asked.peak_bytes, place)
     changed = replace(config, **verdict.change)
     time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
+    here = not args.no_measure and place.here and not place.gpu  # then the kernels are there, and known
+    choices += _for_memory(
+        config, verdict, asked.peak_bytes, place, here and config.precision != "fp32" and build.slow_in_bf16()
+    )
     loss = None if args.no_measure else _base_loss(config, data, want.source, out)
     pieces = facts.tokens_a_character(want.chat)
     notes = _notes(config, facts, data, loss, pieces)
@@ -122,8 +126,8 @@ def _check(args: argparse.Namespace, tasks: list[str]) -> None:
         raise ConfigError(f"{args.yaml} exists already; name another file with --out")
 
 
-def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place) -> list[Choice]:
-    """What has to be set so that it fits, and `quant` in any case."""
+def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place, quicker: bool) -> list[Choice]:
+    """What has to be set so that it fits, and `quant` in any case. `quicker`: in 8 bits steps would take less time."""
     from lorafit.advice import Choice
     from lorafit.log import size
 
@@ -132,6 +136,8 @@ def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place) -> li
     if "quant" not in verdict.change:
         yours = "quant" in config.given
         reason = "as you set it" if yours else "the base fits as it is; 4 bits cost a little exactness"
+        if quicker and not yours and config.quant == "none":
+            reason += ", and w8a8, which takes a fifth less time without AMX, less than that"
         found.append(Choice("quant", config.quant, reason, "you" if yours else "lorafit plan", yours))
     return found
 
