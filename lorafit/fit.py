@@ -28,7 +28,7 @@ from lorafit.errors import ConfigError, MissingExtra, ModelError, OutOfMemory, R
 from lorafit.evaluate import SAMPLE_TOKENS, TOKENS, evaluate, prompt_of, spacing
 from lorafit.generate import answer
 from lorafit.host import Host
-from lorafit.log import Terminal, count, cut, size
+from lorafit.log import Terminal, count, cut, many, size
 from lorafit.machine import (
     Stop,
     gpu_memory,
@@ -52,7 +52,7 @@ from lorafit.native import pool
 from lorafit.native.quantised import ROUNDED
 from lorafit.plan import Estimate
 from lorafit.route import StackLike
-from lorafit.run import Checkpoint, Run, next_folder
+from lorafit.run import Checkpoint, Run, next_folder, searching
 from lorafit.session import adapter_folder, base_of, quant_of
 from lorafit.train import optim
 from lorafit.train.activations import MOST, study
@@ -189,10 +189,8 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     """Go on with a run from its newest whole checkpoint. RunError shows the differences if it isn't the same training."""
     terminal = terminal or Terminal()
     run = Run.open(Path(folder))
-    if files.unfinished_search(run.folder):
-        if process := files.at_work(run.folder / "tune"):
-            raise RunError(f"{run.folder} is a search that is going on (process {process}); wait for its end")
-        raise RunError(f"{run.folder} is a search that hasn't ended; lorafit tune --resume --out {run.folder} goes on")
+    if search := searching(run.folder):
+        raise RunError(f"{run.folder} is {search}")
     saved = settings.read_yaml(run.folder / "config.yaml")
     if given.get("method", saved.get("method")) != saved.get("method"):
         raise RunError(f"{run.folder} trains method={saved.get('method')}; another method needs a new run")
@@ -772,16 +770,16 @@ class Training:
             f" {count(rows.tokens)} tokens, {rows.share:.0%} of them learned"
         )
         if rows.faults:
-            say(f"          {_rows(len(rows.faults), 'bad ')} left out; `lorafit check` lists them")
+            say(f"          {many(len(rows.faults), 'bad row')} left out; `lorafit check` lists them")
         if unfilled := next((note for note in rows.notes if note.reason.startswith(PLACEHOLDERS)), None):
             have = "has" if unfilled.rows == 1 else "have"
             say(
-                f"          {_rows(unfilled.rows)} {have} a placeholder such as {{{{name}}}} in an answer (the first: line"
+                f"          {many(unfilled.rows, 'row')} {have} a placeholder such as {{{{name}}}} in an answer (the first: line"
                 f" {unfilled.line}), which it learns to say; fill them in"
             )
         if rows.truncated or rows.skipped:
             say(
-                f"          over {config.max_tokens} tokens: {_rows(rows.truncated)} cut"
+                f"          over {config.max_tokens} tokens: {many(rows.truncated, 'row')} cut"
                 f" ({rows.truncated_end} inside an answer), {rows.skipped} left out"
             )
         evaluation = f" evaluation every {config.eval_every};" if self.data.held_out else ""
@@ -800,7 +798,7 @@ class Training:
         first = next(job.plan.since(job.done))
         optimizer = "" if config.optimizer == Config().optimizer else f" {config.optimizer},"
         say(
-            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {_rows(len(first))}), lr"
+            f"training  {job.steps} steps of about {config.batch_tokens} tokens (the first: {many(len(first), 'row')}), lr"
             f" {config.lr:.2g} {config.schedule},{optimizer}{evaluation} run folder {run.folder}"
         )
         if self.host.shares({self.name}) and (again := spared(first)):
@@ -974,10 +972,6 @@ def _tensorboard(config: Config, run: Run) -> Any:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _rows(number: int, kind: str = "") -> str:
-    return f"{count(number)} {kind}{'row' if number == 1 else 'rows'}"
 
 
 def _line(text: str, columns: int) -> str:

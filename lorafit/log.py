@@ -356,6 +356,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def many(number: int, what: str) -> str:
+    """So many of a thing: "1 row", "1,200 rows"."""
+    return f"{count(number)} {what}{'' if number == 1 else 's'}"
+
+
 _FIGURES: dict[str, Callable[[float], str]] = {  # by importance: the last is the first to go on a narrow terminal
     "loss": lambda value: f"loss {value:.3f}",
     "held_out_loss": lambda value: f"held-out {value:.3f}",

@@ -66,7 +66,10 @@ class Run:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             ways = f"--resume goes on with it, --from {folder} starts anew from its adapter, or "
             if search:  # which starts from no adapter
-                ways = f"lorafit tune --resume --out {folder} goes on with the search in it, or " * _unfinished(folder)
+                ways = (
+                    f"lorafit tune --resume --out {folder} goes on with the search in it, or "
+                    * files.unfinished_search(folder)
+                )
             raise RunError(f"{folder} exists already; {ways}name another folder with --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,12 +81,8 @@ class Run:
     def open(folder: Path) -> Run:
         """An existing run folder. RunError if it isn't one."""
         if not (folder / "config.yaml").is_file():
-            if process := files.at_work(folder / "tune"):
-                raise RunError(f"{folder} is a search that is going on (process {process}), with no run in it yet")
-            if (folder / "tune" / "search.json").is_file():
-                raise RunError(
-                    f"{folder} is a search that hasn't ended, with no run in it yet; lorafit tune --resume --out {folder} goes on"
-                )
+            if search := searching(folder):
+                raise RunError(f"{folder} is {search}; there is no run in it yet")
             near = ", ".join(str(p.parent) for p in sorted(folder.parent.glob("*/config.yaml"))[:5])
             raise RunError(f"{folder} is not a run (it has no config.yaml){'; there are: ' + near if near else ''}")
         return Run(folder)
@@ -218,10 +217,13 @@ class Run:
         return [int(m[1]) for p in (place.iterdir() if place.is_dir() else []) if (m := _STEP.match(p.name))]
 
 
-def _unfinished(folder: Path) -> bool:
-    """Whether there is a search in a folder that can be gone on with."""
-    over = (folder / "tune.json").exists() and (folder / "report.html").exists()
-    return (folder / "tune" / "search.json").is_file() and not over
+def searching(folder: Path) -> str:
+    """What a folder is where there is a search in it that isn't over; '' for others."""
+    if process := files.at_work(folder / "tune"):
+        return f"a search that is going on (process {process})"
+    if files.unfinished_search(folder):
+        return f"a search that hasn't ended; lorafit tune --resume --out {folder} goes on"
+    return ""
 
 
 def next_folder(data: str, parent: Path = Path("runs")) -> Path:

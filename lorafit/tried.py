@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit import charts
+from lorafit.log import many
 
 ORDINALS = ("first", "second")  # comparisons
 NEAR = 0.01  # of the winner's score, that another one is off by where noise may have decided
@@ -32,11 +33,7 @@ class Comparison:
 
     def words(self) -> str:
         """When it was."""
-        return (
-            f"after {self.step} step{'' if self.step == 1 else 's'}"
-            if self.step
-            else f"at the {ORDINALS[self.number]} comparison"
-        )
+        return f"after {many(self.step, 'step')}" if self.step else f"at the {ORDINALS[self.number]} comparison"
 
     def head(self) -> str:
         """Of a column."""
@@ -115,7 +112,7 @@ def winner(found: dict[str, Any]) -> str:
 def budget(found: dict[str, Any]) -> str:
     """What the budget was enough for, where it was a time or something was left untried; otherwise nothing."""
     number, untried, timed = len(candidates(found)), found.get("untried"), not str(found.get("budget", "8")).isdigit()
-    parts = [f"the time was enough for {number} candidate{'' if number == 1 else 's'}"] * timed
+    parts = [f"the time was enough for {many(number, 'candidate')}"] * timed
     if untried:
         why = "no time" if timed else f"the budget of {found['budget']} was used up"
         parts.append(f"{' and '.join(untried)} {'was' if len(untried) == 1 else 'were'} not tried: {why}")
@@ -124,7 +121,7 @@ def budget(found: dict[str, Any]) -> str:
 
 def _answers(found: dict[str, Any]) -> str:
     number = found.get("answers")
-    return f" of {number} answer{'' if number == 1 else 's'}" if number else ""
+    return f" of {many(number, 'answer')}" if number else ""
 
 
 def candidates(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,6 +38,21 @@ from lorafit.native.quantised import ROUNDED, dequantise
 from lorafit.route import StackLike
 
 
+def roundable(quant: Quant | None) -> Quant:
+    """How a base is stored that an adapter can be rounded into. RunError for others."""
+    if quant is None:
+        raise RunError(
+            "this adapter was trained on a base that isn't quantised; merge into the original weights, and quantise when"
+            " the folder is loaded"
+        )
+    if quant.kind == ROUNDED:
+        raise RunError(
+            f"the codes of {quant} are of turned weights, which nobody else computes with; merge into the original weights, or"
+            " --into dequantised, or train with quant=int8"
+        )
+    return quant
+
+
 def requantise(
     host: Host,
     spec: StackLike,
@@ -55,17 +70,7 @@ def requantise(
     quantised, or is so in a way of our own; LorafitError, and no folder, if what is read back isn't what was written.
     """
     out = files.free(out)
-    quant, model = host.base.quant, host.base.model
-    if quant is None:
-        raise RunError(
-            "this adapter was trained on a base that isn't quantised; merge into the original weights, and quantise when"
-            " the folder is loaded"
-        )
-    if quant.kind == ROUNDED:
-        raise RunError(
-            f"the codes of {quant} are of turned weights, which nobody else computes with; merge into the original weights, or"
-            " --into dequantised, or train with quant=int8"
-        )
+    quant, model = roundable(host.base.quant), host.base.model
     assert host.base.dtype is torch.float32 and not host.base.streamed
     quant = replace(quant, start=None)  # the folder has no place for what is beside codes: it is rounded with them
     want, effect = finite_effect(host, spec, prompts)

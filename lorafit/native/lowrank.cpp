@@ -137,6 +137,12 @@ struct Roundings {
     static int64_t tall(int64_t rows) { return (rows + TALL - 1) / TALL * TALL; }
 };
 
+// This thread's, kept between calls of either direction.
+Roundings& kept() {
+    static thread_local Roundings roundings;
+    return roundings;
+}
+
 inline Part dense(const bf16* a, int64_t lda, const Base& base, int64_t k, int64_t across) {
     return {a, lda, static_cast<const bf16*>(base.weight), base.ldw, k, across};
 }
@@ -196,7 +202,7 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
     const Group& g = *group;
     Layout layout;
     if (!lay(g, layout)) return 1;
-    static thread_local Roundings roundings;
+    Roundings& roundings = kept();
     bool fine = true, coded = false;
     for (int64_t i = 0; i < g.count; i++) coded |= g.bases[i].scale != nullptr;
     if (coded && !roundings.of(layout.rows, g.in, 1)) return 1;
@@ -278,9 +284,8 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     float* sums_ = all_sums.of(numbers + 1);
     Part* parts = all_parts.of(g.count + layout.count + 1);
     if (!dxa || !flats_ || !sums_ || !parts) return 1;
-    static thread_local Roundings own_roundings;
     static thread_local Buffer<CodesPart> all_codes;
-    Roundings& roundings = own_roundings;  // this thread's, in the others too
+    Roundings& roundings = kept();  // this thread's, in the others too
     int64_t coded = 0, wide = 0;
     for (int64_t i = 0; i < g.count; i++)
         if (const Base& base = g.bases[i]; dx && base.y && base.scale) coded++, wide += base.out;

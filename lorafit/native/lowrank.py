@@ -49,9 +49,11 @@ class Frozen:
     low: LowRank | None = None
 
     def suits(self, dtype: torch.dtype) -> bool:
-        """Its numbers are of this type, and those of a row side by side."""
+        """Its numbers are of this type, and those of a row side by side; or its codes are so many as the kernel takes."""
         w = self.weight
-        return isinstance(w, Quantised) or (w.dtype == dtype and w.stride(1) == 1)
+        if isinstance(w, Tensor):
+            return w.dtype == dtype and w.stride(1) == 1
+        return not rounded.rounds(w) or all(size % CODES_DEEP == 0 for size in w.shape)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def plain_products(x: Tensor, frozen: Sequence[Frozen], runs: Sequence[Run]) -> 
     """The twin, in torch's own operations and torch's own gradients."""
     made = []
     for i, base in enumerate(frozen):
-        if isinstance(base.weight, Quantised) and rounded.rounds(base.weight):
+        if rounded.rounds(base.weight):
             y = rounded.product(x, base.weight)
         else:
             w = base.weight if isinstance(base.weight, Tensor) else dequantise(base.weight, x.dtype)
@@ -134,7 +136,7 @@ def _numbers(frozen: Sequence[Frozen], dtype: torch.dtype) -> list[Tensor]:
 
 def _through(x: Tensor, base: Frozen) -> Tensor:
     """x times the weight, and the bias."""
-    if isinstance(base.weight, Quantised) and rounded.rounds(base.weight):
+    if rounded.rounds(base.weight):
         y = rounded.across(x, base.weight)
         return y if base.bias is None else y.add_(base.bias)
     (weight,) = _numbers([base], x.dtype)
@@ -144,7 +146,7 @@ def _through(x: Tensor, base: Frozen) -> Tensor:
 
 def _back(dy: Tensor, base: Frozen, dx: Tensor | None) -> Tensor:
     """What arrives at the weight's input, on top of `dx`."""
-    if isinstance(base.weight, Quantised) and rounded.rounds(base.weight):
+    if rounded.rounds(base.weight):
         made = rounded.along(dy, base.weight)
         return made if dx is None else dx.add_(made)
     (weight,) = _numbers([base], dy.dtype)
@@ -241,10 +243,8 @@ class _Group(ctypes.Structure):
 def _takes(x: Tensor, frozen: Sequence[Frozen], trained: Sequence[Tensor]) -> bool:
     """The kernels take these: whole tiles, and fp32 additions whose rows lie one after another."""
     sizes = {size for base in frozen for size in base.weight.shape}
-    coded = {size for base in frozen if rounded.rounds(base.weight) for size in base.weight.shape}
     return (
         native(x, *sizes)
-        and all(size % CODES_DEEP == 0 for size in coded)
         and len(x) > 0
         and all(base.suits(x.dtype) for base in frozen)
         and all(t.dtype == torch.float32 and t.is_contiguous() for t in trained)
@@ -255,7 +255,7 @@ def _base(base: Frozen, weight: Tensor, y: Tensor | None) -> _Base:
     """One product as the kernels take it; y its result, or what arrives in the backward. Whoever calls keeps the weight's numbers
     until the kernel is done."""
     bias = None if base.bias is None else base.bias.data_ptr()
-    scale = base.weight.absmax.data_ptr() if weight.dtype == torch.int8 and isinstance(base.weight, Quantised) else None
+    scale = base.weight.absmax.data_ptr() if rounded.rounds(base.weight) else None
     out = weight.shape[0 if base.across else 1]
     return _Base(weight.data_ptr(), weight.stride(0), base.across, out, bias, scale, *_place(y))
 

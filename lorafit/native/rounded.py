@@ -12,6 +12,8 @@ on no other row.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from lorafit.native.quantised import ROUNDED, Quantised, turned
 MOST = 127.0
 
 
-def rounds(weight: Tensor | Quantised) -> bool:
+def rounds(weight: Tensor | Quantised) -> TypeGuard[Quantised]:
     """Products with this weight round what they are multiplied with."""
     return isinstance(weight, Quantised) and weight.kind == ROUNDED
 
@@ -48,13 +50,13 @@ def along(dy: Tensor, q: Quantised) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, x: Tensor, q: Quantised) -> Tensor:
-        ctx.q = q  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, q: Quantised) -> Tensor:
+        ctx.q = q
         return across(x, q)
 
     @staticmethod
-    def backward(ctx: object, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return along(dy, ctx.q), None  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return along(dy, ctx.q), None
 
 
 def product(x: Tensor, q: Quantised) -> Tensor:

@@ -25,7 +25,7 @@ from lorafit import files, fit, places, plan, tried
 from lorafit.errors import ConfigError, ModelError, OutOfMemory, RunError
 from lorafit.evaluate import prompt_of, score_answers
 from lorafit.fit import Training
-from lorafit.log import Progress, Terminal, count, duration
+from lorafit.log import Progress, Terminal, duration, many
 from lorafit.machine import Stop, gpu_memory_limit, memory_limit, out_of_memory
 from lorafit.native import build as kernels
 from lorafit.native import pool
@@ -457,13 +457,13 @@ class Study:
             candidate.training.restore(run, run.at(candidate.taken))
         if self.answers:
             self.terminal.say(
-                f"{_many(len(finalists), 'finalist')} now {'answers' if len(finalists) == 1 else 'answer'}"
-                f" {_many(self.answers, 'held-out prompt')}{'' if len(finalists) == 1 else ' each'}:"
+                f"{many(len(finalists), 'finalist')} now {'answers' if len(finalists) == 1 else 'answer'}"
+                f" {many(self.answers, 'held-out prompt')}{'' if len(finalists) == 1 else ' each'}:"
                 f" {self.options.objective} decides"
             )
         scores = {c.number: self._score(c, answered) for c in finalists}
         for number, score in scores.items() if self.answers else ():
-            self.terminal.say(f"#{number}: {self.options.objective} {score:.4f} of {_many(self.answers, 'answer')}")
+            self.terminal.say(f"#{number}: {self.options.objective} {score:.4f} of {many(self.answers, 'answer')}")
         best = max if self.options.objective != "loss" else min
         winner = best(finalists, key=lambda c: (scores[c.number], -c.number if best is max else c.number))
         training = winner.training
@@ -515,7 +515,7 @@ class Study:
     def _sample(self, winner: Candidate, training: Training, answered: Callable[[], object]) -> None:
         """The answers that `train` shows: of the base, and of the winner at its best step."""
         total, done = self.samples * (2 if winner.best_step else 1), itertools.count(1)
-        what = f"answering {_many(self.samples, 'held-out prompt')} without and with #{winner.number}"
+        what = f"answering {many(self.samples, 'held-out prompt')} without and with #{winner.number}"
         with self.terminal.working(what) as spinner:
 
             def progress() -> None:
@@ -578,7 +578,7 @@ class Study:
         if self.answers:
             say(
                 f"decides   {self.options.objective}: at the end those trained to their ends answer up to"
-                f" {_many(self.answers, 'held-out prompt')} each, which takes its own time"
+                f" {many(self.answers, 'held-out prompt')} each, which takes its own time"
             )
         if few := too_short(base.job.steps, self.search.strategy.wants_rate):
             say(f"short     {few}")
@@ -609,10 +609,6 @@ def _plain(value: Any) -> Any:
 
 def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-def _many(number: int, what: str) -> str:
-    return f"{count(number)} {what}{'' if number == 1 else 's'}"
 
 
 def _shape(one: Range | Choice) -> str:

@@ -166,6 +166,7 @@ def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, piec
     """What no setting mends, or what is to be known beside them. `pieces`: tokens of a character."""
     from lorafit.data.dataset import LEAST
     from lorafit.data.report import PLACEHOLDERS
+    from lorafit.log import many
 
     report, found = data.report, []
     if loss is not None:
@@ -179,7 +180,7 @@ def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, piec
         found.append(f"{_why_none(config, facts, report)}; nothing is held out, so nobody will know how well it learns")
     elif not config.held_out and facts.held_out < LEAST:
         found.append(
-            f"only {_rows(facts.held_out)} could be held out, because the others are there more than once; so few say"
+            f"only {many(facts.held_out, 'row')} could be held out, because the others are there more than once; so few say"
             " little"
         )
     elif facts.rows < 50:
@@ -197,22 +198,17 @@ def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, piec
 def _why_none(config: Config, facts: Facts, report: Report) -> str:
     """Why nothing is held out."""
     from lorafit.data.dataset import SMALLEST
+    from lorafit.log import many
 
     if config.held_out:
         return f"every row of {config.held_out} is one of the training rows too"
     if config.held_out_share <= 0:
         return f"held_out_share={config.held_out_share:g}"
     if facts.rows < SMALLEST:
-        return f"only {_rows(facts.rows)}, and {SMALLEST} are needed to hold some out"
+        return f"only {many(facts.rows, 'row')}, and {SMALLEST} are needed to hold some out"
     return (
         f"all of the {facts.rows} rows are there more than once ({facts.rows - len(report.duplicates)} different ones)"
     )
-
-
-def _rows(number: int) -> str:
-    from lorafit.log import count
-
-    return "1 row" if number == 1 else f"{count(number)} rows"
 
 
 def _novelty(loss: float) -> str:
@@ -226,10 +222,10 @@ def _novelty(loss: float) -> str:
 def _described(config: Config, facts: Facts, choices: list[Choice], notes: list[str], columns: int | None) -> str:
     """For a terminal that is so many columns wide; None: lines of any length."""
     from lorafit.advice import TASKS
-    from lorafit.log import NARROW, count, table, wrap
+    from lorafit.log import NARROW, count, many, table, wrap
 
     said = [
-        f"{_rows(facts.rows)} to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
+        f"{many(facts.rows, 'row')} to train on, {facts.held_out} held out; {count(facts.tokens)} tokens,"
         f" {count(facts.learned)} of them learned; a row has {facts.median} tokens (median), at most {facts.longest}",
         f"looks like {facts.task}: {TASKS[facts.task]} (--task says otherwise); writing: {facts.script}",
         *notes,

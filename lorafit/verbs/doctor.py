@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the findings, the worst first; exit 2 through RunError if one of them is a fault."""
     from lorafit.doctor import examine, verdict
     from lorafit.errors import RunError
+    from lorafit.log import many
 
     folder = Path(args.run)
     found = examine(folder)
@@ -40,4 +41,4 @@ def run(args: argparse.Namespace) -> None:
     levels = [finding.level for finding in found]
     if "fault" in levels:
         counted = [(levels.count(level), level) for level in ("fault", "warning") if level in levels]
-        raise RunError(f"{folder}: " + ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for n, level in counted))
+        raise RunError(f"{folder}: " + ", ".join(many(n, level) for n, level in counted))

@@ -45,32 +45,27 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def _ours(run: str) -> bool:
-    """Trained on a base whose codes nobody else has: that is what must be said of it, and merging says it."""
-    from lorafit.peft_files import read_notes
-    from lorafit.session import adapter_folder
-
-    return read_notes(adapter_folder(run)).get("quant") == "w8a8"
-
-
 def run(args: argparse.Namespace) -> None:
     """Merge, prove, print the proof."""
     if args.force and args.into != "quantised":
         raise ConfigError("--force only goes with --into quantised")
-    if args.into == "quantised" and not args.force and not _ours(args.run):
-        raise ConfigError(
-            "--into quantised rounds the sum to 4 or 8 bits again, and of a change of 2% of the weights or less nothing but"
-            " noise of its size is left in 4; leave it out, or see how much is lost with --force"
-        )
     to = free(Path(args.out))  # before the base is read, which takes long
     with importing():
         import torch
 
         from lorafit.export.merge import merge
-        from lorafit.export.requantise import requantise
+        from lorafit.export.requantise import requantise, roundable
         from lorafit.model.load import stored_dtype
         from lorafit.session import adapter_folder, open_session, quant_of
 
+    stored = quant_of(adapter_folder(args.run))
+    if args.into == "quantised":
+        roundable(stored)
+        if not args.force:
+            raise ConfigError(
+                "--into quantised rounds the sum to 4 or 8 bits again, and of a change of 2% of the weights or less nothing"
+                " but noise of its size is left in 4; leave it out, or see how much is lost with --force"
+            )
     out = terminal()
     with out.working("opening the base") as spinner:
         session = open_session(
@@ -93,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             proof = requantise(host, name, to, rows, dtype=dtype, chat=chat, working=spinner.rename)
         else:
             trained = None
-            if args.into == "original" and quant_of(adapter_folder(args.run)) is not None:
+            if args.into == "original" and stored is not None:
                 spinner.rename("opening the base as it was trained on")
                 trained = open_session(
                     [args.run], model=args.model, streamed=True, precision="fp32", device="cpu", working=spinner.rename
