@@ -966,7 +966,9 @@ def until(seconds: float, done) -> bool:
     return done()
 
 
-def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(tiny_model, data_file, tmp_path, capsys):
+def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(
+    tiny_model, data_file, tmp_path, capsys, monkeypatch
+):
     words = [sys.executable, "-m", "lorafit", "tune", str(data_file), "--model", str(tiny_model), "--search", "random"]
     words += ["--workers", "local:2", "--budget", "2", "--together", "1", "--out", str(tmp_path / "run")]
     words += ["steps=10000000", "eval_every=10000000", "batch_tokens=100", "lr=1e-5"]  # they have nothing to tell
@@ -982,7 +984,8 @@ def test_workers_end_with_a_search_that_is_killed_and_leave_nothing(tiny_model, 
         pids = set(scratch_of(scratch))
         assert len(pids) == 2 and all(map(running, pids))
         busy = f"process {search.pid} is at work in"
-        with pytest.raises(RunError, match=busy):  # two would write the same files
+        with monkeypatch.context() as patch, pytest.raises(RunError, match=busy):  # two would write the same files
+            patch.setattr(study, "Training", lambda *_: pytest.fail("it got in"))
             study.resume(tmp_path / "run", QUIET)
         with pytest.raises(RunError, match=rf"a search that is going on \(process {search.pid}\)"):
             Run.open(tmp_path / "run")
