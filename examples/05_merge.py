@@ -2,7 +2,7 @@
 
     python examples/05_merge.py runs/library runs/library-merged
 
-The merged folder is read back and its logits are compared with the unmerged model's before it counts.
+The sums are compared with base and adapter, and the folder, read back, with the sums, before it counts.
 """
 
 import argparse
@@ -28,7 +28,7 @@ chat = session.chat(name)
 prompts = [chat.prompt_ids([Message("user", text)]) for text in ("When do you open?", "Where are the maps?")]
 proof = merge(session.host, name, Path(args.out), prompts, dtype=torch.float32, chat=chat)
 print(f"{proof.positions} positions compared: largest logit difference {proof.largest:.2g}", end="")
-print(f" (allowed {proof.tolerance:.2g}), same best token at {proof.agree:.0%}")
+print(f" by rounding, same best token at {proof.agree:.0%}")
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)
 turns = [{"role": "user", "content": "When do you open?"}]

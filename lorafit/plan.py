@@ -247,7 +247,7 @@ def estimate(config: Config, model: Model, rows: Sequence[Tokens], held_out: Seq
         logits=logits,
         mapped=mapped,
         evaluating=beside + weights + 4 * number + max(passing, logits),
-        merging=RUNTIME + 4 * number + 3 * 4 * most + 2 * 4 * COMPARED,  # it reads and writes weight by weight
+        merging=RUNTIME + 4 * number + 3 * 4 * most + 3 * 4 * COMPARED,  # it reads and writes weight by weight
         disk=disk,
         tokens=int(batches.lengths.sum()),
         trained_tokens=round(batches.lengths.sum() * steps / max(1, len(epoch))),

@@ -181,7 +181,14 @@ def test_chat_switches_adapters(capsys, run, other, monkeypatch):
 def test_merge_prints_its_proof(capsys, run, tmp_path):
     code, out, _ = call(capsys, "merge", run, tmp_path / "merged", "--json")
     proof = json.loads(out)
-    assert code == 0 and proof["largest"] <= proof["tolerance"] and proof["agree"] == 1.0
+    assert code == 0 and proof["tolerance"] is None and proof["agree"] == 1.0
+    assert (
+        proof["exact"]["formula"] <= proof["exact"]["allowed"] and proof["exact"]["folder"] <= proof["exact"]["allowed"]
+    )
+    code, out, _ = call(capsys, "merge", run, tmp_path / "again")
+    assert code == 0 and "sums       are right: in fp32" in out and "folder     is right: each number" in out
+    code, _, err = call(capsys, "merge", run, tmp_path / "bounded", "--tolerance", proof["largest"] / 2)
+    assert code != 0 and "allowed" in err and not (tmp_path / "bounded").exists()
 
 
 @pytest.mark.parametrize(

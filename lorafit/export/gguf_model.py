@@ -1,16 +1,16 @@
 """Merged, as one GGUF file for llama.cpp (ggml's docs/gguf.md; its converter convert_hf_to_gguf.py for names and rows).
 
 One weight after the other is read, summed, turned into the file's type and written. The file is then read back two ways: each
-weight beside the sum that it was made from, and the whole as a base, whose logits are compared with the unmerged model's. In
-16 or 32 bits these must agree; in blocks of 8 or 4 the difference, which rounding the base alone makes too, is told.
+weight beside the sum that it was made from, and the whole as a base, which must compute what the sums in its type compute
+(export/merge.py). What rounding to that type does is told: in blocks of 8 or 4 bits it does that to the base alone, too.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from lorafit.errors import LorafitError, ModelError
 from lorafit.export import gguf_vocabulary
 from lorafit.export.base import Done, Job
-from lorafit.export.merge import adapted_sites, compare, finite_effect, logits_of, merged_biases, merged_weight
+from lorafit.export.merge import compare, finite_effect, logits_of, proved_sums, proved_written
+from lorafit.export.sums import Sums, adapted_sites, merged_biases, merged_weight
 from lorafit.host import Host
 from lorafit.model import gguf as reading
 from lorafit.model.base import Base
@@ -35,7 +36,7 @@ from lorafit.route import StackLike
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # By --type, that of the weights, and llama.cpp's number for such a file.
 _FILE = {"f32": (Type.F32, 0), "f16": (Type.F16, 1), "q8_0": (Type.Q8_0, 7), "q4_0": (Type.Q4_0, 2)}
-_EXACT = {"f32": torch.float32, "f16": torch.float16}  # types whose logits must be the same
+_EXACT = ("f32", "f16")  # types that must leave most of what the adapter does
 _EDGES = ("token_embd.weight", "output.weight")  # which llama.cpp keeps in more bits than Q4_0 as well
 # ‖what rounding did‖ / ‖W‖ of one weight. Numbers spread as weights are lose 2e-4, 0.006 and 0.09 of it; a row in the wrong
 # place costs 1.4.
@@ -65,16 +66,26 @@ def write(job: Job, place: Path) -> Done:
                 f"{name} isn't what was written: {loss:.2g} of it is lost in {stored[name]}; nothing was kept"
             )
     tokenizer = base.tokenizer
-    _forget(job.host)
+    named = naming(arch, base.model.config)
+    sums = Sums(job.host, spec)
+    right = proved_sums(
+        sums,
+        want,
+        prompts,
+        lambda name, weight: _rounded(weight, _type_of(str(named(name)[0]), tuple(weight.shape), job.type)),
+        working=job.working,
+    )
+    sums.forget()
     got = logits_of(
         Host(load(str(folder), precision="fp32", device="cpu", streamed=True, tokenizer=tokenizer)), None, prompts
     )
-    exact = _EXACT.get(job.type)
-    proof = compare(want, got, effect, exact or torch.float16, None if exact else math.inf)
+    exact = job.type in _EXACT
+    proof = compare(want, got, effect, torch.float16, math.inf)
+    proof = replace(proof, exact=proved_written("file", right, got))
     if exact and not proof.holds:
         raise LorafitError(
-            f"the merged model isn't the same: largest logit difference {proof.largest:.4g}, allowed {proof.tolerance:.4g};"
-            f" {proof.lost:.0%} of the adapter's effect lost; nothing was written"
+            f"the merged model isn't the same after rounding: {proof.lost:.0%} of the adapter's effect lost; nothing was"
+            " written; try --type f32"
         )
     shutil.rmtree(beside)
     figures = {**proof.to_json(), "dtype": job.type, "rounding": max(losses.values())}
@@ -183,7 +194,7 @@ def tensors(host: Host, spec: StackLike) -> Iterator[tuple[str, Tensor]]:
     """The merged model's tensors by their names, fp32, one after the other."""
     source = host.base.source
     adapted = {site.path for site in adapted_sites(host, spec)}
-    biases = {f"{path}.{host.sites[path].bias_parameter}": bias for path, bias in merged_biases(host, spec).items()}
+    biases = {host.sites[path].bias_name: bias for path, bias in merged_biases(host, spec).items()}
     made = {
         site.name: site for site in host.sites.values() if site.path in adapted or isinstance(site.module, QuantLinear)
     }
@@ -222,19 +233,14 @@ def _stored(name: str, weight: Tensor, kind: Type) -> Any:
     return gguf.quants.quantize(numbers, kind)
 
 
+def _rounded(weight: Tensor, kind: Type) -> Tensor:
+    """What is left of a weight in this type. Its rows are blocks, or numbers, of their own: in any order the same is left."""
+    made = gguf.quants.dequantize(gguf.quants.quantize(weight.contiguous().numpy(), kind), kind)
+    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32)).view(weight.shape)
+
+
 def _loss(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm()) / max(float(want.norm()), 1e-30)
-
-
-def _forget(host: Host) -> None:
-    """The host's base: from here on one model is in memory."""
-    for name in list(host.adapters):
-        host.remove(name)
-    host.base.model = None
-    host.base.body = host.base.source = None
-    host.sites.clear()
-    host.site_of.clear()
-    gc.collect()
 
 
 def _rows(base: Base) -> int:

@@ -19,17 +19,8 @@ from torch import Tensor
 from lorafit import files
 from lorafit.data import Chat
 from lorafit.errors import LorafitError, RunError
-from lorafit.export.merge import (
-    Proof,
-    adapted_sites,
-    compare,
-    finite_effect,
-    logits_of,
-    merged_biases,
-    merged_weight,
-    ratio,
-    write,
-)
+from lorafit.export.merge import Proof, compare, finite_effect, logits_of, ratio, write
+from lorafit.export.sums import adapted_sites, merged_biases, merged_weight
 from lorafit.host import Host
 from lorafit.model.quant import Quant, QuantLinear, quantise
 from lorafit.model.quant_load import tensors_of

@@ -6,8 +6,10 @@ add something to each product. Rows are sorted by expert, so that a product is o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,6 +41,7 @@ class Rows:
 
 Delta = Callable[[str, Tensor, Tensor, Rows], Tensor]  # (parameter name, x, y, rows) -> y with the delta added
 _deltas: WeakKeyDictionary[nn.Module, Delta] = WeakKeyDictionary()
+_chosen: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()  # sees and may change `index`
 
 
 def attach(module: nn.Module, delta: Delta) -> None:
@@ -51,6 +54,45 @@ def detach(module: nn.Module) -> None:
     _deltas.pop(module, None)
 
 
+class Choices:
+    """Which experts the layers of a model chose, call by call, for another pass over the same tokens.
+
+    Where two experts are nearly level, rounding of fp32 chooses between them, and one such token's answer is another one: two
+    ways to compute the same can only be compared where both make the same choices.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        modules = model.modules() if model is not None else ()
+        self._modules = [m for m in modules if hasattr(m, "has_gate") and hasattr(m, "num_experts")]
+        self._made: dict[nn.Module, list[Tensor]] = {module: [] for module in self._modules}
+
+    def remembered(self) -> AbstractContextManager[None]:
+        """Within it what is chosen is kept."""
+
+        def see(made: list[Tensor], index: Tensor) -> Tensor:
+            made.append(index)
+            return index
+
+        return self._seen(lambda module: partial(see, self._made[module]))
+
+    def repeated(self) -> AbstractContextManager[None]:
+        """Within it the same is chosen again, from the first call on."""
+
+        def again(made: Iterator[Tensor], index: Tensor) -> Tensor:
+            return next(made)
+
+        return self._seen(lambda module: partial(again, iter(self._made[module])))
+
+    @contextmanager
+    def _seen(self, by: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        _chosen.update({module: by(module) for module in self._modules})
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                _chosen.pop(module, None)
+
+
 def grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """Rows of x (rows, in), sorted by expert, times their expert's matrix of weight (experts, out, in)."""
     weight = weight.to(x.dtype)
@@ -60,6 +102,8 @@ def grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 
 def experts_forward(module: Any, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
     """transformers' experts interface: hidden (tokens, dim), index and gates (tokens, experts per token)."""
+    if (chosen := _chosen.get(module)) is not None:
+        index = chosen(index)
     tokens, k = index.shape
     order = torch.argsort(index.reshape(-1), stable=True)
     rows = Rows(order // k, index.reshape(-1)[order], module.num_experts)

@@ -96,6 +96,11 @@ class Site:
         return f"{self.parameter}_bias" if self.kind == "experts" else "bias"
 
     @property
+    def bias_name(self) -> str:
+        """Of the bias in the model, if it has one."""
+        return f"{self.path.rpartition('.')[0] if self.kind == 'experts' else self.path}.{self.bias_parameter}"
+
+    @property
     def bias(self) -> Tensor | None:
         """(*lead, out), as the base holds it."""
         name = self.bias_parameter

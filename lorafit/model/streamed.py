@@ -6,9 +6,10 @@ It is for what goes through the model a few times, such as merging: each time ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -158,18 +159,24 @@ class Source:
 # --- modules that read their own ---------------------------------------------------------------------------------------
 
 
+# What a forward takes in the place of a parameter: of its name in the model, and of what reads it.
+Change = Callable[[str, Callable[[], Tensor]], Tensor]
+
+
 class _Reader:
     """What a module reads: its parameters' names in the model, and what it has in their place between forwards."""
 
     def __init__(self, source: Source, names: dict[str, str], dtype: torch.dtype, empty: dict[str, Any]) -> None:
         self.source, self.names, self.dtype, self.empty = source, names, dtype, empty
+        self.change: Change | None = None
 
     def read(self, key: str) -> Tensor:
         return self.source.read(self.names[key], self.dtype)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        for key in self.names:
-            module._parameters[key] = nn.Parameter(self.read(key), requires_grad=False)
+        for key, name in self.names.items():
+            found = self.read(key) if self.change is None else self.change(name, partial(self.read, key))
+            module._parameters[key] = nn.Parameter(found, requires_grad=False)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters.update(self.empty)
@@ -195,6 +202,20 @@ def present(module: nn.Module, key: str) -> Tensor:
     held: Tensor = getattr(module, key)
     reader = _readers.get(module)
     return reader.read(key) if held.is_meta and reader is not None else held
+
+
+@contextmanager
+def changed(model: Any, change: Change) -> Iterator[None]:
+    """Within it modules that read their parameters compute with what `change` makes of them. `present` still gives what the
+    files hold."""
+    readers = [_readers[module] for module in model.modules() if module in _readers]
+    for reader in readers:
+        reader.change = change
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.change = None
 
 
 class _Watch(TorchDispatchMode):

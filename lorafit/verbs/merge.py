@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="with --into quantised, which loses most of a small change"
     )
-    parser.add_argument("--tolerance", type=float, help="largest logit difference allowed")
+    parser.add_argument("--tolerance", type=float, help="largest logit difference that rounding may make")
     add_json(parser)
 
 
@@ -124,11 +125,18 @@ def run(args: argparse.Namespace) -> None:
 
 def described(out: str, proof: Proof) -> str:
     """A merge in lines for people."""
-    allowed = "" if proof.error is not None else f"allowed {proof.tolerance:.3g}; "
-    lines = [
-        f"merged     {out} ({proof.dtype})",
-        f"checked    {proof.positions} positions: largest logit difference {proof.largest:.3g}, mean {proof.mean:.2g}"
-        f" ({allowed}the logits spread by {proof.spread:.3g})",
+    allowed = f"allowed {proof.tolerance:.3g}; " if math.isfinite(proof.tolerance) else ""
+    lines = [f"merged     {out} ({proof.dtype})"]
+    if (exact := proof.exact) is not None:
+        lines += [
+            f"sums       are right: in fp32 the logits of base and adapter, within {exact.formula:.1e} (allowed"
+            f" {exact.allowed:.1e})",
+            f"folder     is right: each number is its sum in {proof.dtype}, each other one the base's; their logits, within"
+            f" {exact.folder:.1e}",
+        ]
+    lines += [
+        f"{'rounding' if exact else 'checked '}   {proof.positions} positions: largest logit difference {proof.largest:.3g},"
+        f" mean {proof.mean:.2g} ({allowed}the logits spread by {proof.spread:.3g})",
         f"           {proof.lost:.2%} of what the adapter changes is lost to rounding",
         f"           divergence {proof.kl:.1e} nats, same best token at {proof.agree:.1%}",
     ]
