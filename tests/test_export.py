@@ -369,6 +369,25 @@ def test_a_merged_file_that_forgets_a_layer_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_a_mistake_in_a_merged_file_is_refused_however_much_rounding_does(tmp_path, monkeypatch, kind):
+    place = folder(tmp_path)
+    adapter = trained(tmp_path, place, targets=["all-linear"])
+    done = export("gguf", job(place, adapter, type=kind), tmp_path / "right.gguf")
+    exact = done.figures["exact"]
+    assert exact["formula"] <= exact["allowed"] and exact["folder"] <= exact["allowed"] < 0.1 * done.figures["largest"]
+    plain = Host.merged_weight
+
+    def careless(host, site, spec):
+        w = site.weight().float()
+        return w + (1.01 if site.path.endswith("1.mlp.up_proj") else 1) * (plain(host, site, spec) - w)
+
+    monkeypatch.setattr(Host, "merged_weight", careless)
+    with pytest.raises(LorafitError, match="before any rounding its logits are off by"):
+        export("gguf", job(place, adapter, type=kind), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists() and not list(tmp_path.glob(".*tmp*"))
+
+
 # --- merged GGUF -------------------------------------------------------------------------------------------------------
 
 

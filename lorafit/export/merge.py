@@ -236,7 +236,13 @@ def proved_sums(
     working("checking what rounding leaves of them")
     sums.settle_rounded(rounding)
     with sums.computed(sums.rounded(rounding)):
-        return Right(formula, allowed, logits_of(host, None, prompts))
+        logits = logits_of(host, None, prompts)
+    if not bool(logits.isfinite().all()):
+        raise LorafitError(
+            "the merged model has numbers that are too large for the type it is written in: its logits aren't finite; nothing"
+            " was written; try another type, such as `lorafit merge … --dtype bf16`"
+        )
+    return Right(formula, allowed, logits)
 
 
 @contextmanager
