@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -62,6 +62,7 @@ from lorafit.train.watch import Watch
 MARGIN = 1.2  # of what is there, that an estimate may be above it
 NAME = "adapter"  # of the one adapter that a run trains, beside which a search has others
 MOST_TOKENS = 4096  # of a row, where the user sets no limit
+PARTS = ("steps", "evaluations", "answers", "saving")  # what a run's time goes to
 
 # Tokens x parameters above which kernels save more time than waiting for their compilation takes, which has gone on beside
 # loading (1,100 tokens, 135 million: six seconds, where the plain operations take 4 to 6 ms a token longer).
@@ -249,6 +250,7 @@ class Training:
 
     def __init__(self, config: Config, terminal: Terminal, saved_chat: dict[str, Any] | None = None) -> None:
         self.config, self.terminal, self.name = config, terminal, NAME
+        self.shares = False  # its steps' time with others
         _check_files(config)
         _check_extras(config)
         source = start_of(config)
@@ -318,6 +320,7 @@ class Training:
         other = copy.copy(self)
         same = ("model", "data", "held_out", "max_tokens", "precision", "device")  # resolved when they were loaded
         other.config, other.name = replace(config, **{key: getattr(self.config, key) for key in same}), name
+        other.shares = True
         other._add_adapter(None)
         other.job = other._job()
         other._start()
@@ -326,11 +329,21 @@ class Training:
     def _start(self) -> None:
         """Nothing is done yet."""
         self.watch = Watch(self.config.patience)
-        self.seconds = self.busy = 0.0
+        self.seconds = 0.0
+        self.spent = dict.fromkeys(PARTS, 0.0)  # seconds
         self.evaluating = 0.0  # seconds of the last evaluation and its checkpoint
         self.tokens = 0
         self.peak = self.halvings = 0
         self.began = time.monotonic()
+
+    @contextmanager
+    def _on(self, part: str) -> Iterator[None]:
+        """What is done within it counts as this part of the run's time."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[part] += time.monotonic() - began
 
     def _used(self) -> int:
         """Bytes in use where the base is: what `memory` limits."""
@@ -514,7 +527,8 @@ class Training:
         self.job.done = newest.step
         self.watch = Watch.from_json(newest.state["watch"])
         self.watch.patience = self.config.patience
-        self.seconds, self.busy = newest.state["seconds"], newest.state["busy"]
+        self.seconds = newest.state["seconds"]
+        self.spent |= newest.state["spent"] if "spent" in newest.state else {"steps": newest.state["busy"]}
         self.tokens, self.peak = newest.state["tokens"], newest.state["peak_rss_bytes"]
         if newest.state.get("memory") == self.config.memory:  # with another limit the size is found anew
             self.halvings = newest.state.get("halvings", 0)
@@ -546,14 +560,15 @@ class Training:
                     f"out of memory at step {step.number}: micro-batches of {step.micro_tokens} tokens instead of"
                     f" {step.too_large[0]} from here on; the result is the same but for rounding{draws}"
                 )
-            self.busy, self.tokens = self.busy + now - last, self.tokens + step.tokens
+            self.spent["steps"] += now - last
+            self.tokens += step.tokens
             self.record(run, step, now - last, writer)
             reason = self.watch.loss(figures.loss)
             progress.update(
                 step.number,
                 job.steps,
                 loss=self.watch.mean,
-                tokens_per_second=self.tokens / self.busy,
+                tokens_per_second=self.tokens / self.spent["steps"],
                 memory_bytes=self._used(),
                 pauses=self.evaluating * self._evaluations_left(step.number),
             )
@@ -620,7 +635,8 @@ class Training:
         # No larger than a training forward, so that it never needs more memory than training does.
         assert self.config.batch_tokens is not None
         tokens = min(TOKENS, math.ceil(self.config.batch_tokens / self.config.accumulate / 2**self.halvings))
-        return evaluate(self.host, self.data.held_out, self.name, tokens=tokens, progress=progress).loss
+        with self._on("evaluations"):
+            return evaluate(self.host, self.data.held_out, self.name, tokens=tokens, progress=progress).loss
 
     def _evaluate(self, run: Run, step: int, writer: Any = None) -> tuple[float, str]:
         """Held-out loss and sample answers; whether to stop, and why."""
@@ -646,7 +662,8 @@ class Training:
         samples = []
         for row, (messages, expected) in rows:
             ids = self.chat.prompt_ids(messages, row.example.tools)
-            text = answer(self.host, self.chat, ids, name, max_new=SAMPLE_TOKENS)
+            with self._on("answers"):
+                text = answer(self.host, self.chat, ids, name, max_new=SAMPLE_TOKENS)
             samples.append({"prompt": messages[-1].content, "expected": expected, "answer": text})
             progress()
         return samples
@@ -661,16 +678,17 @@ class Training:
             "identity": self.identity,
             "watch": self.watch.to_json(),
             "seconds": self.seconds,
-            "busy": self.busy,
+            "spent": self.spent,
             "tokens": self.tokens,
             "peak_rss_bytes": self.peak,
             "halvings": self.halvings,
             "memory": self.config.memory,
             "finished": finished,
         }
-        weights = {name: p.detach().cpu() for name, p in adapter.state_dict().items()}
         best = self.watch.best_step if self.data.held_out else None
-        return run.checkpoint(self.job.done, weights, optim.state(adapter, self.job.optimizer), state, best)
+        with self._on("saving"):
+            weights = {name: p.detach().cpu() for name, p in adapter.state_dict().items()}
+            return run.checkpoint(self.job.done, weights, optim.state(adapter, self.job.optimizer), state, best)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -692,7 +710,8 @@ class Training:
         best = self.watch.best_step if self.data.held_out else self.job.done
         self.go_to(run, best)
         if not went_wrong or best > 0:
-            self._save_adapter(run, best)
+            with self._on("saving"):
+                self._save_adapter(run, best)
         files.write_json(run.folder / "summary.json", self.summary(run, best, reason))
         report.write(run.folder)
         if went_wrong:
@@ -732,8 +751,9 @@ class Training:
             "steps": self.job.done,
             "stopped": reason or "all steps done",
             "seconds": round(time.monotonic() - self.began, 2),
+            "seconds_of": None if self.shares else {part: round(spent, 2) for part, spent in self.spent.items()},
             "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / self.busy, 2) if self.busy else None,
+            "tokens_per_second": round(self.tokens / self.spent["steps"], 2) if self.spent["steps"] else None,
             "peak_rss_bytes": max(self.peak, peak_memory()),
             "peak_gpu_bytes": gpu_peak() or None,
             "planned_peak_bytes": self.expected.peak_bytes if self.expected else None,

@@ -24,6 +24,7 @@ from lorafit.errors import ConfigError, DataError, RunError
 from lorafit.log import Terminal
 from lorafit.run import Run, next_folder
 from lorafit.train import watch
+from lorafit.verbs.train import described
 
 SETTINGS = {
     "steps": "14",
@@ -77,6 +78,15 @@ def test_a_finished_run_holds_what_scripts_rely_on(whole, tiny_model):
     notes = json.loads((whole / "adapter" / "lorafit.json").read_text())
     assert notes["fingerprint"] and "<|im_end|>" in [s["text"] for s in notes["chat"]["stop"]]
     assert not list(whole.glob("**/.*tmp*")) and not list(whole.glob("**/*.bin")) and not list(whole.glob("**/*.pt"))
+
+
+def test_the_time_of_a_run_is_told_by_what_it_went_to(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    parts = summary["seconds_of"]
+    assert list(parts) == ["steps", "evaluations", "answers", "saving"] and all(parts.values())
+    assert sum(parts.values()) <= summary["seconds"] + 0.02  # rounded; nothing is counted twice
+    told = described(str(whole), {**summary, "seconds_of": {"steps": 90, "evaluations": 8, "answers": 0, "saving": 1}})
+    assert "of that steps 1 min 30 s, evaluations 8.0 s, saving 1.0 s\n" in told
 
 
 def test_the_same_settings_give_the_same_bits(whole, tiny_model, data_file, tmp_path):

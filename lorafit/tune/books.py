@@ -46,7 +46,8 @@ class Books:
             if number not in self._sizes:
                 self._sizes[number] = sizes(training.job.plan, candidate.taken - 1)
             tokens = next(self._sizes[number])
-            training.busy, training.tokens = training.busy + seconds, training.tokens + tokens
+            training.spent["steps"] += seconds
+            training.tokens += tokens
             training.record(self.of(number), replace(step, number=candidate.taken, tokens=tokens), seconds)
         self._last = time.monotonic()
 

@@ -122,6 +122,7 @@ _WORDS = {
     "held_out_loss_after": "held-out loss at the best step",
     "best_step": "best step",
     "seconds": "time",
+    "seconds_of": "time by part",
     "tokens_per_second": "tokens per second",
     "peak_rss_bytes": "peak memory",
     "peak_gpu_bytes": "peak memory of the GPU",
@@ -138,7 +139,10 @@ _WORDS = {
 def _shown(key: str, value: Any) -> str:
     """A setting or a result as the list of runs would show it."""
     from lorafit.log import count, duration, size
+    from lorafit.verbs.train import split_of
 
+    if key == "seconds_of":
+        return split_of(value)
     if value is None or isinstance(value, bool | str) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     if key.endswith("_bytes"):

@@ -94,6 +94,7 @@ def described(run: str, summary: dict[str, Any]) -> str:
     lines += [
         f"stopped        {summary['stopped']}, after {summary['steps']} steps",
         f"took           {duration(summary['seconds'])}, {speed}peak memory {size(summary['peak_rss_bytes'])}{on_gpu}",
+        *([f"               of that {split}"] if (split := split_of(summary.get("seconds_of"))) else []),
         f"adapter        {count(summary['trainable_parameters'])} numbers ({share:.2%} of the base), "
         f"{size(summary['adapter_bytes'])} on disk; the base {size(summary['base_bytes'])}",
         f"run            {run} (report.html shows the curves)",
@@ -106,6 +107,11 @@ def described(run: str, summary: dict[str, Any]) -> str:
         f"  lorafit merge {run} OUT",
     ]
     return "\n".join(lines)
+
+
+def split_of(seconds: dict[str, float] | None) -> str:
+    """What a run's time went to, in words; '' where that isn't known."""
+    return ", ".join(f"{part} {duration(spent)}" for part, spent in (seconds or {}).items() if spent >= 0.05)
 
 
 def settings_table() -> str:
