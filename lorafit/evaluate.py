@@ -102,6 +102,8 @@ def score_answers(
     """Mean exact match and token F1 of greedy answers to each row's last turn, and how many rows had one."""
     asked = [(row, found) for row in rows if (found := prompt_of(row)) is not None]
     exact = f1 = 0.0
+    if progress:
+        progress(0, len(asked))
     for done, (row, (messages, expected)) in enumerate(asked, 1):
         ids = chat.prompt_ids(messages, row.example.tools)
         text = answer(host, chat, ids, spec, max_new=max_new)

@@ -645,8 +645,8 @@ class Training:
         if step == 0:
             self.watch.before = loss
         best, stop = self.watch.evaluation(step, loss)
-        with self.terminal.working("answering held-out prompts"):
-            samples = self._samples()
+        with self.terminal.working("answering held-out prompts") as spinner:
+            samples = self._samples(progress=spinner.update)
         run.record("evaluations", {"step": step, "held_out_loss": loss, "best": best, "samples": samples})
         if writer is not None:
             writer.add_scalar("held_out/loss", loss, step)
@@ -655,17 +655,21 @@ class Training:
             self.terminal.say(f"    {_line(sample['prompt'], 40)} -> {_line(sample['answer'], 70)}")
         return loss, stop
 
-    def _samples(self, spec: StackLike = None, progress: Callable[[], object] = lambda: None) -> list[dict[str, str]]:
-        """Answers to held-out prompts through a stack of adapters; None: the one in training. `progress` is called after each."""
+    def _samples(
+        self, spec: StackLike = None, progress: Callable[[int, int], object] = lambda done, total: None
+    ) -> list[dict[str, str]]:
+        """Answers to held-out prompts through a stack of adapters; None: the one in training. `progress` is told how many of them
+        are there, after each and before the first."""
         name = self.name if spec is None else spec
         rows = [(row, found) for row in self.data.held_out if (found := prompt_of(row))][: self.config.samples]
-        samples = []
+        samples: list[dict[str, str]] = []
+        progress(0, len(rows))
         for row, (messages, expected) in rows:
             ids = self.chat.prompt_ids(messages, row.example.tools)
             with self._on("answers"):
                 text = answer(self.host, self.chat, ids, name, max_new=SAMPLE_TOKENS)
             samples.append({"prompt": messages[-1].content, "expected": expected, "answer": text})
-            progress()
+            progress(len(samples), len(rows))
         return samples
 
     def checkpoint(self, run: Run, finished: str = "") -> Path:
@@ -697,11 +701,20 @@ class Training:
         if step != self.job.done:
             self.host.adapters[self.name].load_state_dict(run.at(step).adapter())
 
-    def answer_again(self, run: Run, step: int, progress: Callable[[], object] = lambda: None) -> None:
-        """Put answers into the records of evaluations that were made without: the base's, and those after `step`."""
+    def answer_again(
+        self, run: Run, step: int, progress: Callable[[int, int], object] = lambda done, total: None
+    ) -> None:
+        """Put answers into the records of evaluations that were made without: the base's, and those after `step`. `progress` as
+        in `_samples`, of both."""
         self.go_to(run, step)
-        samples = {0: self._samples((), progress)} if step else {}
-        samples[step] = self._samples(progress=progress)
+        samples: dict[int, list[dict[str, str]]] = {}
+        stacks: dict[int, StackLike] = {0: (), step: self.name} if step else {0: self.name}
+
+        def after(done: int, each: int) -> None:
+            progress(sum(map(len, samples.values())) + done, each * len(stacks))
+
+        for at, spec in stacks.items():
+            samples[at] = self._samples(spec, after)
         run.amend("evaluations", {at: {"samples": answers} for at, answers in samples.items()})
 
     def finish(self, run: Run, reason: str) -> Run:

@@ -38,13 +38,14 @@ def say(text: str = "", *, err: bool = False) -> None:
 
 
 class Terminal:
-    """Where progress is shown. `quiet` shows none; at most one live line is drawn at a time."""
+    """Where progress is shown. `quiet` shows none. One live line is drawn at a time: that of what was begun last."""
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.quiet = quiet
         self.stream = stream if stream is not None else sys.stderr
         self.live = not quiet and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn: Live | None = None
+        self._lines: list[Callable[[int], str]] = []  # the last is drawn
         self._lock = threading.RLock()
 
     def say(self, text: str = "") -> None:
@@ -68,29 +69,38 @@ class Terminal:
         return Working(text, self)
 
     def draw(self, line: Callable[[int], str]) -> bool:
-        """Begins a live line; `line` makes its text for a width. False if it can't be drawn or one is drawn already."""
+        """Begins a live line, in the place of one that is there until it is erased; `line` makes its text for a width. False
+        if it can't be drawn."""
         with self._lock:
-            if not self.live or self._drawn is not None:
+            if not self.live:
                 return False
-            from rich.console import Console
-            from rich.live import Live
-            from rich.text import Text
-
-            console = Console(file=self.stream, highlight=False)
-
-            def render() -> Text:
-                return Text(line(console.width - 1), no_wrap=True, overflow="crop")
-
-            # Lines that others print to the terminal are put above ours, but stdout in a file must stay untouched.
-            self._drawn = Live(
-                console=console, get_renderable=render, transient=True, redirect_stdout=sys.stdout.isatty()
-            )
-            self._drawn.start(refresh=True)
+            if line not in self._lines:
+                self._lines.append(line)
+            if self._drawn is None:
+                self._begin()
             return True
 
-    def erase(self) -> None:
-        """Ends the live line and takes it off the screen."""
+    def _begin(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        console = Console(file=self.stream, highlight=False)
+
+        def render() -> Text:
+            text = "".join(line(console.width - 1) for line in self._lines[-1:])
+            return Text(text, no_wrap=True, overflow="crop")
+
+        # Lines that others print to the terminal are put above ours, but stdout in a file must stay untouched.
+        self._drawn = Live(console=console, get_renderable=render, transient=True, redirect_stdout=sys.stdout.isatty())
+        self._drawn.start(refresh=True)
+
+    def erase(self, line: Callable[[int], str]) -> None:
+        """Ends a live line: the one before it is drawn again, or there is none on the screen."""
         with self._lock:
+            self._lines = [other for other in self._lines if other != line]
+            if self._lines:
+                return
             drawn, self._drawn = self._drawn, None
         if drawn is not None:  # outside the lock: stop() waits for rich's thread
             drawn.stop()
@@ -102,10 +112,10 @@ class Eta:
     def __init__(self, weight: float = 0.1) -> None:
         self._weight = weight
         self._sum = self._total = 0.0
-        self._last: tuple[int, float] | None = None
+        self._last: tuple[float, float] | None = None
 
-    def update(self, step: int, now: float) -> None:
-        """Takes in that `step` was done at `now`, in seconds of any clock."""
+    def update(self, step: float, now: float) -> None:
+        """Takes in that `step` (parts of one count too) was done at `now`, in seconds of any clock."""
         if self._last is not None and step > self._last[0]:
             done = step - self._last[0]
             keep = (1 - self._weight) ** done
@@ -120,7 +130,7 @@ class Eta:
         if self._last is not None:
             self._last = (self._last[0], self._last[1] + seconds)
 
-    def left(self, steps: int, now: float) -> float | None:
+    def left(self, steps: float, now: float) -> float | None:
         """Seconds until `steps` are done; None before two steps were seen."""
         if self._last is None or not self._total:
             return None
@@ -138,7 +148,8 @@ class Progress:
         self._terminal = terminal or Terminal()
         self._every, self._clock = every, clock
         self._eta = Eta()
-        self._step = self._steps = 0
+        self._step: float = 0
+        self._steps: float = 0
         self._pauses = 0.0
         self._figures: dict[str, float] = {}
         self._state = ""
@@ -151,7 +162,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._terminal.erase()
+        self._terminal.erase(self.line)
         if self._pending:
             self._plain()
 
@@ -160,7 +171,7 @@ class Progress:
         self._eta.pause(seconds)
 
     def update(
-        self, step: int, steps: int, state: str = "", *, pauses: float | None = None, **figures: float | None
+        self, step: float, steps: float, state: str = "", *, pauses: float | None = None, **figures: float | None
     ) -> None:
         """Shows that `step` of `steps` is done. A figure that is None keeps its last value. With a `state` in words that is
         shown instead of the step. `pauses`: seconds of what is still to come between the steps; None: as before.
@@ -243,7 +254,7 @@ class Working:
         if self._terminal.live:
             if not self._done.wait(SPINNER_AFTER) and self._terminal.draw(self._line):
                 self._done.wait()
-                self._terminal.erase()
+                self._terminal.erase(self._line)
         elif not self._done.wait(LINE_AFTER):
             self._terminal.say(f"{self._text} ...")
             while not self._done.wait(LINE_AGAIN):
@@ -387,7 +398,7 @@ def _marks(wanted: str, plain: str, stream: TextIO) -> str:
     return wanted
 
 
-def _bar(step: int, steps: int, room: int, stream: TextIO) -> str:
+def _bar(step: float, steps: float, room: int, stream: TextIO) -> str:
     marks = _marks("━╌", "#-", stream)
     done = round(room * min(1.0, step / steps)) if steps else 0
     return marks[0] * done + marks[1] * (room - done)

@@ -230,7 +230,7 @@ def test_progress_rejects_a_misspelt_figure():
 def test_progress_line_fits_any_width():
     progress = Progress(Terminal(stream=Screen()), clock=Clock())
     progress.update(50, 100, loss=1.5, held_out_loss=1.7, tokens_per_second=812.0, memory_bytes=1.2e9)
-    progress._terminal.erase()
+    progress._terminal.erase(progress.line)
     assert progress.line(100).startswith("step 50/100  " + "━" * 15 + "╌" * 15 + "  loss 1.500  held-out 1.700")
     assert progress.line(25) == "step 50/100  loss 1.500"
     assert progress.line(5) == "step 50/100"
@@ -243,12 +243,15 @@ def test_progress_on_a_terminal_is_one_live_line():
     with terminal.progress() as progress:
         progress.update(1, 2, loss=1.5)
         progress.say("[bold]evaluated[/bold] \x1b[2J")
-        with terminal.working("evaluating"):  # there is one live line only: this one stays off
-            time.sleep(0.6)
+        with terminal.working("answering") as work:  # what takes long within it is shown in its place
+            work.update(1, 3)
+            time.sleep(1.0)
+            between = len(stream.getvalue())
         progress.update(2, 2, loss=1.25)
+        time.sleep(0.5)
     shown = stream.getvalue()
+    assert "answering  1 of 3 (33%)" in shown[:between] and "answering" not in shown[between:]
     assert "[bold]evaluated[/bold] �[2J\n" in shown
-    assert "evaluating" not in shown
     assert shown.rstrip("\n").endswith("step 2/2  loss 1.250")
 
 

@@ -30,7 +30,7 @@ from lorafit.host import Host
 from lorafit.log import Terminal
 from lorafit.run import Run
 from lorafit.train.loop import Job, train
-from lorafit.tune import halving, samplers, study, together, workers
+from lorafit.tune import halving, samplers, search, study, together, workers
 from lorafit.tune.halving import EIGHTHS, Cut, Heat
 from lorafit.tune.search import Candidate, centre_of, reason, too_short
 from lorafit.tune.space import Choice, Range, settled, space
@@ -520,6 +520,47 @@ def test_the_range_test_counts_its_steps(tiny_model, data_file, tmp_path, monkey
     first = [one for one in told if one[3].startswith("finding a learning rate")]
     assert [one[1:3] for one in first] == [(step, 8) for step in range(1, 9)] and told[:8] == first
     assert first[-1][3].endswith("step 8/8") and told[8][0] != told[0][0]
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_the_time_left_counts_evaluations_that_are_still_to_come(tiny_model, data_file, tmp_path, monkeypatch):
+    """On a clock of which a step takes a second for each candidate and an evaluation five, nothing else anything."""
+    clock, shown = Clock(), []
+    score, steps, update = fit.Training.held_out_loss, search.train, log.Progress.update
+
+    def scored(self, *words):
+        clock.now += 5
+        return score(self, *words)
+
+    def stepped(host, jobs, halvings):
+        for step in steps(host, jobs, halvings):
+            clock.now += len(step.jobs)
+            yield step
+
+    def updated(self, *words, **more):
+        update(self, *words, **more)
+        left = self._eta.left(self._steps, clock.now)
+        shown.append((clock.now, None if left is None else left + self._pauses))
+
+    monkeypatch.setattr(fit.Training, "held_out_loss", scored)
+    monkeypatch.setattr(search, "train", stepped)
+    monkeypatch.setattr(log.Progress, "update", updated)
+    for module in (search, study):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(Terminal, "progress", lambda self: log.Progress(self, clock=clock.monotonic))
+    searched(tiny_model, data_file, tmp_path / "run", {"steps": "64", "r": "8"}, budget="4", search="random")
+    told = [(now, left) for now, left in shown if left is not None]
+    assert len(told) > 40
+    for (before, old), (now, left) in itertools.pairwise(told):
+        assert left <= old + 0.1 * (now - before)  # it falls, after evaluations too
+    for now, left in told[len(told) // 2 :]:  # who goes on is known
+        assert abs(left - (clock.now - now)) < 8
 
 
 def test_how_many_there_is_time_for_is_asked_before_each_stage():

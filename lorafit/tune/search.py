@@ -8,6 +8,7 @@ evaluations, early stop and schedule are those of `lorafit train` with its setti
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -106,6 +107,7 @@ class Search:
         self.calls: list[list[Any]] = []
         self.halvings = 0
         self.before = math.nan  # held-out loss before training: a fresh adapter changes nothing, so it is everybody's
+        self.scored, self.scoring = 0, 0.0  # evaluations, and their seconds
         self._jobs: list[Any] = []
         self._events: list[Event] = []
         self._idle = False  # the strategy had nothing when it was asked, and was told nothing since
@@ -170,7 +172,7 @@ class Search:
         reached = len(candidate.losses) < len(EIGHTHS) and at >= candidate.rungs[len(candidate.losses)]
         if not due and not reached:
             return
-        loss, enough = training.held_out_loss(), ""
+        loss, enough = self._score(training), ""
         if due:  # between `train`'s own evaluations early stop isn't told of a rung either
             best, enough = training.watch.evaluation(at, loss)
             candidate.best_loss, candidate.best_step = training.watch.best_loss, training.watch.best_step
@@ -188,6 +190,12 @@ class Search:
                 self._reach(candidate, candidate.best_loss)
             self.say("done", candidate.number, step=at, held_out_loss=candidate.best_loss, why=candidate.why)
         self._leave(candidate)
+
+    def _score(self, training: Training) -> float:
+        began = time.monotonic()
+        loss = training.held_out_loss()
+        self.scored, self.scoring = self.scored + 1, self.scoring + time.monotonic() - began
+        return loss
 
     def _reach(self, candidate: Candidate, loss: float) -> None:
         rung = len(candidate.losses)
@@ -271,7 +279,7 @@ class Search:
         number = len(self.candidates) + 1
         training = self.make(number, values)
         if math.isnan(self.before):
-            self.before = training.held_out_loss()
+            self.before = self._score(training)
         self.begin(training)
         made = Candidate(number, values, training, training.job.steps, best_loss=self.before)
         self.candidates[number] = made
@@ -305,6 +313,16 @@ class Search:
     def done(self) -> float:
         """Trainings done so far, whole and parts."""
         return sum(c.taken / c.steps for c in self.candidates.values())
+
+    def left(self, steps: int) -> float:
+        """Trainings of so many steps that are still to come, as far as can be told: no more than those who aren't out and those
+        who haven't come yet would take, no less than whoever trains has before it, and else what the strategy expects."""
+        size = self.strategy.size or len(self.candidates)
+        within = [c for c in self.candidates.values() if c.state in ("training", "waiting")]
+        most = sum(1 - c.taken / c.steps for c in within) + max(0, size - len(self.candidates))
+        ends = [(c, next((at for at in c.rungs if at > c.taken), c.steps)) for c in self._training()]
+        least = sum((end - c.taken) / c.steps for c, end in ends)
+        return min(most, max(least, self.strategy.cost(size, steps) - self.done()))
 
     def absorb(self, number: int, events: Sequence[Event], state: State, why: str, taken: int) -> None:
         """What happened to a candidate at a worker (workers.py), whose own search has no strategy."""
@@ -391,6 +409,11 @@ def too_short(steps: int, ranged: bool) -> str:
     elif first > spacing(steps):
         found.append(f"comparisons come late, after {first} and {second} steps, and save less")
     return f"{steps} steps a training are few: {'; '.join(found)}" if found else ""
+
+
+def evaluations(steps: int, every: int) -> int:
+    """How many a candidate with so many steps has, one every so many, and at the rungs."""
+    return len({*range(every, steps, every), *rungs(steps), steps})
 
 
 def range_steps(steps: int) -> int:

@@ -35,11 +35,12 @@ from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
 from lorafit.tune.options import Options, budget_of
 from lorafit.tune.proposals import Proposals
-from lorafit.tune.search import Candidate, Event, Round, Search, name_of, range_steps, too_short
+from lorafit.tune.search import Candidate, Event, Round, Search, evaluations, name_of, range_steps, too_short
 from lorafit.tune.space import Choice, Range, Values, space
 
 ANSWERS = 64  # held-out rows that are answered for another objective
 CANDIDATES = 8  # where no budget is given
+PARTS = 30  # of a training, which is a step of what is shown: the time left goes by what the last ten or so took
 QUIET = Terminal(quiet=True)
 OUT = ("cut", "failed")  # states of a candidate that doesn't go on
 
@@ -134,6 +135,7 @@ class Study:
         self.books = Books(self.of)
         self.saved: dict[int, tuple[int, str]] = {}  # candidate -> the step and state of its checkpoint
         self.events = self.done_rounds = 0
+        self.paused = 0.0  # seconds of evaluations and what was saved after them
         self.seconds = 0.0  # of earlier parts of a search that was taken up
         self.began = time.monotonic()
 
@@ -342,16 +344,22 @@ class Study:
         )
 
     def _rounds(self, rounds: Iterable[Round], progress: Progress, stop: Stop) -> None:
+        scoring = 0.0
         for found in rounds:
             if found.step is not None:
                 self.done_rounds += 1
                 self.books.record(self.search, found.step)
+            began = time.monotonic()
             for event in found.events:
                 self._take(event)
             every = self.base.config.checkpoint_every
             due = bool(found.events) or (found.step is not None and self.done_rounds % every == 0)
             if due or stop.asked:
                 self.save()
+            paused = self.search.scoring - scoring + time.monotonic() - began
+            scoring = self.search.scoring
+            self.paused += paused
+            progress.pause(paused)  # else what evaluations take would look like slower steps
             self._show(progress)
             if stop.asked:
                 self._stopped("all saved")
@@ -399,17 +407,26 @@ class Study:
         }
         known = [c for c in all_of_them if c.taken and c.state != "failed" and c.best_step]
         best = min(known, key=lambda c: c.best_loss, default=None)
-        size = self.search.strategy.size or len(all_of_them)
-        done, most = self.search.done(), self.search.strategy.cost(size, self.base.job.steps)
-        share, after = round(100 * done / max(most, done, 1e-9)), self.answers or self.samples
+        done, left = self.search.done(), self.search.left(self.base.job.steps)
         # Nobody knows yet how long answers take: the time left is that of training, and is never 0 before them.
+        near = over or ((self.answers or self.samples) and left < 0.02 * (done + left))
         progress.update(
-            100 if over or (after and share > 98) else min(99, share),
-            100,
+            PARTS * (done + left if near else done),
+            PARTS * (done + left),
+            pauses=self._pauses(left),
             state=", ".join(f"{amount} {state}" for state, amount in number.items() if amount)
             + (", answers come after" if self.answers else ", sample answers come after" if self.samples else ""),
             held_out_loss=best.best_loss if best else None,
         )
+
+    def _pauses(self, trainings: float) -> float:
+        """Seconds of evaluations in so many trainings that are still to come. At workers they go on beside steps, so there none
+        are counted for themselves."""
+        if not self.search.scored or self.options.workers != "none":
+            return 0.0
+        job, every = self.base.job, self.base.config.eval_every
+        assert every is not None
+        return trainings * evaluations(job.steps, every) * self.paused / self.search.scored
 
     # --- saving ----------------------------------------------------------------------------------------------------------
 
@@ -514,12 +531,11 @@ class Study:
 
     def _sample(self, winner: Candidate, training: Training, answered: Callable[[], object]) -> None:
         """The answers that `train` shows: of the base, and of the winner at its best step."""
-        total, done = self.samples * (2 if winner.best_step else 1), itertools.count(1)
         what = f"answering {many(self.samples, 'held-out prompt')} without and with #{winner.number}"
         with self.terminal.working(what) as spinner:
 
-            def progress() -> None:
-                spinner.update(next(done), total)
+            def progress(done: int, total: int) -> None:
+                spinner.update(done, total)
                 answered()
 
             training.answer_again(self.run, winner.best_step, progress)
