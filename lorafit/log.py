@@ -276,22 +276,46 @@ def working(text: str, terminal: Terminal | None = None) -> Working:
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[Any]], align: Sequence[str] | None = None, fit: int | None = None
 ) -> str:
-    """An aligned text table. `align` holds 'l' or 'r' for each column, as in "lrr"; default: numbers to the right. Where it is
-    wider than `fit`, its last column is broken into lines under each other."""
+    """An aligned text table. `align` holds 'l' or 'r' for each column, as in "lrr"; default: numbers to the right.
+
+    Where it is wider than `fit`, its last column is broken into lines under each other; where that isn't enough it becomes
+    several tables below each other, all with the first column.
+    """
     cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
     cells = [row + [""] * (len(headers) - len(row)) for row in cells]
-    if fit is not None:
-        before = sum(max(map(width, column)) + 2 for column in list(zip(headers, *cells, strict=True))[:-1])
-        cells = [line for row in cells for line in _broken(row, max(NARROW, fit - before))]
     columns = list(zip(*cells, strict=True)) if cells else [()] * len(headers)
     align = align or ["r" if any(column) and all(map(_numeric, column)) else "l" for column in columns]
+    if fit is None:
+        return _lined(headers, cells, align)
     widths = [max(map(width, (head, *column))) for head, column in zip(headers, columns, strict=True)]
+    parts = []
+    for block in _blocks(widths, fit):
+        room = max(NARROW, fit - sum(widths[i] + 2 for i in block[:-1]))
+        broken = [line for row in cells for line in _broken([row[i] for i in block], room)]
+        parts.append(_lined([headers[i] for i in block], broken, [align[i] for i in block]))
+    return "\n\n".join(parts)
+
+
+def _lined(headers: Sequence[str], cells: Sequence[Sequence[str]], align: Sequence[str]) -> str:
+    """Headers, a rule and rows, each on its line."""
+    widths = [max(map(width, column)) for column in zip(headers, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         gaps = [" " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True)]
         return "  ".join(g + c if a == "r" else c + g for c, g, a in zip(row, gaps, align, strict=True)).rstrip()
 
     return "\n".join(map(line, [headers, ["-" * wide for wide in widths], *cells]))
+
+
+def _blocks(widths: Sequence[int], fit: int) -> list[list[int]]:
+    """Which columns stand beside each other: the first and as many as fit, of which the last may be broken."""
+    blocks = [[0]]
+    for i, wide in enumerate(widths[1:], 1):
+        least = min(wide, NARROW) if i == len(widths) - 1 else wide
+        if len(blocks[-1]) > 1 and sum(widths[j] + 2 for j in blocks[-1]) + least > fit:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return blocks
 
 
 def _broken(row: list[str], columns: int) -> list[list[str]]:

@@ -14,6 +14,7 @@ import sys
 import pytest
 import yaml
 
+import lorafit.log
 from lorafit.cli import VERBS, main
 from lorafit.config import read_yaml
 from lorafit.verbs import common, eval_
@@ -241,6 +242,17 @@ def test_runs_lists_searches_that_have_not_ended(capsys, run, tmp_path):
         assert [row["go_on"] for row in found if row["run"] == str(folder)] == [go_on]
     (folder / "tune" / "search.json").write_text("[1]")
     assert call(capsys, "runs", folder.parent)[0] == 0
+
+
+@pytest.mark.parametrize("words", [["runs"], ["train", "--help-settings"]])
+def test_tables_fit_the_terminal_and_lose_nothing(capsys, run, tmp_path, monkeypatch, words):
+    shutil.copytree(run, tmp_path / "runs" / "an adapter with a long name")
+    monkeypatch.chdir(tmp_path)
+    _, whole, _ = call(capsys, *words)
+    monkeypatch.setattr(lorafit.log, "terminal_columns", lambda: 80)
+    code, out, _ = call(capsys, *words)
+    assert code == 0 and max(map(len, whole.splitlines())) > 80 >= max(map(len, out.splitlines()))
+    assert not {word for word in whole.split() if word.strip("-")} - set(out.split())
 
 
 def test_runs_says_how_bases_are_stored_where_one_is_quantised(capsys, run, tmp_path):

@@ -91,6 +91,28 @@ def test_table_breaks_its_last_column_to_fit():
     assert max(map(width, table(["setting", "why"], rows, "ll", fit=3).split("\n"))) == 30  # no narrower
 
 
+def test_a_table_that_is_much_too_wide_becomes_several_and_loses_nothing():
+    heads = ["run", "data", "before", "took", "stopped"]
+    rows = [["runs/a-1", "alpaca.json", 1.5, "8 s", "stopped early at step 12"], ["runs/b-1", "b", 12.25, "", "no"]]
+    assert table(heads, rows, "llrrl", fit=40).split("\n") == [
+        "run       data         before  took",
+        "--------  -----------  ------  ----",
+        "runs/a-1  alpaca.json     1.5   8 s",
+        "runs/b-1  b             12.25",
+        "",
+        "run       stopped",
+        "--------  ------------------------",
+        "runs/a-1  stopped early at step 12",
+        "runs/b-1  no",
+    ]
+    for fit in range(32, 90):
+        shown = table(heads, rows, "llrrl", fit=fit)
+        assert max(map(width, shown.split("\n"))) <= fit
+        assert set(shown.split()) - set("-") >= {
+            word for row in [heads, *rows] for cell in row for word in str(cell).split()
+        }
+
+
 @pytest.mark.parametrize(
     "text, wanted",
     [

@@ -36,6 +36,7 @@ from lorafit.tune.search import Candidate, centre_of, reason, too_short
 from lorafit.tune.space import Choice, Range, settled, space
 from lorafit.tune.stages import Staged, around
 from lorafit.tune.strategy import AllTogether
+from lorafit.verbs import tune as verb
 
 QUIET = Terminal(quiet=True)
 SHARED = {"steps": "32", "batch_tokens": "150", "precision": "fp32", "samples": "1"}
@@ -618,6 +619,15 @@ def test_the_folder_is_a_finished_run_with_a_table_and_pictures(whole, tiny_mode
     assert not list((whole / "tune").glob("*/checkpoints")) and not list(whole.glob("**/.*tmp*"))
     samples = [e for e in fit.Run(whole).records("evaluations") if e["samples"]]
     assert [e["step"] for e in samples] == [0, json.loads((whole / "summary.json").read_text())["best_step"]]
+
+
+def test_the_table_fits_the_terminal_and_loses_nothing(whole):
+    summary, found = (json.loads((whole / name).read_text()) for name in ("summary.json", "tune.json"))
+    wide, narrow = (verb.described(str(whole), summary, found, columns).split("\n\n") for columns in (None, 80))
+    assert max(map(len, wide[0].splitlines())) > 80
+    table = "\n".join(narrow[: len(narrow) - len(wide) + 1])
+    assert max(map(len, table.splitlines())) <= 80
+    assert not {word for word in wide[0].split() if word.strip("-")} - set(table.split())
 
 
 def told_of(lr, r, losses, number, winner=False) -> dict:

@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """List or compare."""
-    from lorafit.log import count, duration, size, table
+    from lorafit.log import count, duration, size, table, terminal_columns
 
     places = [Path(p) for p in args.runs]
     if len(places) == 2 and all((p / "config.yaml").is_file() for p in places):
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             ],
             rows,
             "lllll"[not coded :] + "rrrrrl",
+            fit=terminal_columns(),
         )
     )
     if waiting := [r["go_on"] for r in found if "go_on" in r]:
@@ -101,7 +102,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _compare(folders: list[Path], as_json: bool) -> None:
     from lorafit import config as settings
-    from lorafit.log import table
+    from lorafit.log import table, terminal_columns
 
     both = []
     for folder in folders:
@@ -111,7 +112,7 @@ def _compare(folders: list[Path], as_json: bool) -> None:
         print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
         return
     rows = [[_WORDS.get(k, k), *(_shown(k, b.get(k)) for b in both)] for k in keys]
-    print(table(["", *map(str, folders)], rows, "lll"))
+    print(table(["", *map(str, folders)], rows, "lll", fit=terminal_columns()))
 
 
 # Results in words; settings keep the names that they are given by.

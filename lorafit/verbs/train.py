@@ -119,7 +119,7 @@ def settings_table() -> str:
     import dataclasses
 
     from lorafit.config import choices, defaults
-    from lorafit.log import table
+    from lorafit.log import table, terminal_columns
     from lorafit.methods import METHODS
     from lorafit.methods import settings as own
 
@@ -130,4 +130,4 @@ def settings_table() -> str:
         rows.append([name, "-" if default in (None, "") else str(default), meaning])
     for method, kind in METHODS.items():
         rows += [[name, str(default), f"of method={method}"] for name, (_, default) in own(kind).items()]
-    return table(["setting", "default", "meaning"], rows, "lll")
+    return table(["setting", "default", "meaning"], rows, "lll", fit=terminal_columns())

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.config import build, defaults
     from lorafit.errors import ConfigError
     from lorafit.files import need_data
+    from lorafit.log import terminal_columns
 
     source, found = asked(args, "tune", "tune")
     if args.resume and (source is not None or set(found) > {"out"} or _asked(args)):
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"run": str(made.folder), **summary, "tune": table})
     else:
-        print(described(str(made.folder), summary, table))
+        print(described(str(made.folder), summary, table, terminal_columns()))
 
 
 def _asked(args: argparse.Namespace) -> bool:
@@ -83,15 +84,15 @@ def _asked(args: argparse.Namespace) -> bool:
     return not plain or any((args.budget, args.space, args.together))
 
 
-def described(run: str, summary: dict[str, Any], found: dict[str, Any]) -> str:
-    """A finished search in lines for people: what was tried, and the run that the winner is."""
+def described(run: str, summary: dict[str, Any], found: dict[str, Any], columns: int | None = None) -> str:
+    """A finished search in lines for people: what was tried, in a table of so many `columns`, and the run that the winner is."""
     from lorafit import tried
     from lorafit.log import duration, table
     from lorafit.verbs import train
 
     heads = [head.lower() for head in tried.heads(found)]
     lines = [
-        table(heads, tried.rows(found), "ll" + "r" * (len(heads) - 3) + "l"),
+        table(heads, tried.rows(found), "ll" + "r" * (len(heads) - 3) + "l", fit=columns),
         "",
         f"the work of {found['trainings']:.1f} trainings for {len(found['candidates'])} candidates, in"
         f" {duration(found['seconds'])}",
