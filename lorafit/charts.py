@@ -26,6 +26,7 @@ class Series:
 
 
 APART = 6  # units between the centres of two dots that hide each other
+ENOUGH, FAR = 5, 10  # values, of which one so many times as far off as the middle isn't drawn where it is
 LETTER = 6.2  # units that a letter takes, about
 WIDE, LEFT, RIGHT, TOP, BOTTOM = 760, 60, 14, 10, 40  # of a chart, in its own units
 
@@ -85,9 +86,13 @@ class Axis:
 
 
 def far(values: Sequence[float]) -> float:
-    """Above it a value would leave the others no room: three times as far from the lowest as the one in the middle."""
+    """Above it a value would leave the others no room: more than FAR times as far from the lowest as the one in the middle, where
+    there are enough to tell. Infinite where none is."""
     low, middle = min(values), statistics.median(values)
-    return low + 3 * (middle - low)
+    near = [value for value in values if value <= low + FAR * (middle - low)]
+    if len(values) < ENOUGH or len(near) == len(values):
+        return math.inf
+    return max(low + 3 * (middle - low), *near)
 
 
 def scatter(

@@ -169,8 +169,11 @@ def pictures(found: dict[str, Any]) -> list[tuple[str, str]]:
     decided = "" if _by_loss(found) else f"; {found['objective']}{_answers(found)} decided"
     judged = [c for c in these if compared[0].loss(c) is not None]
     names = _names(these)
+    seen = []
     for title, points in [*((f"Held-out loss {one.words()}", _there(these, one)) for one in compared), _ends(these)]:
-        if len(points) > 1 and any(math.isfinite(point.loss) for point in points):
+        shown = {(point.candidate["number"], point.loss, point.step) for point in points}
+        if len(points) > 1 and any(math.isfinite(point.loss) for point in points) and shown not in seen:
+            seen.append(shown)  # in short trainings a comparison is after the same steps as the next, or as the end
             drawn.append((f"{title}, by learning rate{decided}", _scatter(points, names, these, title)))
     keys = [key for key in found.get("searched", []) if len({_word(c["settings"].get(key)) for c in judged}) > 1]
     if keys and len(judged) > 1:
@@ -183,11 +186,12 @@ def pictures(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate in a picture, with its loss there, infinite where it failed, and the words for where that is."""
+    """A candidate in a picture, with its loss there, infinite where it failed, the words for where that is, and its step."""
 
     candidate: dict[str, Any]
     loss: float
     when: str
+    step: int | None = None
 
     def title(self) -> str:
         """What it tells when it is pointed at."""
@@ -203,7 +207,8 @@ def _there(these: Sequence[dict[str, Any]], one: Comparison) -> list[Point]:
     for c in these:
         loss, when = one.loss(c), one.when(c)
         if loss is not None:
-            found.append(Point(c, loss, f" {when}" if when else ""))
+            step = min(c["rungs"][one.number], c["taken"]) if c.get("rungs") else None
+            found.append(Point(c, loss, f" {when}" if when else "", step))
         elif c.get("state") == "failed" and len(c["losses"]) <= one.number and (not one.number or c["losses"]):
             found.append(Point(c, math.inf, ""))
     return found
@@ -218,7 +223,12 @@ def _ends(these: Sequence[dict[str, Any]]) -> tuple[str, list[Point]]:
         and (c.get("state") == "done" or (c.get("state") == "cut" and c["taken"] >= c["steps"]))
     ]
     points = [
-        Point(c, c["best_loss"], f" best at step {c['best_step']}" if c.get("best_step") else " at its best")
+        Point(
+            c,
+            c["best_loss"],
+            f" best at step {c['best_step']}" if c.get("best_step") else " at its best",
+            c.get("best_step"),
+        )
         for c in ended
     ]
     return "Held-out loss at the best step of those trained to their ends", points

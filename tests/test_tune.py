@@ -651,6 +651,15 @@ def test_a_loss_that_is_far_too_high_leaves_the_others_their_room():
     assert "open" not in plain and "○" not in plain
 
 
+def test_few_losses_or_none_far_off_are_all_drawn_where_they_are():
+    for losses in ((0.78, 0.79, 1.9), (0.5, 0.51, 0.52, 0.55, 0.6)):
+        these = [told_of(1e-3 * 3**i, 8, [loss], i + 1, i == 0) for i, loss in enumerate(losses)]
+        (_, scattered), (_, crossed) = tried.pictures({"candidates": these, "searched": ["lr"]})
+        circles = xml.dom.minidom.parseString(scattered).getElementsByTagName("circle")
+        heights = {one.getAttribute("cy") for one in circles if one.getAttribute("class") != "ring"}
+        assert len(heights) == len(losses) and "○" not in scattered and "≥" not in crossed
+
+
 def test_a_rank_has_one_colour_and_names_that_are_too_long_for_a_line_take_another():
     these = [told_of(1e-3, r, [1.0 + r, 1.0] if r > 8 else [1.0 + r], r) for r in (8, 16, 32)]
     first, second = (svg for title, svg in tried.pictures({"candidates": these, "searched": []}))
@@ -700,6 +709,9 @@ def test_comparisons_at_one_step_are_one_column():
         "Held-out loss after 8 steps",
         "Held-out loss at the best step of those trained to their ends",
     ]
+    for one in found["candidates"]:  # their last step is their best
+        one["losses"] = [one["best_loss"]] * 2
+    assert [title.split(",")[0] for title, _ in tried.pictures(found)] == ["Held-out loss after 8 steps"]
 
 
 def test_a_table_of_an_earlier_version_is_read():
