@@ -136,6 +136,19 @@ def test_eval_says_who_is_better():
     assert said(base=1.0) == "" and "no difference" in said(base=1.0, a=math.nan)
 
 
+def test_eval_counts_the_rows_that_it_leaves_out_in_the_file_and_says_so(capsys, run, data_file, tmp_path):
+    given = data_file.read_text().splitlines()[:6]
+    given.append(json.dumps({"prompt": "one " * 500, "completion": "two"}))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([*given, '{"prompt": 1}']) + "\n")
+    words = ["eval", run, mixed, "--skip-bad-rows", "--max-tokens", "100"]
+    line = f"left out of {mixed}: 2 of its 8 rows (1 bad, 1 over 100 tokens); "
+    assert line + "all others were scored\n" in call(capsys, *words)[1]
+    code, out, _ = call(capsys, *words, "--limit", "4")
+    assert code == 0 and line + "of the other 6 the first 4 were scored\n" in out
+    assert "left out" not in call(capsys, "eval", run, data_file, "--limit", "4")[1]
+
+
 def test_eval_says_which_rows_were_trained_on(capsys, run, data_file, tmp_path):
     given = data_file.read_text().splitlines()
     summary = json.loads((run / "summary.json").read_text())

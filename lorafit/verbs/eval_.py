@@ -6,9 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from lorafit.verbs.common import add_json, add_model, importing, opened, print_json, terminal
+
+if TYPE_CHECKING:
+    from lorafit.data import Dataset
 
 SAME = 0.01  # of a loss: a smaller difference is none
 
@@ -124,8 +128,25 @@ def run(args: argparse.Namespace) -> None:
             print(
                 f"{name} learned from {count(seen)} of these rows, so its score says little of others; score held-out rows"
             )
-    if result["left_out"]:
-        print(f"{result['left_out']} rows left out (bad, or longer than the context)")
+    if line := left_out(sets.values(), args.data, args.max_tokens or host.base.context, args.limit):
+        print(line)
+
+
+def left_out(sets: Iterable[Dataset], name: str, most: int, limit: int | None) -> str:
+    """A line on the rows of a data file that can't be scored, of the chat that has most of them: those that are bad, or longer
+    than `most` tokens; and how many of the others were. '' where there are none."""
+    from lorafit.log import count, many
+
+    data = max(sets, key=lambda one: one.report.skipped, default=None)
+    if data is None or not (out := len(data.report.faults) + data.report.skipped):
+        return ""
+    parts = [f"{len(data.report.faults)} bad"] * bool(data.report.faults)
+    parts += [f"{data.report.skipped} over {count(most)} tokens"] * bool(data.report.skipped)
+    scored, there = len(data.train[:limit]), len(data.train)
+    others = (
+        "all others were scored" if scored == there else f"of the other {count(there)} the first {scored} were scored"
+    )
+    return f"left out of {name}: {out} of its {many(data.report.rows, 'row')} ({', '.join(parts)}); {others}"
 
 
 def better(scores: dict[str, dict[str, Any]], asked: dict[str, str]) -> str:
