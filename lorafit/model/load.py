@@ -106,8 +106,17 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ModelError("device=meta holds no weights; use auto, cpu, cuda or mps")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device={name} can't be used here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError):  # which lists all that torch was ever built for
+        built = "" if torch.backends.cuda.is_built() or not name.startswith("cuda") else "; this torch is without CUDA"
+        raise ModelError(
+            f"device={name} can't be used here: this machine has {' and '.join(devices())}{built}"
+        ) from None
+
+
+def devices() -> list[str]:
+    """What `pick_device` can find on this machine."""
+    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return found + ["mps"] * torch.backends.mps.is_available()
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

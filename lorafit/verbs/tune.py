@@ -40,6 +40,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="train in other processes, here or of a Ray cluster, each with its own base",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the search in --out")
+    parser.add_argument(
+        "--from", dest="start", help=argparse.SUPPRESS
+    )  # which train has: it is said what there is here
     add_json(parser)
 
 
@@ -51,6 +54,11 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.log import terminal_columns
 
     source, found = asked(args, "tune", "tune")
+    if args.start is not None:
+        raise ConfigError(
+            "a search has no --from: its candidates start from fresh adapters; --resume --out RUN goes on with a search, and"
+            f" lorafit train DATA --from {args.start} starts one training from an adapter"
+        )
     if args.resume and (source is not None or set(found) > {"out"} or _asked(args)):
         raise ConfigError("--resume goes on with the search as it is; give it --out RUN alone, or --workers")
     build({key: value for key, value in found.items() if key in defaults()})
