@@ -19,7 +19,7 @@ from lorafit.advice import rate_for
 from lorafit.config import read_yaml
 from lorafit.data.dataset import SMALLEST
 from lorafit.data.report import PLACEHOLDERS
-from lorafit.files import read_json, read_json_lines, unfinished_search
+from lorafit.files import busy, read_json, read_json_lines, unfinished_search
 from lorafit.methods import METHODS
 from lorafit.run import STOPPED, Run
 
@@ -61,6 +61,7 @@ class Files:
     summary: dict[str, Any]
     stopped: dict[str, Any]
     searching: bool = False  # a search that isn't over, which has its winner's settings already
+    process: str = ""  # that is at work in it
 
     @staticmethod
     def of(folder: Path) -> Files:
@@ -76,6 +77,7 @@ class Files:
             read_json(folder / "summary.json"),
             read_json(folder / STOPPED),
             unfinished_search(folder),
+            busy(folder),
         )
 
     @cached_property
@@ -214,8 +216,8 @@ def verdict(folder: Path, found: Sequence[Finding]) -> str:
 
 
 def _ended(files: Files) -> Finding | None:
-    """Before its time, other than by a failure of training."""
-    if files.summary and not files.searching:
+    """Before its time, other than by a failure of training; or not yet."""
+    if files.summary and not files.searching and not files.process:
         return None
     verb = "tune" if files.searching else "train"
     go_on = shlex.join(["lorafit", verb, "--resume", "--out", str(files.folder)])
@@ -223,6 +225,9 @@ def _ended(files: Files) -> Finding | None:
     far = f"{files.last} {'step is' if files.last == 1 else 'steps are'} recorded" + (
         f", {done:.2g} of {files.setting('epochs'):g} epochs" if _by_epochs(files) and done else ""
     )
+    if files.process:
+        what = f"{'the search' if files.searching else 'it'} is still going on (process {files.process})"
+        return Finding("going-on", "note", what, far, "what is said here is of what there is so far")
     kind, reason = files.stopped.get("kind"), str(files.stopped.get("reason", ""))
     if kind == "OutOfMemory":
         row = files.steps[-1] if files.steps else {}
@@ -241,8 +246,8 @@ def _ended(files: Files) -> Finding | None:
             "broken-off", "fault", "an error ended it", f"{reason[:300]}; {far}", "mend that, then go on", go_on
         )
     what = (
-        f"{'the search' if files.searching else 'it'} has no end: it is still going on, or it was killed (by hand, by the"
-        " system for its memory, by a power cut)"
+        f"{'the search' if files.searching else 'it'} has no end: it was killed (by hand, by the system for its memory, by a"
+        " power cut), or it is still going on, on another machine"
     )
     return Finding("unfinished", "fault", what, far, "if it isn't going on any more, go on with it", go_on)
 
@@ -619,11 +624,11 @@ _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
 # A finding isn't shown beside one of these, which is the reason of it.
 _HIDES: dict[str, set[str]] = {
     "high-rate": {"diverged"},
-    "nothing-learned": {"diverged", "high-rate"},
+    "nothing-learned": {"diverged", "high-rate", "going-on"},
     "not-general": {"diverged"},
-    "too-little": {"nothing-learned", "few-steps"},
-    "few-steps": {"nothing-learned"},
-    "part-of-epoch": {"too-little", "nothing-learned"},
+    "too-little": {"nothing-learned", "few-steps", "going-on"},
+    "few-steps": {"nothing-learned", "going-on"},
+    "part-of-epoch": {"too-little", "nothing-learned", "going-on"},
     "overfitting": {"diverged"},
     "spikes": {"diverged"},
 }

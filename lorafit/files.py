@@ -113,30 +113,37 @@ def unfinished_search(folder: Path) -> bool:
     return (folder / "tune" / "search.json").is_file() and not over
 
 
-LOCK = "lock"  # in a search's folder, of the process that is at work in it
+LOCK = "lock"  # in a run's folder, and of a search in its tune/: of the process that is at work there
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """In the context no other process gets into the folder this way; however the process ends, it is free again. RunError that
-    names the one that is in it. Where the system knows no such locks, all get in."""
+    names the one that is in it. Where the system or the disk knows no such locks, all get in."""
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise refused(folder / LOCK, error) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise RunError(
-                f"process {file.read().strip()} is at work in {folder}; wait for it, or stop it first"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        except OSError as error:
+            if error.errno in HELD:
+                raise RunError(
+                    f"process {file.seek(0) or file.read().strip()} is at work in {folder}; wait for it, or stop it first"
+                ) from None
+        with contextlib.suppress(OSError):  # a full disk keeps nobody out
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
         yield
+
+
+HELD = (errno.EAGAIN, errno.EACCES)  # what it is called where another process has a lock
 
 
 def at_work(folder: Path) -> str:
@@ -147,11 +154,17 @@ def at_work(folder: Path) -> str:
         with (folder / LOCK).open(encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return file.read().strip()
+            except OSError as error:
+                return file.read().strip() if error.errno in HELD else ""
     except (ImportError, OSError):
         pass
     return ""
+
+
+def busy(folder: Path) -> str:
+    """The process, other than this one, that trains or searches in a run's folder; '' for none."""
+    process = at_work(folder / "tune") or at_work(folder)
+    return "" if process == str(os.getpid()) else process
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], again: str = "go on with --resume") -> None:

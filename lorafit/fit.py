@@ -172,17 +172,23 @@ def fit(config: Config, terminal: Terminal | None = None) -> Run:
         Run.create(folder)  # says at once what is in the way, before minutes of work
     made = Training(config, terminal)
     run = Run.create(folder)
-    config.out = str(folder)
+    with files.alone(run.folder):
+        return _begin(config, made, run)
+
+
+def _begin(config: Config, made: Training, run: Run) -> Run:
+    """Write what the folder holds before the first step, then train."""
+    config.out = str(run.folder)
     if config.start:  # the run keeps what it started from, so that it can be resumed whatever becomes of the old one
         source = adapter_folder(config.start)
         made.terminal.say(f"starts from {source}")
         lineage = {"made": "train", "of": [peft_files.ancestor(str(source), source)]}
         made.host.adapters[NAME].notes["lineage"] = lineage
-        files.write_folder(folder / "start", lambda place: _start(source, place, lineage))
-        config.start = str((folder / "start").absolute())
-    files.write_text(folder / "config.yaml", settings.to_yaml(config))
-    files.write_json(folder / "data.json", made.data.report.to_json())
-    files.write_json(folder / "chat.json", made.chat.to_json())
+        files.write_folder(run.folder / "start", lambda place: _start(source, place, lineage))
+        config.start = str((run.folder / "start").absolute())
+    files.write_text(run.folder / "config.yaml", settings.to_yaml(config))
+    files.write_json(run.folder / "data.json", made.data.report.to_json())
+    files.write_json(run.folder / "chat.json", made.chat.to_json())
     return made.run(run, None)
 
 
@@ -192,6 +198,12 @@ def resume(folder: str | Path, given: Mapping[str, Any], force: bool = False, te
     run = Run.open(Path(folder))
     if search := searching(run.folder):
         raise RunError(f"{run.folder} is {search}")
+    with files.alone(run.folder):
+        return _go_on(run, given, force, terminal)
+
+
+def _go_on(run: Run, given: Mapping[str, Any], force: bool, terminal: Terminal) -> Run:
+    """`resume`, in a folder that no other process is at work in."""
     saved = settings.read_yaml(run.folder / "config.yaml")
     if given.get("method", saved.get("method")) != saved.get("method"):
         raise RunError(f"{run.folder} trains method={saved.get('method')}; another method needs a new run")

@@ -6,6 +6,7 @@
     checkpoints/       step-000120/ {adapter, optimizer, state}; the newest two and the best
     adapter/           the best adapter, PEFT format       summary.json, report.html   at the end
     stopped.json       why it ended before its end; gone when it goes on
+    lock               held by the process that trains in it
 
 Checkpoints appear whole or not at all (written aside, then renamed) and carry the SHA-256 of their files. safetensors and
 JSON only.
@@ -63,7 +64,11 @@ class Run:
     @staticmethod
     def create(folder: Path, search: bool = False) -> Run:
         """A new, empty run folder; `search`: for a search. RunError if there is something in it already."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(file.name != files.LOCK for file in folder.iterdir())):
+            if process := files.busy(folder):
+                raise RunError(
+                    f"{folder} exists already, and process {process} is at work in it; name another folder with --out"
+                )
             ways = f"--resume goes on with it, --from {folder} starts anew from its adapter, or "
             if search:  # which starts from no adapter
                 ways = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorafit.config import nearest
 from lorafit.data import Chat
 from lorafit.errors import AdapterError, ConfigError, RunError
+from lorafit.files import busy
 from lorafit.host import Host
 from lorafit.model.base import Base
 from lorafit.model.load import load, stop_ids
@@ -61,6 +62,8 @@ def adapter_folder(path: str | Path) -> Path:
     for folder in (place, place / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
+    if process := busy(place):
+        raise RunError(f"{place} has no adapter yet: process {process} is still at work in it")
     if (place / "config.yaml").is_file():
         raise RunError(f"{place} has no adapter yet; finish it with: lorafit train --resume --out {place}")
     near = ", ".join(str(p.parent) for p in sorted(place.parent.glob("*/config.yaml"))[:5])

@@ -291,14 +291,32 @@ def test_rows_that_were_cut(runs):
     assert found["cut-rows"].level == "warning" and "max_tokens=32" in found["cut-rows"].command
 
 
-def test_a_killed_run_and_one_that_goes_on(tiny_model, data_file, tmp_path, capsys):
+def test_a_killed_run_and_one_that_goes_on(tiny_model, data_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "killed"
     words = ["train", str(data_file), "--model", str(tiny_model), "--out", str(out), "steps=5000", "samples=0"]
-    with subprocess.Popen([sys.executable, "-m", "lorafit", *words], stderr=subprocess.DEVNULL) as process:
+    process = subprocess.Popen([sys.executable, "-m", "lorafit", *words], stderr=subprocess.DEVNULL)
+    try:
         while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 20:
             assert process.poll() is None
             time.sleep(0.05)
+        capsys.readouterr()
+        main(["doctor", str(out)])
+        told = capsys.readouterr().out
+        assert f"it is still going on (process {process.pid})" in told and "--resume" not in told
+        with monkeypatch.context() as patch:  # one that got in would train on
+            patch.setattr(fit, "Training", lambda *_: pytest.fail("it got in"))
+            assert main(["train", "--resume", str(out)]) == 2 == main(["chat", str(out)])
+        told = capsys.readouterr().err.splitlines()
+        assert told == [
+            f"lorafit: process {process.pid} is at work in {out}; wait for it, or stop it first",
+            f"lorafit: {out} has no adapter yet: process {process.pid} is still at work in it",
+        ]
+        assert main([*words[:5], str(out)]) == 2
+        assert f"exists already, and process {process.pid} is at work in it" in capsys.readouterr().err
+        assert main(["runs", str(tmp_path)]) == 0 and f"going on (process {process.pid})" in capsys.readouterr().out
+    finally:
         process.kill()
+        process.wait()
     (fault,) = [one for one in examine(out) if one.level == "fault"]
     assert fault.name == "unfinished" and fault.command == f"lorafit train --resume --out {out}"
     assert main(["doctor", str(out)]) == 2

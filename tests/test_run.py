@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -186,6 +187,28 @@ def half(tiny_model, data_file, tmp_path) -> Path:
 def test_ctrl_c_saves_and_resume_goes_on(half, whole):
     fit.resume(half, {}, terminal=QUIET)
     assert same(whole, half)
+
+
+def test_a_resumed_run_is_alone_in_its_folder(half, monkeypatch):
+    with files.alone(half), pytest.raises(RunError, match=f"process {os.getpid()} is at work in {half}"):
+        fit.resume(half, {}, terminal=QUIET)
+    seen, train = [], fit.Training.run
+    monkeypatch.setattr(
+        fit.Training, "run", lambda *args, **more: seen.append(files.at_work(half)) or train(*args, **more)
+    )
+    fit.resume(half, {}, terminal=QUIET)
+    assert seen == [str(os.getpid())] and files.at_work(half) == ""
+
+
+def test_where_a_disk_knows_no_locks_all_get_in(tmp_path, monkeypatch):
+    import fcntl
+
+    def unknown(*words):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with files.alone(tmp_path), files.alone(tmp_path):
+        assert files.at_work(tmp_path) == ""
 
 
 @pytest.mark.parametrize("change", ["lr=0.5", "batch_tokens=100", "r=3", "seed=4", "steps=20"])

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
         elif unfinished_search(folder):
             go_on = shlex.join(["lorafit", "tune", "--resume", "--out", str(folder)])
             summary |= {"stopped": "search not finished", "go_on": go_on}
+        elif process := at_work(folder):
+            summary |= {"stopped": f"going on (process {process})"}
         found.append(
             {
                 "run": str(folder),
