@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -255,6 +256,34 @@ def test_runs_lists_searches_that_have_not_ended(capsys, run, tmp_path):
         assert [row["go_on"] for row in found if row["run"] == str(folder)] == [go_on]
     (folder / "tune" / "search.json").write_text("[1]")
     assert call(capsys, "runs", folder.parent)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("summary.json", '{"held_out_loss_after": 1.2', "summary.json can't be read"),
+        ("summary.json", '{"held_out_loss_after": "low"}', "summary.json is damaged: held_out_loss_after is 'low'"),
+        ("summary.json", '{"seconds": [3], "adapter_bytes": {}}', "summary.json is damaged: seconds is '[3]'"),
+        ("summary.json", '{"held_out_loss_after": NaN}', ""),
+        ("summary.json", '{"trainable_parameters": null}', ""),
+        ("config.yaml", "data: [", "config.yaml"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_listed(capsys, run, tmp_path, name, text, says):
+    for folder in ("whole", "torn"):
+        shutil.copytree(run, tmp_path / folder)
+    (tmp_path / "torn" / name).write_text(text)
+    code, out, err = call(capsys, "runs", tmp_path)
+    whole, torn = ([line for line in out.splitlines() if str(tmp_path / one) in line] for one in ("whole", "torn"))
+    assert code == 0 and not err and "all steps done" in whole[0] and len(torn) == 1 + bool(says)
+    assert not says or (torn[0].endswith("  damaged") and says in torn[1])
+    listed = json.loads(call(capsys, "runs", tmp_path, "--json")[1])
+    assert {Path(row["run"]).name: says in row.get("damaged", "") for row in listed} == {
+        "whole": not says,
+        "torn": True,
+    }
+    code, out, err = call(capsys, "runs", tmp_path / "whole", tmp_path / "torn")
+    assert (code, "Traceback" in err) == (2 if says else 0, False) and says in err
 
 
 @pytest.mark.parametrize("words", [["runs"], ["train", "--help-settings"]])

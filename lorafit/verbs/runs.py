@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorafit.files import at_work, read_json, unfinished_search
+from lorafit.files import at_work, load_json, read_json, unfinished_search
 from lorafit.verbs.common import add_json, print_json
 
 ABOUT = "list runs by data file, each file's best first; or compare the settings and results of two"
@@ -24,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """List or compare."""
-    from lorafit.log import count, duration, size, table, terminal_columns
+    from lorafit.log import table, terminal_columns
 
     places = [Path(p) for p in args.runs]
     if len(places) == 2 and all((p / "config.yaml").is_file() for p in places):
@@ -38,7 +40,9 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"no runs in {', '.join(map(str, places)) or 'runs/'}; make one with: lorafit train DATA")
     found = []
     for folder in folders:
-        config, summary = _settings(folder), read_json(folder / "summary.json")
+        (config, config_bad), (summary, summary_bad) = _read(folder, _settings), _read(folder, _summary)
+        if damaged := config_bad or summary_bad:
+            summary |= {"damaged": damaged, "stopped": "damaged"}
         if process := at_work(folder / "tune"):
             summary |= {"stopped": f"search going on (process {process})"}
         elif unfinished_search(folder):
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 **summary,
             }
         )
-    found.sort(key=lambda r: (r["data"], r.get("held_out_loss_after") or float("inf")))
+    found.sort(key=lambda r: (r["data"], _order(r.get("held_out_loss_after"))))
     if args.json:
         print_json(found)
         return
@@ -65,9 +69,7 @@ def run(args: argparse.Namespace) -> None:
         [
             r["run"], r["data"], str(r["base"] or ""), *([str(r["quant"])] if coded else []), str(r["method"] or ""),
             _loss(r.get("held_out_loss_before")), _loss(r.get("held_out_loss_after")),
-            count(r["trainable_parameters"]) if "trainable_parameters" in r else "",
-            size(r["adapter_bytes"]) if "adapter_bytes" in r else "",
-            duration(r["seconds"]) if "seconds" in r else "",
+            *(_shown(key, r.get(key)) for key in ("trainable_parameters", "adapter_bytes", "seconds")),
             r.get("stopped", "not finished"),
         ]
         for r in found
@@ -83,8 +85,45 @@ def run(args: argparse.Namespace) -> None:
             fit=terminal_columns(),
         )
     )
+    for damaged in [r["damaged"] for r in found if "damaged" in r]:
+        print(f"\n{damaged}")
     if waiting := [r["go_on"] for r in found if "go_on" in r]:
         print("\n".join(["", "a search that isn't running any more goes on with:", *(f"  {line}" for line in waiting)]))
+
+
+def _read(folder: Path, what: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """What is in a run's file; nothing, and why, where it is damaged: the other runs are listed all the same."""
+    from lorafit.errors import LorafitError
+
+    try:
+        return what(folder), ""
+    except LorafitError as error:
+        return {}, str(error)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """A run's results; {} where there are none yet. RunError where they are damaged."""
+    from lorafit.errors import RunError
+
+    found = load_json(folder / "summary.json", RunError) or {}
+    for key, kind in _KINDS.items():
+        value = found.get(key)
+        if isinstance(value, bool) or not isinstance(value, kind | None):
+            raise RunError(f"{folder / 'summary.json'} is damaged: {key} is {str(value)[:40]!r}")
+    return found
+
+
+def _order(loss: float | None) -> float:
+    """The best first, then those without a loss."""
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+_KINDS: dict[str, Any] = {  # of what the list shows
+    **dict.fromkeys(("held_out_loss_before", "held_out_loss_after", "seconds"), int | float),
+    **dict.fromkeys(("trainable_parameters", "adapter_bytes"), int),
+    "stopped": str,
+    "seconds_of": dict,
+}
 
 
 def _is_run(folder: Path) -> bool:
@@ -108,7 +147,7 @@ def _compare(folders: list[Path], as_json: bool) -> None:
 
     both = []
     for folder in folders:
-        both.append({**settings.read_yaml(folder / "config.yaml"), **read_json(folder / "summary.json")})
+        both.append({**settings.read_yaml(folder / "config.yaml"), **_summary(folder)})
     keys = [k for k in dict.fromkeys([*both[0], *both[1]]) if both[0].get(k) != both[1].get(k) and k != "out"]
     if as_json:
         print_json({"runs": [str(f) for f in folders], "different": {k: [b.get(k) for b in both] for k in keys}})
