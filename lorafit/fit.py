@@ -805,10 +805,10 @@ class Training:
             chosen = " ".join(choice.words for choice in self.advised)
             say(f"settings  by advice: {chosen} (`lorafit advise {cut(config.data, 200)}` gives the reasons)")
         say(f"base      {config.model}: {count(base.parameters())} parameters, {stored}{config.precision} on {place}")
-        if config.quant == ROUNDED and not (config.precision == "bf16" and kernels.on() and kernels.has_tiles()):
-            why = "in fp32" if config.precision == "fp32" else "without kernels for it"
+        if config.quant == ROUNDED and not (kernels.on() and kernels.multiplies_codes()):
             say(
-                f"          {ROUNDED} {why} is slower than any other kind, and no better; leave quant out, or take int8"
+                f"          {ROUNDED} without kernels for it is slower than any other kind, and no better;"
+                " leave quant out, or take int8"
             )
         say(
             f"data      {count(len(self.data.train))} rows to train on, {len(self.data.held_out)} held out,"

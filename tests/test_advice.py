@@ -314,6 +314,7 @@ def test_placeholders_are_told(tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize("slow", [True, False])
 def test_where_bf16_is_slow_products_in_8_bits_are_named(tiny_model, data_file, capsys, monkeypatch, slow):
     monkeypatch.setattr(build, "slow_in_bf16", lambda: slow)
+    monkeypatch.setattr(build, "multiplies_codes", lambda: slow)
     monkeypatch.setattr(plan_verb, "time_of", lambda *_: None)
 
     def reason(*words: str) -> str:
@@ -321,5 +322,6 @@ def test_where_bf16_is_slow_products_in_8_bits_are_named(tiny_model, data_file, 
         assert main(["advise", str(data_file), "--model", str(tiny_model), "--json", *words]) == 0
         return json.loads(capsys.readouterr().out)["settings"]["quant"]["reason"]
 
-    assert ("w8a8" in reason()) == slow
-    assert "w8a8" not in reason("precision=fp32") + reason("quant=int8") + reason("--no-measure")
+    assert ("w8a8, which takes a fifth less" in reason("precision=bf16")) == slow
+    assert ("w8a8, which takes half the time in fp32" in reason("precision=fp32")) == slow
+    assert "w8a8" not in reason("quant=int8") + reason("--no-measure")

@@ -57,7 +57,7 @@ def test_a_layer_that_differs_is_found_out():
     ids, lengths = torch.arange(14) % 50, [9, 5]
 
     def agrees():
-        return made.body.agrees(ids, lengths, alone(made, ids, lengths, states=True)[1])
+        return made.body.agrees(ids, lengths, alone(made, ids, lengths, states=True)[1], False)
 
     with torch.no_grad():
         assert agrees()
@@ -65,10 +65,10 @@ def test_a_layer_that_differs_is_found_out():
             handle = module.register_forward_hook(lambda module, args, out, change=change: out * change)
             given = alone(made, ids, lengths, states=True)[1]
             handle.remove()
-            assert not made.body.agrees(ids, lengths, given)
+            assert not made.body.agrees(ids, lengths, given, False)
         states = alone(made, ids, lengths, states=True)[1]
-        assert not made.body.agrees(ids, lengths, states[:-1])
-        assert not made.body.agrees(ids, lengths, [])
+        assert not made.body.agrees(ids, lengths, states[:-1], False)
+        assert not made.body.agrees(ids, lengths, [], False)
         assert agrees()
         made.body.act = "gelu_tanh"
         assert not agrees()

@@ -44,6 +44,7 @@ _KERNELS = dict.fromkeys(
     POINTWISE,
 ) | {
     "sum_products": FROZEN,
+    "coded_products": FROZEN,
     "low_rank_forward": BOTH,
     "low_rank_backward": BOTH,
     "attention_forward": ATTENTION,

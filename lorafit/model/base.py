@@ -23,6 +23,7 @@ from lorafit.model.new_tokens import NewTokens
 from lorafit.model.quant import Quant, QuantLinear
 from lorafit.model.starts import Part
 from lorafit.model.streamed import Source
+from lorafit.native.quantised import ROUNDED
 from lorafit.packing import Packing
 
 
@@ -62,6 +63,11 @@ class Base:
         """Of the weights and the activations."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
+
+    @property
+    def coarse(self) -> bool:
+        """The same tokens give the same but for rounding that shows: 16 bits, or products that round what they are given."""
+        return self.dtype != torch.float32 or (self.quant is not None and self.quant.kind == ROUNDED)
 
     @property
     def head(self) -> Any:
@@ -188,7 +194,7 @@ def probe(base: Base) -> None:
     ids = (torch.arange(sum(lengths), device=base.device) * 7919 + 11) % vocabulary
     logits, states = alone(base, ids, lengths, states=base.body is not None)
     want = logits.float()
-    tolerance = (0.05 if base.dtype != torch.float32 else 1e-4) * max(1.0, want.abs().max().item())
+    tolerance = (0.05 if base.coarse else 1e-4) * max(1.0, want.abs().max().item())
     kinds = set(getattr(base.model.config.get_text_config(), "layer_types", None) or ())
     try:
         packed = base.logits(ids, lengths, packed=True).float()
@@ -198,7 +204,7 @@ def probe(base: Base) -> None:
     # These kinds of rotary angles depend on the longest position of a call: a document would change its neighbours' angles.
     rope = str(getattr(getattr(base.model.base_model, "rotary_emb", None), "rope_type", ""))
     base.packs = base.packs and "dynamic" not in rope and "longrope" not in rope
-    if base.body is not None and not (base.packs and base.body.agrees(ids, lengths, states)):
+    if base.body is not None and not (base.packs and base.body.agrees(ids, lengths, states, base.coarse)):
         base.body = None
     head = base.head
     if head is not None and getattr(base.model, "base_model", None) is not None:

@@ -118,19 +118,19 @@ class Body:
         if h.requires_grad:
             h.register_hook(on_the_way_back)
 
-    def agrees(self, ids: Tensor, lengths: Sequence[int], given: Sequence[Tensor]) -> bool:
+    def agrees(self, ids: Tensor, lengths: Sequence[int], given: Sequence[Tensor], coarse: bool) -> bool:
         """Whether each layer, given what the module before it gave, gives what its module gives, up to rounding. Layer by
         layer, because the rounding of thirty bf16 layers would hide a mistake.
 
         `given` are the modules' states (tokens, width) for these documents, each alone: before the first layer, after each,
-        and after the last one's norm; see base.alone.
+        and after the last one's norm; see base.alone. `coarse`: rounding shows in them, see Base.coarse.
         """
         layers = self.inner.layers
         if len(given) != len(layers) + 1 or not torch.equal(self.inner.embed_tokens(ids), given[0]):
             return False
         packing = Packing.apart(lengths)
         cos, sin = self._angles(given[0], packing)
-        share, floor = (0.03, 2**-7) if given[0].dtype.itemsize < 4 else (1e-4, 1e-6)
+        share, floor = (0.03, 2**-7) if coarse else (1e-4, 1e-6)
         for number, (layer, x, want) in enumerate(zip(layers, given[:-1], given[1:], strict=True), 1):
             h, y = self._layer(layer, x, None, cos=cos, sin=sin, packing=packing, products=plain_products)
             got = h + y

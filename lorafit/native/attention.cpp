@@ -79,18 +79,20 @@ struct VectorEngine {
     template <int R, int P, bool ADD>
     static INLINE void block(int64_t lines, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
                              int64_t c_step) {
-        Floats acc[R][P];
+        constexpr int PARTS = 16 / EACH, N = P * PARTS;  // of a panel, of all
+        Some acc[R][N];
+        auto in = [](auto* at, int64_t step, int n) { return at + n / PARTS * step + n % PARTS * EACH; };
         for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) acc[r][p] = ADD ? *(Floats*)(c + p * c_step + r * 16) : Floats{};
+            for (int n = 0; n < N; n++) acc[r][n] = ADD ? *(const Some*)in(c + r * 16, c_step, n) : Some{};
         for (int64_t line = 0; line < lines; line++, a += a_step)
 #pragma GCC unroll 4
             for (int k = 0; k < 16; k++, b += 16)
 #pragma GCC unroll 16
                 for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-                    for (int p = 0; p < P; p++) acc[r][p] += a[r * 16 + k] * *(const Floats*)(b + p * b_step);
+                    for (int n = 0; n < N; n++) acc[r][n] += a[r * 16 + k] * *(const Some*)in(b, b_step, n);
         for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) *(Floats*)(c + p * c_step + r * 16) = acc[r][p];
+            for (int n = 0; n < N; n++) *(Some*)in(c + r * 16, c_step, n) = acc[r][n];
     }
 
     // result (rows, 16 panels) = or += left · right, over `lines` lines; the steps are elements between lines or panels.

@@ -140,6 +140,12 @@ def has_tiles() -> bool:
     return lib is not None and bool(lib.tiles_permitted())
 
 
+def multiplies_codes() -> bool:
+    """The kernels multiply 8-bit whole numbers, which `quant=w8a8` is made for: the processor has VNNI."""
+    lib = library()
+    return lib is not None and bool(lib.multiplies_codes())
+
+
 def slow_in_bf16() -> bool:
     """The kernels multiply bf16 in vectors, which codes of 8 bits outrun (`quant=w8a8`): there are no AMX tiles."""
     lib = library()

@@ -5,7 +5,7 @@
 #pragma once
 #include "common.h"
 
-#ifdef LORAFIT_TILES
+#ifdef LORAFIT_CODES
 #include <algorithm>
 
 // One part of a sum: codes a (rows, k), each row with a scale and the sum of its codes; a weight's codes b (columns, k) if `across`
@@ -22,46 +22,101 @@ struct CodesPart {
     const float* scale;
 };
 
+namespace {
 namespace codes {
 
 constexpr int64_t DEEP = 64, TILE = 1024;  // bytes in a tile: 16 lines of 16 columns, 4 codes deep
+constexpr int64_t HIGH = 32;               // rows of a band
+constexpr float MAGIC = 12582912.0f;       // 1.5 * 2^23: of a sum with it the last bits are the nearest whole number
 constexpr float TURN = 0.17677669529663687f;  // 1/sqrt(32)
 
+// 32 numbers in as many registers as they take.
+constexpr int REGISTERS = 32 / EACH;
+
+struct Line {
+    Some part[REGISTERS];
+
+    template <typename Make>
+    static INLINE Line of(Make make) {
+        Line line;
+#pragma GCC unroll 4
+        for (int i = 0; i < REGISTERS; i++) line.part[i] = make(i);
+        return line;
+    }
+    static INLINE Line from(const float* p) {
+        return of([p](int i) { return *(const Some*)(p + i * EACH); });
+    }
+#ifdef WIDE_VECTORS
+    static INLINE Line from(const bf16* p) {
+        return of([p](int i) { return (Some)widen(p + i * EACH); });
+    }
+#endif
+    INLINE void to(float* p) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < REGISTERS; i++) *(Some*)(p + i * EACH) = part[i];
+    }
+};
+INLINE Line operator*(const Line& a, const Line& b) {
+    return Line::of([&](int i) { return a.part[i] * b.part[i]; });
+}
+INLINE Line operator*(const Line& a, float b) {
+    return Line::of([&](int i) { return a.part[i] * b; });
+}
+INLINE Line operator+(const Line& a, const Line& b) {
+    return Line::of([&](int i) { return a.part[i] + b.part[i]; });
+}
+
+// Every number plus the one that lies a power of two away, or less it: in one register, for all powers.
+INLINE void turn(Some& numbers) {
+#ifdef WIDE_VECTORS
+    __m512 x = (__m512)numbers;
+    auto swap = [&x](__m512 other, __mmask16 minus) { x = _mm512_add_ps(other, _mm512_mask_sub_ps(x, minus, _mm512_setzero_ps(), x)); };
+    swap(_mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+    swap(_mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
+    swap(_mm512_permute_ps(x, 0x4e), 0xcccc);
+    swap(_mm512_permute_ps(x, 0xb1), 0xaaaa);
+#else
+    const __m256 zero = _mm256_setzero_ps();
+    __m256 x = (__m256)numbers;
+    x = _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_blend_ps(x, _mm256_sub_ps(zero, x), 0xf0));
+    x = _mm256_add_ps(_mm256_permute_ps(x, 0x4e), _mm256_blend_ps(x, _mm256_sub_ps(zero, x), 0xcc));
+    x = _mm256_add_ps(_mm256_permute_ps(x, 0xb1), _mm256_blend_ps(x, _mm256_sub_ps(zero, x), 0xaa));
+#endif
+    numbers = (Some)x;
+}
+
 // The Hadamard transform of 32 numbers, times sqrt(32): its own inverse but for 32.
-INLINE void turn(__m512& a, __m512& b) {
-    auto half = [](__m512& x) {
-        auto swap = [&x](__m512 other, __mmask16 minus) { x = _mm512_add_ps(other, _mm512_mask_sub_ps(x, minus, _mm512_setzero_ps(), x)); };
-        swap(_mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
-        swap(_mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
-        swap(_mm512_permute_ps(x, 0x4e), 0xcccc);
-        swap(_mm512_permute_ps(x, 0xb1), 0xaaaa);
-    };
-    __m512 sum = _mm512_add_ps(a, b);
-    b = _mm512_sub_ps(a, b), a = sum;
-    half(a), half(b);
+INLINE void turn(Line& line) {
+#pragma GCC unroll 2
+    for (int apart = REGISTERS / 2; apart > 0; apart /= 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < REGISTERS; i++)
+            if (!(i & apart)) {
+                Some one = line.part[i], other = line.part[i + apart];
+                line.part[i] = one + other, line.part[i + apart] = one - other;
+            }
+#pragma GCC unroll 4
+    for (int i = 0; i < REGISTERS; i++) turn(line.part[i]);
 }
 
 // Columns c..c+16 of b, DEEP deep, as a tile. The processor multiplies numbers with a sign by numbers without: a weight's codes are
 // stored with 128 more, and what that adds is taken off again by way of `a_sum`.
 inline void pack(const CodesPart& part, int64_t k, int64_t column, uint8_t* tile) {
-    const __m512i more = _mm512_set1_epi8(-128);
     const int64_t ldb = part.ldb;
     if (part.across) {
         transpose(part.b + column * ldb + k, ldb, tile, 64);
-        for (int i = 0; i < 16; i++)
-            _mm512_store_si512(tile + 64 * i, _mm512_xor_si512(_mm512_load_si512(tile + 64 * i), more));
+        for (int i = 0; i < TILE; i++) tile[i] ^= 128;
         return;
     }
     const int8_t* b = part.b + k * ldb + column;
+    const __m128i more = _mm_set1_epi8(-128);
     for (int i = 0; i < 16; i++, b += 4 * ldb) {
-        auto row = [&](int64_t r) { return _mm_loadu_si128((const __m128i*)(b + r * ldb)); };
+        auto row = [&](int64_t r) { return _mm_xor_si128(_mm_loadu_si128((const __m128i*)(b + r * ldb)), more); };
         __m128i low = _mm_unpacklo_epi8(row(0), row(1)), low2 = _mm_unpacklo_epi8(row(2), row(3));
         __m128i high = _mm_unpackhi_epi8(row(0), row(1)), high2 = _mm_unpackhi_epi8(row(2), row(3));
-        __m512i line = _mm512_castsi128_si512(_mm_unpacklo_epi16(low, low2));
-        line = _mm512_inserti32x4(line, _mm_unpackhi_epi16(low, low2), 1);
-        line = _mm512_inserti32x4(line, _mm_unpacklo_epi16(high, high2), 2);
-        line = _mm512_inserti32x4(line, _mm_unpackhi_epi16(high, high2), 3);
-        _mm512_store_si512(tile + 64 * i, _mm512_xor_si512(line, more));
+        __m128i* line = (__m128i*)(tile + 64 * i);
+        _mm_store_si128(line, _mm_unpacklo_epi16(low, low2)), _mm_store_si128(line + 1, _mm_unpackhi_epi16(low, low2));
+        _mm_store_si128(line + 2, _mm_unpacklo_epi16(high, high2)), _mm_store_si128(line + 3, _mm_unpackhi_epi16(high, high2));
     }
 }
 
@@ -78,7 +133,7 @@ INLINE void multiply(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ste
     tiles::store<0>(sums, 128), tiles::store<1>(sums + 16, 128);
     tiles::store<2>(sums + 16 * 32, 128), tiles::store<3>(sums + 16 * 32 + 16, 128);
 }
-#else
+#elif defined(WIDE_VECTORS)
 // Written out: of sums in an array, or given to the intrinsic, the compiler keeps copies in memory, which takes twice the time.
 struct Pair {
     __m512i left = _mm512_setzero_si512(), right = _mm512_setzero_si512();
@@ -110,58 +165,122 @@ inline void multiply(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ste
         r4.store(sums + 128), r5.store(sums + 160), r6.store(sums + 192), r7.store(sums + 224);
     }
 }
+#else
+struct Four {  // rows of 16 columns
+    __m256i low = _mm256_setzero_si256(), high = low;
+
+    INLINE void add(const int8_t* a, __m256i b, __m256i b2) {
+        int four;
+        std::memcpy(&four, a, 4);
+        __m256i same = _mm256_set1_epi32(four);
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(low) : "x"(b), "x"(same));
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(high) : "x"(b2), "x"(same));
+    }
+    INLINE void store(int32_t* sums) const { _mm256_store_si256((__m256i*)sums, low), _mm256_store_si256((__m256i*)sums + 1, high); }
+};
+
+inline void multiply(const int8_t* a, int64_t lda, const uint8_t* b, int64_t steps, int64_t tall, int32_t* sums) {
+    for (int64_t row = 0; row < tall; row += 4, a += 4 * lda, sums += 4 * 32)
+        for (int half = 0; half < 2; half++) {
+            Four r0, r1, r2, r3;
+            const int8_t* at = a;
+            const uint8_t* tile = b + half * TILE;
+            for (int64_t s = 0; s < steps; s++, tile += 2 * TILE)
+                for (int line = 0; line < 16; line++, at += 4) {
+                    const __m256i* columns = (const __m256i*)(tile + 64 * line);
+                    __m256i low = _mm256_load_si256(columns), high = _mm256_load_si256(columns + 1);
+                    r0.add(at, low, high), r1.add(at + lda, low, high);
+                    r2.add(at + 2 * lda, low, high), r3.add(at + 3 * lda, low, high);
+                }
+            int32_t* to = sums + 16 * half;
+            r0.store(to), r1.store(to + 32), r2.store(to + 64), r3.store(to + 96);
+        }
+}
 #endif
 
 // The rows m..m+tall of a part, times the 32 columns from `column` on that are packed in b: into `sums` (32, 32), or on top of them.
 inline void add(const CodesPart& part, const uint8_t* b, int64_t m, int64_t tall, int64_t column, bool begin, float* sums) {
     alignas(64) int32_t whole[32 * 32];
     multiply(part.a + m * part.k, part.k, b, part.k / DEEP, tall, whole);
-    __m512 left = _mm512_set1_ps(TURN), right = left;
-    if (part.scale) {
-        const __m512 share = _mm512_set1_ps(TURN / 127);
-        left = _mm512_mul_ps(_mm512_loadu_ps(part.scale + column), share);
-        right = _mm512_mul_ps(_mm512_loadu_ps(part.scale + column + 16), share);
-    }
+    const Line share = part.scale ? Line::from(part.scale + column) * (TURN / 127) : Line::of([](int) { return Some{} + TURN; });
     for (int64_t i = 0; i < tall; i++) {
-        const __m512i more = _mm512_set1_epi32(part.a_sum[m + i] * 128);
-        const __m512 scale = _mm512_set1_ps(part.a_scale[m + i]);
-        auto number = [&](int64_t half) { return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(whole + i * 32 + half), more)); };
-        __m512 x = _mm512_mul_ps(number(0), _mm512_mul_ps(left, scale)), y = _mm512_mul_ps(number(16), _mm512_mul_ps(right, scale));
-        turn(x, y);
+        const int32_t more = part.a_sum[m + i] * 128;
+        Line x = Line::of([&](int j) { return __builtin_convertvector(*(const SomeInts*)(whole + i * 32 + j * EACH) - more, Some); });
+        x = x * (share * part.a_scale[m + i]);
+        turn(x);
         float* to = sums + i * 32;
-        _mm512_storeu_ps(to, begin ? x : _mm512_add_ps(x, _mm512_loadu_ps(to)));
-        _mm512_storeu_ps(to + 16, begin ? y : _mm512_add_ps(y, _mm512_loadu_ps(to + 16)));
+        (begin ? x : x + Line::from(to)).to(to);
     }
 }
 
 // Thread t's share of the rows of x (rows, k), turned, each number then times that of `share` over 127 for its column if there is one:
 // codes, scales and sums. What isn't finite makes its row's scale so. `row` has room for k numbers.
-inline void round(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const float* share, float* row, int8_t* to, float* scale,
+template <typename X>
+inline void round(const X* x, int64_t ldx, int64_t rows, int64_t k, const float* share, float* row, int8_t* to, float* scale,
                   int32_t* sum, int t, int threads) {
     for (int64_t m = rows * t / threads; m < rows * (t + 1) / threads; m++) {
-        Floats mosts{}, finite{};
+        Some mosts{}, finite{};
         for (int64_t i = 0; i < k; i += 32) {
-            __m512 a = (__m512)(widen(x + m * ldx + i) * TURN), b = (__m512)(widen(x + m * ldx + i + 16) * TURN);
-            turn(a, b);
-            Floats both[2] = {(Floats)a, (Floats)b};
-            for (int half = 0; half < 2; half++) {
-                Floats some = share ? both[half] * (widen(share + i + 16 * half) * (1.0f / 127)) : both[half];
-                mosts = greater(some, mosts), mosts = greater(-some, mosts);
+            Line line = Line::from(x + m * ldx + i) * TURN;
+            turn(line);
+            if (share) line = line * (Line::from(share + i) * (1.0f / 127));
+            line.to(row + i);
+            for (const Some& some : line.part) {
+                mosts = some > mosts ? some : mosts, mosts = -some > mosts ? -some : mosts;
                 finite += some * 0.0f;
-                narrow(some, row + i + 16 * half);
             }
         }
-        float most = largest(mosts), by = most > 1e-30f ? 127.0f / most : 0.0f;
-        scale[m] = most * (1.0f / 127) + ::sum(finite);
-        __m512i all = _mm512_setzero_si512();
-        for (int64_t i = 0; i < k; i += 16) {
-            __m512i some = _mm512_cvtps_epi32((__m512)(widen(row + i) * by));
-            all = _mm512_add_epi32(all, some);
-            _mm_storeu_si128((__m128i*)(to + m * k + i), _mm512_cvtepi32_epi8(some));
+        float most = 0, off = 0;
+        for (int i = 0; i < EACH; i++) most = mosts[i] > most ? mosts[i] : most, off += finite[i];
+        const float by = most > 1e-30f ? 127.0f / most : 0.0f;
+        scale[m] = most * (1.0f / 127) + off;
+        SomeInts all{};
+        for (int64_t i = 0; i < k; i += EACH) {
+            SomeInts some = (SomeInts)(*(const Some*)(row + i) * by + MAGIC) - 0x4b400000;
+            all += some;
+            *(SomeBytes*)(to + m * k + i) = __builtin_convertvector(some, SomeBytes);
         }
-        sum[m] = _mm512_reduce_add_epi32(all);
+        sum[m] = 0;
+        for (int i = 0; i < EACH; i++) sum[m] += all[i];
     }
 }
 
+// Rows rounded to codes, with room for whole bands.
+struct Rounded {
+    int8_t* codes;
+    float* scale;
+    int32_t* sum;
+
+    // Thread t's share of x (rows, k). False where memory ran out.
+    template <typename X>
+    bool round(const X* x, int64_t ldx, int64_t rows, int64_t k, const float* share, int t, int threads) const {
+        static thread_local Buffer<float> row;
+        if (!row.of(k)) return false;
+        codes::round(x, ldx, rows, k, share, row.data, codes, scale, sum, t, threads);
+        return true;
+    }
+    // Times a weight (columns, k) if `across`, whose rows have `share`, else (k, columns); then x has its scales already.
+    CodesPart part(const int8_t* weight, int64_t ldw, bool across, int64_t k, const float* share) const {
+        return {codes, scale, sum, weight, ldw, k, across, across ? share : nullptr};
+    }
+};
+
+// Places for `count` times so many rows, of `numbers` in all. False where memory ran out.
+struct Roundings {
+    Buffer<int8_t> codes;
+    Buffer<float> scales;
+    Buffer<int32_t> sums;
+
+    bool of(int64_t rows, int64_t numbers, int64_t count) {
+        return codes.of(numbers * tall(rows) + 1) && scales.of(count * tall(rows) + 1) && sums.of(count * tall(rows) + 1);
+    }
+    // The `at`-th, before which there are so many `numbers` to a row.
+    Rounded place(int64_t rows, int64_t numbers, int64_t at) const {
+        return {codes.data + numbers * tall(rows), scales.data + at * tall(rows), sums.data + at * tall(rows)};
+    }
+    static int64_t tall(int64_t rows) { return (rows + HIGH - 1) / HIGH * HIGH; }
+};
+
 }  // namespace codes
+}  // namespace
 #endif

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #ifdef __x86_64__
@@ -16,6 +17,9 @@
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__linux__)
 #define LORAFIT_TILES 1  // of AMX, or the same done with vectors
+#endif
+#if defined(LORAFIT_TILES) || (defined(__AVX512VNNI__) && defined(__AVX512BW__)) || (defined(__AVXVNNI__) && defined(__AVX2__))
+#define LORAFIT_CODES 1  // sums of products of 8-bit whole numbers
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -64,6 +68,18 @@ typedef int32_t Ints __attribute__((vector_size(64), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), may_alias, aligned(2)));
 typedef float LooseFloats __attribute__((vector_size(64), may_alias, aligned(4)));
+
+// As many as a register holds. The compiler keeps wider ones in memory, so long loops go by these.
+#if defined(WIDE_VECTORS)
+constexpr int EACH = 16;
+#elif defined(__AVX__)
+constexpr int EACH = 8;
+#else
+constexpr int EACH = 4;
+#endif
+typedef float Some __attribute__((vector_size(4 * EACH), may_alias, aligned(4)));
+typedef int32_t SomeInts __attribute__((vector_size(4 * EACH), may_alias, aligned(4)));
+typedef int8_t SomeBytes __attribute__((vector_size(EACH), may_alias, aligned(1)));
 
 INLINE Floats all(float x) { return Floats{} + x; }
 INLINE Floats greater(Floats a, Floats b) { return a > b ? a : b; }
@@ -150,6 +166,21 @@ APART void transpose(const void* from, int64_t from_step, void* to, int64_t to_s
         for (int j = 0; j < 16; j++) std::memcpy(b + j * to_step + 4 * i, a + i * from_step + 4 * j, 4);
 #endif
 }
+
+template <typename T>
+struct Buffer {  // aligned scratch of a thread, kept between calls
+    T* data = nullptr;
+    int64_t size = 0;
+    T* of(int64_t n) {
+        if (n > size) {
+            std::free(data);
+            data = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
+            size = data ? n : 0;
+        }
+        return data;
+    }
+    ~Buffer() { std::free(data); }
+};
 
 // exp(x) to about 2e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2]. Below -87 it is 1e-38 and not 0; NaN stays NaN.
 INLINE Floats exponential(Floats x) {

@@ -102,45 +102,14 @@ bool lay(const Group& g, Layout& found) {
     return found.thin;
 }
 
-// Rows rounded to codes, with room for whole bands.
-struct Rounded {
-    int8_t* codes;
-    float* scale;
-    int32_t* sum;
-
-    // Thread t's share of x (rows, k). False where memory ran out.
-    bool round(const bf16* x, int64_t ldx, int64_t rows, int64_t k, const float* share, int t, int threads) const {
-        static thread_local Buffer<float> row;
-        if (!row.of(k)) return false;
-        codes::round(x, ldx, rows, k, share, row.data, codes, scale, sum, t, threads);
-        return true;
-    }
-    CodesPart part(const Base& base, bool across, int64_t k) const {
-        const int8_t* weight = static_cast<const int8_t*>(base.weight);
-        return {codes, scale, sum, weight, base.ldw, k, across, across ? base.scale : nullptr};
-    }
-};
-
-// Places for `count` times so many rows, of `numbers` in all. False where memory ran out.
-struct Roundings {
-    Buffer<int8_t> codes;
-    Buffer<float> scales;
-    Buffer<int32_t> sums;
-
-    bool of(int64_t rows, int64_t numbers, int64_t count) {
-        return codes.of(numbers * tall(rows) + 1) && scales.of(count * tall(rows) + 1) && sums.of(count * tall(rows) + 1);
-    }
-    // The `at`-th, before which there are so many `numbers` to a row.
-    Rounded place(int64_t rows, int64_t numbers, int64_t at) const {
-        return {codes.data + numbers * tall(rows), scales.data + at * tall(rows), sums.data + at * tall(rows)};
-    }
-    static int64_t tall(int64_t rows) { return (rows + TALL - 1) / TALL * TALL; }
-};
-
 // This thread's, kept between calls of either direction.
-Roundings& kept() {
-    static thread_local Roundings roundings;
+codes::Roundings& kept() {
+    static thread_local codes::Roundings roundings;
     return roundings;
+}
+
+inline CodesPart coded_part(const codes::Rounded& x, const Base& base, bool across, int64_t k) {
+    return x.part(static_cast<const int8_t*>(base.weight), base.ldw, across, k, base.scale);
 }
 
 inline Part dense(const bf16* a, int64_t lda, const Base& base, int64_t k, int64_t across) {
@@ -202,11 +171,11 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
     const Group& g = *group;
     Layout layout;
     if (!lay(g, layout)) return 1;
-    Roundings& roundings = kept();
+    codes::Roundings& roundings = kept();
     bool fine = true, coded = false;
     for (int64_t i = 0; i < g.count; i++) coded |= g.bases[i].scale != nullptr;
     if (coded && !roundings.of(layout.rows, g.in, 1)) return 1;
-    const Rounded x = roundings.place(layout.rows, 0, 0);
+    const codes::Rounded x = roundings.place(layout.rows, 0, 0);
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         static thread_local Buffer<Part> parts_;
@@ -235,7 +204,7 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
             for (int64_t i = 0; parts && i < g.count; i++) {
                 const Base& base = g.bases[i];
                 int64_t used = 0;
-                CodesPart codes = x.part(base, true, g.in);
+                CodesPart codes = coded_part(x, base, true, g.in);
                 if (!base.scale) parts[used++] = dense(g.x, g.ldx, base, g.in, base.across);
                 for (int64_t n = 0; n < layout.count; n++) {
                     const Run& run = layout.runs[n];
@@ -285,7 +254,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     Part* parts = all_parts.of(g.count + layout.count + 1);
     if (!dxa || !flats_ || !sums_ || !parts) return 1;
     static thread_local Buffer<CodesPart> all_codes;
-    Roundings& roundings = kept();  // this thread's, in the others too
+    codes::Roundings& roundings = kept();  // this thread's, in the others too
     int64_t coded = 0, wide = 0;
     for (int64_t i = 0; i < g.count; i++)
         if (const Base& base = g.bases[i]; dx && base.y && base.scale) coded++, wide += base.out;
@@ -295,7 +264,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     for (int64_t i = 0; dx && i < g.count; i++) {
         const Base& base = g.bases[i];
         if (base.y && base.scale) {
-            codes[coded] = roundings.place(layout.rows, wide, coded).part(base, false, base.out);
+            codes[coded] = coded_part(roundings.place(layout.rows, wide, coded), base, false, base.out);
             coded++, wide += base.out;
         } else if (base.y) {
             parts[used++] = dense(base.y, base.ldy, base, base.out, !base.across);
@@ -306,7 +275,7 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
         bool fine = true;
         for (int64_t i = 0, at = 0, before = 0; coded && i < g.count; i++)
             if (const Base& base = g.bases[i]; base.y && base.scale) {
-                Rounded place = roundings.place(layout.rows, before, at++);
+                codes::Rounded place = roundings.place(layout.rows, before, at++);
                 fine = place.round(base.y, base.ldy, layout.rows, base.out, base.scale, t, threads) && fine;
                 before += base.out;
             }

@@ -23,8 +23,6 @@ from lorafit.native.gemm import DEEP, lines, native
 from lorafit.native.kernel import Kernel, wide
 from lorafit.native.quantised import Quantised, dequantise, dequantise_all
 
-CODES_DEEP = 64  # the kernel takes 64 codes of the inner dimension at a time
-
 _forward = Kernel("low_rank_forward", "p")
 _backward = Kernel("low_rank_backward", "pp")
 
@@ -53,7 +51,7 @@ class Frozen:
         w = self.weight
         if isinstance(w, Tensor):
             return w.dtype == dtype and w.stride(1) == 1
-        return not rounded.rounds(w) or all(size % CODES_DEEP == 0 for size in w.shape)
+        return not rounded.rounds(w) or rounded.suits(w)
 
 
 @dataclass(frozen=True)
@@ -134,21 +132,25 @@ def _numbers(frozen: Sequence[Frozen], dtype: torch.dtype) -> list[Tensor]:
     return [w if isinstance(w, Tensor) else w.codes if rounded.rounds(w) else next(made) for w in weights]
 
 
-def _through(x: Tensor, base: Frozen) -> Tensor:
-    """x times the weight, and the bias."""
-    if rounded.rounds(base.weight):
-        y = rounded.across(x, base.weight)
-        return y if base.bias is None else y.add_(base.bias)
-    (weight,) = _numbers([base], x.dtype)
-    weight = weight.t() if base.across else weight
-    return x @ weight if base.bias is None else torch.addmm(base.bias, x, weight)
+def _through(x: Tensor, frozen: Sequence[Frozen]) -> list[Tensor]:
+    """x times each weight, and the bias."""
+    coded = iter(rounded.across_all(x, [base.weight for base in frozen if rounded.rounds(base.weight)]))
+    made = []
+    for base in frozen:
+        if rounded.rounds(base.weight):
+            y = next(coded)
+            made.append(y if base.bias is None else y.add_(base.bias))
+            continue
+        (weight,) = _numbers([base], x.dtype)
+        weight = weight.t() if base.across else weight
+        made.append(x @ weight if base.bias is None else torch.addmm(base.bias, x, weight))
+    return made
 
 
 def _back(dy: Tensor, base: Frozen, dx: Tensor | None) -> Tensor:
     """What arrives at the weight's input, on top of `dx`."""
     if rounded.rounds(base.weight):
-        made = rounded.along(dy, base.weight)
-        return made if dx is None else dx.add_(made)
+        return rounded.along_onto(dy, base.weight, dx)
     (weight,) = _numbers([base], dy.dtype)
     weight = weight if base.across else weight.t()
     return dy @ weight if dx is None else dx.addmm_(dy, weight)
@@ -166,7 +168,7 @@ class _Composed(torch.autograd.Function):
         ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], shape: Shape, remake: Remake | None, *trained: Tensor
     ) -> tuple[Tensor, ...]:
         pairs, count = shape.paired(trained), len(frozen)
-        made = [_through(x, base) for base in frozen]
+        made = _through(x, frozen)
         thin, at = [], 0
         for number, rows in enumerate(shape.rows):
             own = pairs[number * count : (number + 1) * count]

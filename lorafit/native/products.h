@@ -10,7 +10,6 @@
 
 #ifdef LORAFIT_TILES
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 
 // One part: a (rows, k) with stride lda; b (columns, k) if `across` (A·Bᵀ), else (k, columns), with stride ldb. k is a
@@ -31,21 +30,6 @@ constexpr int64_t DEEP = 32, WIDE = 32, TALL = 32;  // of a step of four tile pr
 constexpr int64_t TILE = 512;                       // numbers in a tile: 16 rows of 32
 constexpr int64_t DEPTH = 4096;                    // of a slice at most: sums that wait for the next one cost more than they save
 constexpr int64_t SLICE = 512 * 1024;              // numbers in a slice of B: half of an L2 cache
-
-template <typename T>
-struct Buffer {  // aligned scratch of a thread, kept between calls
-    T* data = nullptr;
-    int64_t size = 0;
-    T* of(int64_t n) {
-        if (n > size) {
-            std::free(data);
-            data = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
-            size = data ? n : 0;
-        }
-        return data;
-    }
-    ~Buffer() { std::free(data); }
-};
 
 inline __m512i row_of(const bf16* p, int64_t numbers) {  // up to 32 numbers, zeros after them
     if (numbers >= 32) return _mm512_loadu_si512(p);

@@ -7,19 +7,34 @@ blocks of 32 numbers, as QuaRot does (2404.00456): a product is the same turned,
 on both sides before they get their codes (`turned`), so gradients are too; results are turned back. A row's result depends
 on no other row.
 
-`codes.h` does this in kernels; here it is in torch's operations.
+`codes.h` does this in kernels: for bf16 as a part of lowrank.cpp's sums, for fp32 in products of their own. `across`, `along` and
+`product` are the twin, in torch's operations.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from lorafit.native import build
+from lorafit.native.kernel import Kernel
 from lorafit.native.quantised import ROUNDED, Quantised, turned
 
 MOST = 127.0
+DEEP = 64  # the kernels take 64 codes of the inner dimension at a time, and whole panels of 32 columns
+
+_coded_products = Kernel("coded_products", "pii")
+
+
+class _Coded(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p if name in ("x", "weight", "share", "y") else ctypes.c_int64)
+        for name in ("x", "ldx", "k", "weight", "ldw", "across", "share", "y", "ldy", "columns", "more")
+    ]
 
 
 def rounds(weight: Tensor | Quantised) -> TypeGuard[Quantised]:
@@ -46,6 +61,53 @@ def along(dy: Tensor, q: Quantised) -> Tensor:
     """dy (n, out) times the weight: (n, in), in dy's type. The scales of the weight's rows are dy's before it is rounded."""
     codes, scale = codes_of(dy, q.absmax * (1 / MOST))
     return turned(codes @ q.codes.float() * scale).to(dy.dtype)
+
+
+def across_all(x: Tensor, weights: Sequence[Quantised]) -> list[Tensor]:
+    """`across` for weights that share an input, which the kernel rounds once."""
+    if not weights or not _takes(x, weights):
+        return [across(x, q) for q in weights]
+    given = _lines(x)
+    made = [given.new_empty(len(x), q.shape[0]) for q in weights]
+    _call(given, [_coded(given, q, True, y, False) for q, y in zip(weights, made, strict=True)])
+    return [y.to(x.dtype) for y in made]
+
+
+def along_onto(dy: Tensor, q: Quantised, dx: Tensor | None) -> Tensor:
+    """`along`, on top of `dx` (n, in) of dy's type where there is one; that is used up."""
+    taken = _takes(dy, [q])
+    if not taken or (dx is not None and dx.dtype != torch.float32):
+        made = along_onto(dy, q, None) if taken else along(dy, q)
+        return made if dx is None else dx.add_(made)
+    given = _lines(dy)
+    to = given.new_empty(len(dy), q.shape[1]) if dx is None else dx
+    _call(given, [_coded(given, q, False, to, dx is not None)])
+    return to.to(dy.dtype)
+
+
+def _lines(x: Tensor) -> Tensor:
+    """x in fp32, each row's numbers side by side."""
+    x = x.float()
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def suits(q: Quantised) -> bool:
+    """The kernels take products with this weight."""
+    return all(size % DEEP == 0 for size in q.shape)
+
+
+def _takes(x: Tensor, weights: Sequence[Quantised]) -> bool:
+    return x.device.type == "cpu" and len(x) > 0 and all(map(suits, weights)) and build.multiplies_codes()
+
+
+def _coded(x: Tensor, q: Quantised, across: bool, y: Tensor, more: bool) -> _Coded:
+    where = (q.codes.data_ptr(), q.codes.stride(0), across, q.absmax.data_ptr())
+    return _Coded(x.data_ptr(), x.stride(0), x.shape[1], *where, y.data_ptr(), y.stride(0), y.shape[1], more)
+
+
+def _call(x: Tensor, products: Sequence[_Coded]) -> None:
+    given = (_Coded * len(products))(*products)
+    _coded_products(x.dtype, ctypes.addressof(given), len(products), len(x))
 
 
 class _Product(torch.autograd.Function):

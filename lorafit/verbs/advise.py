@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
         from lorafit import advice, plan
         from lorafit.log import terminal_columns
         from lorafit.model.load import shape_of
-        from lorafit.native import build
         from lorafit.verbs.plan import seconds, time_of, timed
 
     out = terminal()
@@ -75,9 +74,7 @@ def run(args: argparse.Namespace) -> None:
     changed = replace(config, **verdict.change)
     time = time_of(changed, verdict.best, path, data.train, place, out, args.no_measure)
     here = not args.no_measure and place.here and not place.gpu  # then the kernels are there, and known
-    choices += _for_memory(
-        config, verdict, asked.peak_bytes, place, here and config.precision != "fp32" and build.slow_in_bf16()
-    )
+    choices += _for_memory(config, verdict, asked.peak_bytes, place, _by_codes(config) if here else "")
     loss = None if args.no_measure else _base_loss(config, data, want.source, out)
     pieces = facts.tokens_a_character(want.chat)
     notes = _notes(config, facts, data, loss, pieces)
@@ -126,8 +123,8 @@ def _check(args: argparse.Namespace, tasks: list[str]) -> None:
         raise ConfigError(f"{args.yaml} exists already; name another file with --out")
 
 
-def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place, quicker: bool) -> list[Choice]:
-    """What has to be set so that it fits, and `quant` in any case. `quicker`: in 8 bits steps would take less time."""
+def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place, quicker: str) -> list[Choice]:
+    """What has to be set so that it fits, and `quant` in any case. `quicker`: what products in 8 bits would do for the time."""
     from lorafit.advice import Choice
     from lorafit.log import size
 
@@ -137,9 +134,21 @@ def _for_memory(config: Config, verdict: Verdict, peak: int, place: Place, quick
         yours = "quant" in config.given
         reason = "as you set it" if yours else "the base fits as it is; 4 bits cost a little exactness"
         if quicker and not yours and config.quant == "none":
-            reason += ", and w8a8, which takes a fifth less time without AMX, less than that"
+            reason += f", and w8a8, which {quicker}, less than that"
         found.append(Choice("quant", config.quant, reason, "you" if yours else "lorafit plan", yours))
     return found
+
+
+def _by_codes(config: Config) -> str:
+    """What products in 8 bits would do for the time of a step on this processor, in words; docs/speed.md has the figures."""
+    import torch
+
+    from lorafit.model.load import pick_dtype
+    from lorafit.native import build
+
+    if pick_dtype(config.precision, torch.device("cpu")) == torch.float32:
+        return "takes half the time in fp32" if build.multiplies_codes() else ""
+    return "takes a fifth less time without AMX" if build.slow_in_bf16() else ""
 
 
 def _base_loss(config: Config, data: Dataset, source: Path | None, out: Any) -> float | None:

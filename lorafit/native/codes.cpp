@@ -1,0 +1,105 @@
+// Products in 8 bits of inputs in fp32, for processors that multiply no bf16: what lowrank.cpp does of bf16, without additions.
+#include "codes.h"
+
+#ifdef LORAFIT_CODES
+extern "C" {
+
+// y (rows, columns) = x·Wᵀ for W (columns, k) if `across`, else x·W for W (k, columns); on top of y where there is `more`. `share` are the
+// scales of W's rows. Products of the same x come one after another: it is rounded once.
+struct Coded {
+    const float* x;
+    int64_t ldx, k;
+    const int8_t* weight;
+    int64_t ldw, across;
+    const float* share;
+    float* y;
+    int64_t ldy, columns, more;
+};
+}
+
+namespace {
+
+constexpr int64_t WIDE = 32, SLICE = 512 * 1024;  // columns of a panel; bytes of panels that are packed at a time
+
+// Rows m0..m1 and columns n0..n1 of y, by one thread. False where memory ran out.
+bool block(const CodesPart& part, const Coded& to, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    static thread_local Buffer<uint8_t> packed_;
+    int64_t most = std::max<int64_t>(1, SLICE / (part.k * WIDE)), panel = part.k * WIDE;
+    uint8_t* packed = packed_.of(std::min(most, (n1 - n0) / WIDE) * panel);
+    if (!packed) return false;
+    for (int64_t n = n0; n < n1; n += most * WIDE) {
+        int64_t end = std::min(n1, n + most * WIDE);
+        for (int64_t column = n; column < end; column += WIDE)
+            for (int64_t k = 0; k < part.k; k += codes::DEEP) {
+                uint8_t* tile = packed + (column - n) / WIDE * panel + k * WIDE;
+                codes::pack(part, k, column, tile);
+                codes::pack(part, k, column + 16, tile + codes::TILE);
+            }
+        for (int64_t m = m0; m < m1; m += codes::HIGH)
+            for (int64_t column = n; column < end; column += WIDE) {
+                alignas(64) float sums[codes::HIGH * WIDE];
+                int64_t tall = std::min(codes::HIGH, m1 - m);
+                codes::add(part, packed + (column - n) / WIDE * panel, m, tall, column, true, sums);
+                for (int64_t i = 0; i < tall; i++) {
+                    float* y = to.y + (m + i) * to.ldy + column;
+                    codes::Line line = codes::Line::from(sums + i * WIDE);
+                    (to.more ? line + codes::Line::from(y) : line).to(y);
+                }
+            }
+    }
+    return true;
+}
+
+// Thread t's share: columns where there are enough of them (each weight is packed once), else rows.
+bool share(const CodesPart& part, const Coded& to, int64_t rows, int t, int threads) {
+    int64_t panels = to.columns / WIDE, bands = (rows + codes::HIGH - 1) / codes::HIGH;
+    bool by_columns = panels >= 4 * threads || bands < threads;
+    int64_t units = by_columns ? panels : bands, from = units * t / threads * 32, end = units * (t + 1) / threads * 32;
+    if (from >= end) return true;
+    return by_columns ? block(part, to, 0, rows, from, end) : block(part, to, from, std::min(end, rows), 0, to.columns);
+}
+
+}  // namespace
+
+// Returns 0, or 1 where scratch memory ran out.
+KERNEL int coded_products_f32(const Coded* products, int64_t count, int64_t rows, int threads) {
+    static thread_local codes::Roundings kept;
+    codes::Roundings& roundings = kept;  // this thread's, in the others too
+    int64_t deepest = 0;
+    for (int64_t i = 0; i < count; i++) deepest = std::max(deepest, products[i].k);
+    if (!roundings.of(rows, deepest, 1)) return 1;
+    const codes::Rounded x = roundings.place(rows, 0, 0);
+    bool fine = true;
+#pragma omp parallel num_threads(threads) reduction(&& : fine)
+    {
+#ifdef LORAFIT_TILES
+        tiles::configure();
+#endif
+        for (int64_t i = 0; i < count; i++) {
+            const Coded& now = products[i];
+            const float* scales = now.across ? nullptr : now.share;
+            if (i == 0 || now.x != products[i - 1].x || scales) {
+#pragma omp for schedule(static)
+                for (int t = 0; t < threads; t++) fine = x.round(now.x, now.ldx, rows, now.k, scales, t, threads) && fine;
+            }
+            const CodesPart part = x.part(now.weight, now.ldw, now.across, now.k, now.share);
+#pragma omp for schedule(static)
+            for (int t = 0; t < threads; t++) fine = share(part, now, rows, t, threads) && fine;
+        }
+#ifdef LORAFIT_TILES
+        tiles::release();
+#endif
+    }
+    return fine ? 0 : 1;
+}
+
+KERNEL int multiplies_codes() {
+#ifdef LORAFIT_AMX
+    return tiles::permitted() ? 1 : 0;
+#else
+    return 1;
+#endif
+}
+#else
+KERNEL int multiplies_codes() { return 0; }
+#endif
