@@ -67,8 +67,8 @@ KERNEL int coded_products_f32(const Coded* products, int64_t count, int64_t rows
     codes::Roundings& roundings = kept;  // this thread's, in the others too
     int64_t deepest = 0;
     for (int64_t i = 0; i < count; i++) deepest = std::max(deepest, products[i].k);
-    if (!roundings.of(rows, deepest, 1)) return 1;
-    const codes::Rounded x = roundings.place(rows, 0, 0);
+    if (!roundings.of(rows, deepest)) return 1;
+    const codes::Rounded x = roundings.place(rows, 0);
     bool fine = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {

@@ -1,5 +1,6 @@
-// Products of 8-bit whole numbers, see rounded.py: both sides are turned by blocks of 32, so that no number stands out, and rounded row by
-// row; sums of their products are exact, and are turned back.
+// Products of 8-bit whole numbers, see rounded.py: both sides are turned by blocks of 32, so that no number stands out. A weight is rounded
+// row by row, what it is multiplied with in groups of 256 numbers of a row, each with a scale. The sums of a group are exact; they
+// are added up in fp32, and turned back.
 //
 // Everything here is the work of one thread.
 #pragma once
@@ -8,8 +9,8 @@
 #ifdef LORAFIT_CODES
 #include <algorithm>
 
-// One part of a sum: codes a (rows, k), each row with a scale and the sum of its codes; a weight's codes b (columns, k) if `across`
-// (A·Bᵀ), else (k, columns), with stride ldb. k and columns are multiples of 64. `scale` of each column, over 127, or null. a has
+// One part of a sum: codes a (rows, k), each group of a row with a scale and the sum of its codes; a weight's codes b (columns, k) if
+// `across` (A·Bᵀ), else (k, columns), with stride ldb. k and columns are multiples of 64. `scale` of each column, over 127, or null. a has
 // room for whole bands of 32 rows.
 struct CodesPart {
     const int8_t* a;
@@ -27,8 +28,11 @@ namespace codes {
 
 constexpr int64_t DEEP = 64, TILE = 1024;  // bytes in a tile: 16 lines of 16 columns, 4 codes deep
 constexpr int64_t HIGH = 32;               // rows of a band
+constexpr int64_t GROUP = 256;             // numbers of a row that share a scale; the last may be fewer
 constexpr float MAGIC = 12582912.0f;       // 1.5 * 2^23: of a sum with it the last bits are the nearest whole number
 constexpr float TURN = 0.17677669529663687f;  // 1/sqrt(32)
+
+inline int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }
 
 // 32 numbers in as many registers as they take.
 constexpr int REGISTERS = 32 / EACH;
@@ -201,47 +205,67 @@ inline void multiply(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ste
 // The rows m..m+tall of a part, times the 32 columns from `column` on that are packed in b: into `sums` (32, 32), or on top of them.
 inline void add(const CodesPart& part, const uint8_t* b, int64_t m, int64_t tall, int64_t column, bool begin, float* sums) {
     alignas(64) int32_t whole[32 * 32];
-    multiply(part.a + m * part.k, part.k, b, part.k / DEEP, tall, whole);
+    alignas(64) float mixed[32 * 32];
+    const int64_t count = groups(part.k);
     const Line share = part.scale ? Line::from(part.scale + column) * (TURN / 127) : Line::of([](int) { return Some{} + TURN; });
-    for (int64_t i = 0; i < tall; i++) {
-        const int32_t more = part.a_sum[m + i] * 128;
-        Line x = Line::of([&](int j) { return __builtin_convertvector(*(const SomeInts*)(whole + i * 32 + j * EACH) - more, Some); });
-        x = x * (share * part.a_scale[m + i]);
-        turn(x);
-        float* to = sums + i * 32;
-        (begin ? x : x + Line::from(to)).to(to);
+    for (int64_t g = 0; g < count; g++) {
+        int64_t begins = g * GROUP, steps = (std::min(part.k, begins + GROUP) - begins) / DEEP;
+        multiply(part.a + m * part.k + begins, part.k, b + begins * 32, steps, tall, whole);
+        for (int64_t i = 0; i < tall; i++) {
+            const int32_t more = part.a_sum[(m + i) * count + g] * 128;
+            float* line = mixed + i * 32;
+            Line x = Line::of([&](int j) { return __builtin_convertvector(*(const SomeInts*)(whole + i * 32 + j * EACH) - more, Some); });
+            x = x * part.a_scale[(m + i) * count + g];
+            if (g) x = x + Line::from(line);
+            if (g + 1 < count) {
+                x.to(line);
+                continue;
+            }
+            x = x * share;
+            turn(x);
+            float* to = sums + i * 32;
+            (begin ? x : x + Line::from(to)).to(to);
+        }
     }
 }
 
 // Thread t's share of the rows of x (rows, k), turned, each number then times that of `share` over 127 for its column if there is one:
-// codes, scales and sums. What isn't finite makes its row's scale so. `row` has room for k numbers.
+// codes, and of each group scale and sum. What isn't finite makes the scales of its row so. `row` has room for k numbers.
 template <typename X>
 inline void round(const X* x, int64_t ldx, int64_t rows, int64_t k, const float* share, float* row, int8_t* to, float* scale,
                   int32_t* sum, int t, int threads) {
+    const int64_t count = groups(k);
     for (int64_t m = rows * t / threads; m < rows * (t + 1) / threads; m++) {
-        Some mosts{}, finite{};
-        for (int64_t i = 0; i < k; i += 32) {
-            Line line = Line::from(x + m * ldx + i) * TURN;
-            turn(line);
-            if (share) line = line * (Line::from(share + i) * (1.0f / 127));
-            line.to(row + i);
-            for (const Some& some : line.part) {
-                mosts = some > mosts ? some : mosts, mosts = -some > mosts ? -some : mosts;
-                finite += some * 0.0f;
+        Some finite{};
+        for (int64_t g = 0; g < count; g++) {
+            const int64_t first = g * GROUP, last = std::min(k, first + GROUP);
+            Some mosts{};
+            for (int64_t i = first; i < last; i += 32) {
+                Line line = Line::from(x + m * ldx + i) * TURN;
+                turn(line);
+                if (share) line = line * (Line::from(share + i) * (1.0f / 127));
+                line.to(row + i);
+                for (const Some& some : line.part) {
+                    mosts = some > mosts ? some : mosts, mosts = -some > mosts ? -some : mosts;
+                    finite += some * 0.0f;
+                }
             }
+            float most = 0;
+            for (int i = 0; i < EACH; i++) most = mosts[i] > most ? mosts[i] : most;
+            const float by = most > 1e-30f ? 127.0f / most : 0.0f;
+            SomeInts all{};
+            for (int64_t i = first; i < last; i += EACH) {
+                SomeInts some = (SomeInts)(*(const Some*)(row + i) * by + MAGIC) - 0x4b400000;
+                all += some;
+                *(SomeBytes*)(to + m * k + i) = __builtin_convertvector(some, SomeBytes);
+            }
+            int32_t total = 0;
+            for (int i = 0; i < EACH; i++) total += all[i];
+            scale[m * count + g] = most * (1.0f / 127), sum[m * count + g] = total;
         }
-        float most = 0, off = 0;
-        for (int i = 0; i < EACH; i++) most = mosts[i] > most ? mosts[i] : most, off += finite[i];
-        const float by = most > 1e-30f ? 127.0f / most : 0.0f;
-        scale[m] = most * (1.0f / 127) + off;
-        SomeInts all{};
-        for (int64_t i = 0; i < k; i += EACH) {
-            SomeInts some = (SomeInts)(*(const Some*)(row + i) * by + MAGIC) - 0x4b400000;
-            all += some;
-            *(SomeBytes*)(to + m * k + i) = __builtin_convertvector(some, SomeBytes);
-        }
-        sum[m] = 0;
-        for (int i = 0; i < EACH; i++) sum[m] += all[i];
+        float off = 0;
+        for (int i = 0; i < EACH; i++) off += finite[i];
+        for (int64_t g = 0; g < count; g++) scale[m * count + g] += off;
     }
 }
 
@@ -265,18 +289,20 @@ struct Rounded {
     }
 };
 
-// Places for `count` times so many rows, of `numbers` in all. False where memory ran out.
+// Places for so many rows, of `numbers` in all. False where memory ran out.
 struct Roundings {
     Buffer<int8_t> codes;
     Buffer<float> scales;
     Buffer<int32_t> sums;
 
-    bool of(int64_t rows, int64_t numbers, int64_t count) {
-        return codes.of(numbers * tall(rows) + 1) && scales.of(count * tall(rows) + 1) && sums.of(count * tall(rows) + 1);
+    bool of(int64_t rows, int64_t numbers) {
+        const int64_t most = numbers / DEEP * tall(rows) + 1;
+        return codes.of(numbers * tall(rows) + 1) && scales.of(most) && sums.of(most);
     }
-    // The `at`-th, before which there are so many `numbers` to a row.
-    Rounded place(int64_t rows, int64_t numbers, int64_t at) const {
-        return {codes.data + numbers * tall(rows), scales.data + at * tall(rows), sums.data + at * tall(rows)};
+    // The one before which there are so many `numbers` to a row.
+    Rounded place(int64_t rows, int64_t numbers) const {
+        const int64_t before = numbers / DEEP * tall(rows);
+        return {codes.data + numbers * tall(rows), scales.data + before, sums.data + before};
     }
     static int64_t tall(int64_t rows) { return (rows + HIGH - 1) / HIGH * HIGH; }
 };

@@ -174,8 +174,8 @@ KERNEL int low_rank_forward_bf16(const Group* group, int threads) {
     codes::Roundings& roundings = kept();
     bool fine = true, coded = false;
     for (int64_t i = 0; i < g.count; i++) coded |= g.bases[i].scale != nullptr;
-    if (coded && !roundings.of(layout.rows, g.in, 1)) return 1;
-    const codes::Rounded x = roundings.place(layout.rows, 0, 0);
+    if (coded && !roundings.of(layout.rows, g.in)) return 1;
+    const codes::Rounded x = roundings.place(layout.rows, 0);
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
         static thread_local Buffer<Part> parts_;
@@ -259,12 +259,12 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     for (int64_t i = 0; i < g.count; i++)
         if (const Base& base = g.bases[i]; dx && base.y && base.scale) coded++, wide += base.out;
     CodesPart* codes = all_codes.of(coded + 1);
-    if (!codes || (coded && !roundings.of(layout.rows, wide, coded))) return 1;
+    if (!codes || (coded && !roundings.of(layout.rows, wide))) return 1;
     coded = wide = 0;
     for (int64_t i = 0; dx && i < g.count; i++) {
         const Base& base = g.bases[i];
         if (base.y && base.scale) {
-            codes[coded] = coded_part(roundings.place(layout.rows, wide, coded), base, false, base.out);
+            codes[coded] = coded_part(roundings.place(layout.rows, wide), base, false, base.out);
             coded++, wide += base.out;
         } else if (base.y) {
             parts[used++] = dense(base.y, base.ldy, base, base.out, !base.across);
@@ -273,9 +273,9 @@ KERNEL int low_rank_backward_bf16(const Group* group, bf16* dx, int threads) {
     // Thread t's share of what arrives, each number with its column's scale.
     auto round = [&](int t) {
         bool fine = true;
-        for (int64_t i = 0, at = 0, before = 0; coded && i < g.count; i++)
+        for (int64_t i = 0, before = 0; coded && i < g.count; i++)
             if (const Base& base = g.bases[i]; base.y && base.scale) {
-                codes::Rounded place = roundings.place(layout.rows, before, at++);
+                codes::Rounded place = roundings.place(layout.rows, before);
                 fine = place.round(base.y, base.ldy, layout.rows, base.out, base.scale, t, threads) && fine;
                 before += base.out;
             }

@@ -1,11 +1,11 @@
 """Products whose both sides are 8-bit whole numbers: a weight's codes, times an input that is rounded to codes of its own.
 
-Forward and for the input's gradient, as SwitchBack (arXiv 2304.13013, algorithm 1) has it: each row of what is multiplied
-has a scale, and the gradient of rounding is that of the number rounded. In language models a few numbers of a row are far
-larger than the others, which then have few codes left (2208.07339). So both sides are turned first by a Hadamard matrix, in
-blocks of 32 numbers, as QuaRot does (2404.00456): a product is the same turned, and no number stands out. Weights are turned
-on both sides before they get their codes (`turned`), so gradients are too; results are turned back. A row's result depends
-on no other row.
+Forward and for the input's gradient, as SwitchBack (arXiv 2304.13013, algorithm 1) has it: the gradient of rounding is that of
+the number rounded. In language models a few numbers of a row are far larger than the others, which then have few codes left
+(2208.07339). So both sides are turned first by a Hadamard matrix, in blocks of 32 numbers, as QuaRot does (2404.00456): a
+product is the same turned, and no number stands out of its block. Blocks still may, most of all in a text's first token: so
+what is multiplied has a scale for each 256 numbers of a row. Weights are turned on both sides before they get their codes
+(`turned`), so gradients are too; results are turned back. A row's result depends on no other row.
 
 `codes.h` does this in kernels: for bf16 as a part of lowrank.cpp's sums, for fp32 in products of their own. `across`, `along` and
 `product` are the twin, in torch's operations.
@@ -25,6 +25,7 @@ from lorafit.native.kernel import Kernel
 from lorafit.native.quantised import ROUNDED, Quantised, turned
 
 MOST = 127.0
+GROUP = 256  # numbers of a row that share a scale; the last of a row may be fewer
 DEEP = 64  # the kernels take 64 codes of the inner dimension at a time, and whole panels of 32 columns
 
 _coded_products = Kernel("coded_products", "pii")
@@ -43,24 +44,32 @@ def rounds(weight: Tensor | Quantised) -> TypeGuard[Quantised]:
 
 
 def codes_of(x: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 in fp32 for x (n, k), turned and times `by` (k,), and what one stands for in each row
-    (n, 1). Of a row with a number that isn't finite neither is that."""
+    """Whole numbers from -127 to 127 in fp32 for x (n, k), turned and times `by` (k,), and what one stands for in each group
+    (n, groups). Of a row with a number that isn't finite none of these is."""
     x = turned(x.float())
     x = x if by is None else x * by
-    most = x.abs().amax(1, keepdim=True)
-    return (x * torch.where(most > 1e-30, MOST / most, torch.zeros_like(most))).round(), most * (1 / MOST)
+    groups = x.split(GROUP, 1)
+    most = torch.stack([group.abs().amax(1) for group in groups], 1)
+    most = most + (most * 0).sum(1, keepdim=True)
+    each = torch.where(most > 1e-30, MOST / most, torch.zeros_like(most))
+    codes = [(group * each[:, i, None]).round() for i, group in enumerate(groups)]
+    return torch.cat(codes, 1), most * (1 / MOST)
+
+
+def _sums(codes: Tensor, units: Tensor, weight: Tensor) -> Tensor:
+    """Codes (n, k) times a weight's (k, columns), group by group."""
+    parts = zip(codes.split(GROUP, 1), units.unbind(1), weight.split(GROUP), strict=True)
+    return torch.stack([(group @ part) * unit[:, None] for group, unit, part in parts]).sum(0)
 
 
 def across(x: Tensor, q: Quantised) -> Tensor:
     """x (n, in) times the weight (out, in), transposed: (n, out), in x's type."""
-    codes, scale = codes_of(x)
-    return turned(codes @ q.codes.t().float() * (q.absmax * (1 / MOST) * scale)).to(x.dtype)
+    return turned(_sums(*codes_of(x), q.codes.t().float()) * (q.absmax * (1 / MOST))).to(x.dtype)
 
 
 def along(dy: Tensor, q: Quantised) -> Tensor:
     """dy (n, out) times the weight: (n, in), in dy's type. The scales of the weight's rows are dy's before it is rounded."""
-    codes, scale = codes_of(dy, q.absmax * (1 / MOST))
-    return turned(codes @ q.codes.float() * scale).to(dy.dtype)
+    return turned(_sums(*codes_of(dy, q.absmax * (1 / MOST)), q.codes.float())).to(dy.dtype)
 
 
 def across_all(x: Tensor, weights: Sequence[Quantised]) -> list[Tensor]:
