@@ -183,7 +183,7 @@ def test_in_fp32_every_way_is_the_kernels(monkeypatch):
     """Of tensors whose rows have gaps between them too, sizes that aren't whole take the plain way."""
     called = []
     kernel = rounded._coded_products
-    monkeypatch.setattr(rounded, "_coded_products", lambda *args: called.append(args[2]) or kernel(*args))
+    monkeypatch.setattr(rounded, "_coded_products", lambda *args: called.append(args[-1]) or kernel(*args))
     qs = [quantise(weight(o, 192, o), "w8a8") for o in (64, 128)]
     wide, gaps = rows(40, 400), torch.randn(40, 300)
     x, dy = wide[:, 16:208], gaps[:, 7:71]

@@ -4,11 +4,9 @@
 #ifdef LORAFIT_CODES
 extern "C" {
 
-// y (rows, columns) = x·Wᵀ for W (columns, k) if `across`, else x·W for W (k, columns); on top of y where there is `more`. `share` are the
-// scales of W's rows. Products of the same x come one after another: it is rounded once.
+// y (rows, columns) = x·Wᵀ for W (columns, k) if `across`, whose rows have `share`, else x·W for W (k, columns); on top of y where there is
+// `more`.
 struct Coded {
-    const float* x;
-    int64_t ldx, k;
     const int8_t* weight;
     int64_t ldw, across;
     const float* share;
@@ -61,31 +59,25 @@ bool share(const CodesPart& part, const Coded& to, int64_t rows, int t, int thre
 
 }  // namespace
 
-// Returns 0, or 1 where scratch memory ran out.
-KERNEL int coded_products_f32(const Coded* products, int64_t count, int64_t rows, int threads) {
+// x (rows, k) is rounded once for all products, each number times that of `scales` for its column if there are any. Returns 0, or 1
+// where scratch memory ran out.
+KERNEL int coded_products_f32(const float* x, int64_t ldx, int64_t rows, int64_t k, const float* scales, const Coded* products,
+                              int64_t count, int threads) {
     static thread_local codes::Roundings kept;
-    codes::Roundings& roundings = kept;  // this thread's, in the others too
-    int64_t deepest = 0;
-    for (int64_t i = 0; i < count; i++) deepest = std::max(deepest, products[i].k);
-    if (!roundings.of(rows, deepest)) return 1;
-    const codes::Rounded x = roundings.place(rows, 0);
+    if (!kept.of(rows, k)) return 1;
+    const codes::Rounded rounded = kept.place(rows, 0);
     bool fine = true;
 #pragma omp parallel num_threads(threads) reduction(&& : fine)
     {
 #ifdef LORAFIT_TILES
         tiles::configure();
 #endif
-        for (int64_t i = 0; i < count; i++) {
-            const Coded& now = products[i];
-            const float* scales = now.across ? nullptr : now.share;
-            if (i == 0 || now.x != products[i - 1].x || scales) {
 #pragma omp for schedule(static)
-                for (int t = 0; t < threads; t++) fine = x.round(now.x, now.ldx, rows, now.k, scales, t, threads) && fine;
-            }
-            const CodesPart part = x.part(now.weight, now.ldw, now.across, now.k, now.share);
+        for (int t = 0; t < threads; t++) fine = rounded.round(x, ldx, rows, k, scales, t, threads) && fine;
 #pragma omp for schedule(static)
-            for (int t = 0; t < threads; t++) fine = share(part, now, rows, t, threads) && fine;
-        }
+        for (int t = 0; t < threads; t++)
+            for (const Coded* to = products; to < products + count; to++)
+                fine = share(rounded.part(to->weight, to->ldw, to->across, k, to->share), *to, rows, t, threads) && fine;
 #ifdef LORAFIT_TILES
         tiles::release();
 #endif

@@ -28,13 +28,13 @@ MOST = 127.0
 GROUP = 256  # numbers of a row that share a scale; the last of a row may be fewer
 DEEP = 64  # the kernels take 64 codes of the inner dimension at a time, and whole panels of 32 columns
 
-_coded_products = Kernel("coded_products", "pii")
+_coded_products = Kernel("coded_products", "piiippi")
 
 
 class _Coded(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p if name in ("x", "weight", "share", "y") else ctypes.c_int64)
-        for name in ("x", "ldx", "k", "weight", "ldw", "across", "share", "y", "ldy", "columns", "more")
+        (name, ctypes.c_void_p if name in ("weight", "share", "y") else ctypes.c_int64)
+        for name in ("weight", "ldw", "across", "share", "y", "ldy", "columns", "more")
     ]
 
 
@@ -78,7 +78,7 @@ def across_all(x: Tensor, weights: Sequence[Quantised]) -> list[Tensor]:
         return [across(x, q) for q in weights]
     given = _lines(x)
     made = [given.new_empty(len(x), q.shape[0]) for q in weights]
-    _call(given, [_coded(given, q, True, y, False) for q, y in zip(weights, made, strict=True)])
+    _call(given, None, [_coded(q, True, y, False) for q, y in zip(weights, made, strict=True)])
     return [y.to(x.dtype) for y in made]
 
 
@@ -90,7 +90,7 @@ def along_onto(dy: Tensor, q: Quantised, dx: Tensor | None) -> Tensor:
         return made if dx is None else dx.add_(made)
     given = _lines(dy)
     to = given.new_empty(len(dy), q.shape[1]) if dx is None else dx
-    _call(given, [_coded(given, q, False, to, dx is not None)])
+    _call(given, q.absmax, [_coded(q, False, to, dx is not None)])
     return to.to(dy.dtype)
 
 
@@ -109,14 +109,14 @@ def _takes(x: Tensor, weights: Sequence[Quantised]) -> bool:
     return x.device.type == "cpu" and len(x) > 0 and all(map(suits, weights)) and build.multiplies_codes()
 
 
-def _coded(x: Tensor, q: Quantised, across: bool, y: Tensor, more: bool) -> _Coded:
-    where = (q.codes.data_ptr(), q.codes.stride(0), across, q.absmax.data_ptr())
-    return _Coded(x.data_ptr(), x.stride(0), x.shape[1], *where, y.data_ptr(), y.stride(0), y.shape[1], more)
+def _coded(q: Quantised, across: bool, y: Tensor, more: bool) -> _Coded:
+    share = q.absmax.data_ptr() if across else None
+    return _Coded(q.codes.data_ptr(), q.codes.stride(0), across, share, y.data_ptr(), y.stride(0), y.shape[1], more)
 
 
-def _call(x: Tensor, products: Sequence[_Coded]) -> None:
+def _call(x: Tensor, scales: Tensor | None, products: Sequence[_Coded]) -> None:
     given = (_Coded * len(products))(*products)
-    _coded_products(x.dtype, ctypes.addressof(given), len(products), len(x))
+    _coded_products(x.dtype, x, x.stride(0), *x.shape, scales, ctypes.addressof(given), len(products))
 
 
 class _Product(torch.autograd.Function):
