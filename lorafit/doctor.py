@@ -465,10 +465,8 @@ def _no_end(files: Files) -> Finding | None:
         longest = files.setting("max_tokens") or 0
         evidence = f"{cut:.0f} of {rows:.0f} rows are cut inside an answer (long=truncate, max_tokens={longest:.0f})"
         what = "many answers are learned without their end, so the model may not stop"
-        return Finding(
-            "no-end", "fault" if cut > 0.5 * rows else "warning", what, evidence, "leave such rows out, or allow longer ones",
-            files.again("long=skip"),
-        )  # fmt: skip
+        do, command = _ends_again(files, rows)
+        return Finding("no-end", "fault" if cut > 0.5 * rows else "warning", what, evidence, do, command)
     if not learned or not stops or (cut and learned[-1] == str(pieces[-1][0])):
         return None
     if any(stop in text for text in learned for stop in stops):
@@ -484,6 +482,34 @@ def _no_end(files: Files) -> Finding | None:
         f"stop tokens {', '.join(map(repr, stops))}; the first row's learned part ends with {learned[-1][-30:]!r}"
     )
     return Finding("no-end", "fault", f"the end of an answer is never learned: {why}", evidence, do)
+
+
+def _ends_again(files: Files, rows: float) -> tuple[str, str]:
+    """What to do about answers without an end, and the command: to leave such rows out only where that leaves most of them."""
+    left = rows - (number(files.data, "truncated") or 0)
+    if left >= rows / 2:
+        return "leave such rows out, or allow longer ones", files.again("long=skip")
+    few = f"long=skip would leave {max(0, left):.0f} of {rows:.0f} rows"
+    if (most := _whole(files)) is not None:
+        return f"allow longer ones, as far as memory allows it: {few}", files.again(f"max_tokens={most}")
+    return f"shorter rows: {few}, and the base takes no longer ones", ""
+
+
+def _whole(files: Files) -> int | None:
+    """The max_tokens that cuts no row, or none but those over the base's context; None where that is no more than it was."""
+    lengths, shape = _lengths(files), _shape(files)
+    high = lengths[-1][1] if lengths else 0
+    context = number(shape, "max_position_embeddings") or number(shape, "n_positions")
+    high = min(high, int(context)) if context else high
+    return high if high > (files.setting("max_tokens") or 0) else None
+
+
+def _lengths(files: Files) -> list[tuple[int, int, int]]:
+    """(low, high, rows): so many rows, of at least `low` and fewer than `high` tokens before any were cut; shorter ones first."""
+    found = [
+        row for row in items(files.data, "lengths", list, 3) if all(type(n) is int and 0 <= n < 1 << 53 for n in row)
+    ]
+    return sorted((low, high, rows) for low, high, rows in found if rows)
 
 
 def _placeholders(files: Files) -> Finding | None:
@@ -511,9 +537,8 @@ def _cut_rows(files: Files) -> Finding | None:
     parts = [f"{cut:.0f} cut to {longest:.0f} tokens"] if cut else []
     parts += [f"{skipped:.0f} over {longest:.0f} tokens left out"] if skipped else []
     parts += [f"{faults} bad ones left out"] if faults else []
-    lengths = [row for row in items(files.data, "lengths", list, 3) if isinstance(row[1], int) and row[2]]
-    high = max((row[1] for row in lengths), default=0)
-    command = files.again(f"max_tokens={high}") if cut + skipped and high > longest else ""
+    most = _whole(files) if cut + skipped else None
+    command = files.again(f"max_tokens={most}") if most else ""
     do = (
         "a larger max_tokens, where the model's context and memory allow it"
         if cut + skipped
@@ -587,11 +612,16 @@ def _memory(files: Files) -> Finding | None:
     return Finding("memory", "note", "memory was short", evidence, do, "", int(short[0]["step"]))
 
 
-def _fair_rate(files: Files) -> float | None:
-    """The rate that advice gives this run's base and steps; None where the base's config isn't there any more."""
+def _shape(files: Files) -> dict[str, Any]:
+    """The base's config, of its part for text; empty where it isn't there any more."""
     shape = read_json(Path(str(files.summary.get("base_path", ""))) / "config.json") if files.summary else {}
     inner = shape.get("text_config")
-    shape = inner if isinstance(inner, dict) and inner else shape
+    return inner if isinstance(inner, dict) and inner else shape
+
+
+def _fair_rate(files: Files) -> float | None:
+    """The rate that advice gives this run's base and steps; None where the base's config isn't there any more."""
+    shape = _shape(files)
     width, tokens = number(shape, "hidden_size") or number(shape, "n_embd") or 0, files.setting("batch_tokens") or 0
     kind = METHODS.get(str(files.config.get("method")))
     if width < 1 or tokens < 1 or kind is None:

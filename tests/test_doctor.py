@@ -291,6 +291,38 @@ def test_rows_that_were_cut(runs):
     assert found["cut-rows"].level == "warning" and "max_tokens=32" in found["cut-rows"].command
 
 
+def test_leaving_out_the_cut_rows_is_the_command_only_where_others_are_left(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs("cut", steps=30, lr=3e-3, long="truncate", max_tokens=20), run)
+    data = json.loads((run / "data.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    rows, base = data["train_rows"] + data["held_out_rows"], tmp_path / "base"
+    base.mkdir()
+
+    def mend(cut: int, context: int) -> doctor.Finding:
+        (run / "data.json").write_text(json.dumps({**data, "truncated": cut, "truncated_end": cut}))
+        (run / "summary.json").write_text(json.dumps({**summary, "base_path": str(base)}))
+        (base / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+        return next(one for one in examine(run) if one.name == "no-end")
+
+    assert mend(rows // 4, 256).command.endswith(" long=skip")
+    found = mend(rows - 4, 256)
+    assert found.command.endswith(" max_tokens=32") and f"long=skip would leave 4 of {rows} rows" in found.do
+    assert mend(rows - 4, 25).command.endswith(" max_tokens=25")
+    found = mend(rows - 4, 20)
+    assert found.command == "" and "the base takes no longer ones" in found.do
+
+
+def test_the_command_against_cut_answers_trains_with_them_whole(runs):
+    """Of rows that are nearly all too long."""
+    found = {one.name: one for one in examine(runs("cut", steps=30, lr=3e-3, long="truncate", max_tokens=20))}
+    words = shlex.split(found["no-end"].command)[1:]
+    assert main([*words, "samples=0"]) == 0
+    out = Path(words[words.index("--out") + 1])
+    assert not {"no-end", "cut-rows"} & set(names(out))
+    shutil.rmtree(out)
+
+
 def test_a_killed_run_and_one_that_goes_on(tiny_model, data_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "killed"
     words = ["train", str(data_file), "--model", str(tiny_model), "--out", str(out), "steps=5000", "samples=0"]
