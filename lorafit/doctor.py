@@ -230,15 +230,24 @@ def _ended(files: Files) -> Finding | None:
         return Finding("going-on", "note", what, far, "what is said here is of what there is so far")
     kind, reason = files.stopped.get("kind"), str(files.stopped.get("reason", ""))
     if kind == "OutOfMemory":
-        row = files.steps[-1] if files.steps else {}
-        micro = number(row, "micro_tokens")
-        at = f"; the last micro-batches had {micro:.0f} tokens" if micro else ""
+        error = str(files.stopped.get("what") or reason.split(";")[0])
+        parts = [error, far]
+        if (micro := number(files.steps[-1], "micro_tokens") if files.steps else None) is not None:
+            parts.append(f"before that micro-batches of {micro:.0f} tokens fitted")
+        if len(lengths := _lengths(files)) > 1:
+            low, _, few = lengths[-1]
+            parts.append(f"{few} of {sum(rows for *_, rows in lengths)} rows have {low} tokens or more")
         do = "keep less (checkpointing=true costs time and nothing else), or more memory; or shorter rows, anew"
         more = "" if files.config.get("checkpointing") or files.searching else " checkpointing=true"
         return Finding(
-            "out-of-memory", "fault", "memory ran out, with one row at a time", f"{reason.split(';')[0]}; {far}{at}", do,
-            go_on + more, files.last,
-        )  # fmt: skip
+            "out-of-memory",
+            "fault",
+            "memory ran out, with one row at a time",
+            "; ".join(parts),
+            do,
+            go_on + more,
+            files.last,
+        )
     if kind == "Interrupted":
         return Finding("interrupted", "fault", "it was stopped before its end", far, "go on; nothing is lost", go_on)
     if kind:

@@ -37,7 +37,11 @@ class RunError(UserError):
 
 
 class OutOfMemory(UserError):
-    """There isn't enough memory, however small the pieces."""
+    """There isn't enough memory, however small the pieces. `what` is the message without what to `do` about it."""
+
+    def __init__(self, what: str, do: str = "") -> None:
+        super().__init__(f"{what}; {do}" if do else what)
+        self.what = what
 
 
 class MissingExtra(UserError):

@@ -483,7 +483,7 @@ class Training:
         except Exception as error:
             if not isinstance(error, OutOfMemory) and not out_of_memory(error):
                 raise
-            raise OutOfMemory(self._too_little(run, next(iter(str(error).splitlines()), "out of memory"))) from None
+            raise OutOfMemory(next(iter(str(error).splitlines()), "out of memory"), self._too_little(run)) from None
         finally:
             pool.give_back()
 
@@ -492,14 +492,14 @@ class Training:
         job, adapter = self.job, self.host.adapters[self.name]
         return optim.optimizer(adapter, job.lr, job.weight_decay, self.config.optimizer, run.pages)
 
-    def _too_little(self, run: Run, error: str) -> str:
-        """What to say, and to try, when there isn't enough memory for anything less."""
+    def _too_little(self, run: Run) -> str:
+        """What to try when there isn't enough memory for anything less."""
         config, newest = self.config, run.newest()
         now = [] if config.checkpointing else ["checkpointing=true"]
         now += [f"a larger memory than {config.memory}"] if config.memory else ["more memory"]
         anew = ["a smaller max_tokens", "a smaller r", *(["precision=bf16"] if config.precision != "bf16" else [])]
         return (
-            f"{error}; {f'step {newest.step} is saved' if newest else 'no step is done yet'}, go on with {' or '.join(now)}:"
+            f"{f'step {newest.step} is saved' if newest else 'no step is done yet'}, go on with {' or '.join(now)}:"
             f" lorafit train --resume --out {run.folder}; or start anew with {' or '.join(anew)}"
         )
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lorafit import files
-from lorafit.errors import RunError
+from lorafit.errors import OutOfMemory, RunError
 
 KEEP = 2
 STOPPED = "stopped.json"
@@ -120,7 +120,8 @@ class Run:
     def broke_off(self, error: Exception) -> None:
         """Note why it ended before its end, if there is a place to write to."""
         with contextlib.suppress(RunError, OSError):
-            files.write_json(self.folder / STOPPED, {"kind": type(error).__name__, "reason": str(error)})
+            what = {"what": error.what} if isinstance(error, OutOfMemory) else {}
+            files.write_json(self.folder / STOPPED, {"kind": type(error).__name__, "reason": str(error), **what})
 
     # --- records ---------------------------------------------------------------------------------------------------
 

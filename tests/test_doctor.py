@@ -381,11 +381,14 @@ def test_memory_that_ran_out(runs, monkeypatch):
     copy = run.parent / "oom"
     shutil.copytree(run, copy)
     (copy / "summary.json").unlink()
-    fit.Run.open(copy).broke_off(
-        OutOfMemory("out of memory at step 5 with one document at a time; its longest has 30 tokens")
-    )
+    said = "out of memory at step 5 with one document at a time; its longest has 30 tokens (9 MB are left)"
+    data = json.loads((run / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps({**data, "lengths": [[0, 32, 80], [32, 64, 0], [4096, 8192, 3]]}))
+    fit.Run.open(copy).broke_off(OutOfMemory(said, "step 4 is saved, go on with more memory"))
     (fault,) = [one for one in examine(copy) if one.level == "fault"]
     assert fault.name == "out-of-memory" and fault.command.endswith("--out " + str(copy) + " checkpointing=true")
+    assert fault.evidence.startswith(f"{said}; 4 steps are recorded; before that micro-batches of ")
+    assert fault.evidence.endswith(" tokens fitted; 3 of 83 rows have 4096 tokens or more")
     rows = (run / "metrics.jsonl").read_text().splitlines()
     rows[1] = json.dumps({**json.loads(rows[1]), "too_large": [200, 100], "micro_tokens": 50})
     shutil.copytree(run, run.parent / "halved")

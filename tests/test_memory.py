@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorafit import fit, machine
 from lorafit.batches import Plan
 from lorafit.config import byte_count
+from lorafit.doctor import examine
 from lorafit.errors import ConfigError, OutOfMemory
 from lorafit.evaluate import evaluate
 from lorafit.host import Host
@@ -444,6 +445,8 @@ def test_too_little_memory_is_one_error_and_the_run_goes_on_with_more(hungry, un
     assert "OutOfMemory: out of memory at step 1 with one document at a time" in done.stdout
     assert "go on with checkpointing=true or more memory: lorafit train --resume --out" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+    (fault,) = [one for one in examine(out) if one.level == "fault"]  # which names the row as the error does
+    assert re.search(r"; its longest has \d+ tokens \(.*\); 0 steps are recorded$", fault.evidence)
     newest = Run.open(out).newest()
     assert newest is not None and newest.step == 0 and newest.state["halvings"] == 0
     done = child(0, {"out": str(out)}, resume=True)
