@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -118,9 +119,19 @@ class Facts:
     def tokens_a_character(self, chat: Chat) -> float:
         """Of the texts of some rows, without what the template adds: how well the tokenizer knows their script. 0 where there are
         no characters."""
-        texts = [t for row in self.lines for t in [row.example.text or "", *(m.content for m in row.example.messages)]]
-        characters = sum(map(len, texts))
-        return sum(len(chat.ids(text)) for text in texts) / characters if characters else 0.0
+        characters = sum(map(len, self.texts))
+        return sum(len(chat.ids(text)) for text in self.texts) / characters if characters else 0.0
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """What some rows say, without what the template adds."""
+        return [t for row in self.lines for t in [row.example.text or "", *(m.content for m in row.example.messages)]]
+
+    @cached_property
+    def lettered(self) -> float:
+        """The share of letters, of any writing, among the characters of some rows that aren't spaces: small for sums."""
+        marks = [unicodedata.category(c)[0] for text in self.texts for c in text if not c.isspace()]
+        return sum(mark in "LM" for mark in marks) / len(marks) if marks else 0.0
 
     @cached_property
     def script(self) -> str:

@@ -217,6 +217,23 @@ def test_how_well_the_tokenizer_knows_the_writing_is_told_of_the_texts_alone(tin
 
 
 @pytest.mark.parametrize(
+    "answer, says",
+    [
+        ("1234567890", None),
+        ("灯塔看守人", "or of a part of it (most is Chinese); a base"),
+        ("ผู้ดูแลประภาคาร", "or of a part of it; a base"),
+    ],
+)
+def test_a_tokenizer_is_said_not_to_know_a_writing_and_never_digits(tiny_model, tmp_path, capsys, answer, says):
+    """Which have a token each in many tokenizers; this one knows neither."""
+    data = file(tmp_path, [asked(f"{i} + {i}", answer * 3) for i in range(20)])
+    found = shown(capsys, data, "--model", tiny_model)
+    assert found["data"]["tokens_a_character"] > 0.8
+    told = [note for note in found["notes"] if "tokens for a character" in note]
+    assert (told == []) if says is None else (says in told[0] and "none" not in told[0])
+
+
+@pytest.mark.parametrize(
     "words, says",
     [
         (["--task", "clasify"], "did you mean 'classify'?"),

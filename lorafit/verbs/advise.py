@@ -180,10 +180,11 @@ def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, piec
     report, found = data.report, []
     if loss is not None:
         found.append(f"the base's loss on some of these rows is {loss:.2f}: {_novelty(loss)}")
-    if pieces > 0.8:
+    if pieces > 0.8 and facts.lettered > 0.5:  # digits and signs are tokens of their own in many tokenizers, by design
+        most = f" (most is {facts.script})" if facts.script != "none" else ""
         found.append(
             f"the base's tokenizer needs {pieces:.1f} tokens for a character of these rows, so it has seen"
-            f" little of their writing, or of a part of it (most is {facts.script}); a base that knows it will learn more"
+            f" little of their writing, or of a part of it{most}; a base that knows it will learn more"
         )
     if not facts.held_out:
         found.append(f"{_why_none(config, facts, report)}; nothing is held out, so nobody will know how well it learns")
