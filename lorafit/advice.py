@@ -252,8 +252,12 @@ def _rank_for(facts: Facts, shape: Any, task: str) -> tuple[int, str, str]:
 
 def numbers_a_rank(shape: Any) -> int:
     """Numbers that a LoRA on all linear layers trains for each rank, of a decoder with a gated feed-forward."""
-    h, q, kv, inner = _sides(shape)
-    return int(shape.get_text_config().num_hidden_layers) * (2 * (h + q) + 2 * (h + kv) + 3 * (h + inner))
+    return numbers_of(int(shape.get_text_config().num_hidden_layers), *_sides(shape))
+
+
+def numbers_of(layers: int, h: int, q: int, kv: int, inner: int) -> int:
+    """The same from the sizes of its layers: the model's width, queries, keys, and the feed-forward's width."""
+    return layers * (2 * (h + q) + 2 * (h + kv) + 3 * (h + inner))
 
 
 def _sides(shape: Any) -> tuple[int, int, int, int]:

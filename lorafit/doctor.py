@@ -15,19 +15,24 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any, Literal
 
-from lorafit.advice import rate_for
+from lorafit.advice import RANK, numbers_of, rate_for
 from lorafit.config import read_yaml
 from lorafit.data.dataset import SMALLEST
 from lorafit.data.report import PLACEHOLDERS
 from lorafit.files import busy, read_json, read_json_lines, unfinished_search
-from lorafit.methods import METHODS
+from lorafit.methods import METHODS, settings
 from lorafit.run import STOPPED, Run
 
 Level = Literal["fault", "warning", "note"]
 
 HARDLY = 0.02  # of the held-out loss: a smaller change is none
+LITTLE = 0.05  # of the held-out loss: what a run with far too low a rate, or far too few numbers, may well gain
 FEW_STEPS = 20
 FEW_ROWS = 50
+# Methods that train r numbers for each row and column of a matrix, as LoRA does.
+AS_LORA = (
+    "lora", "rslora", "lora+", "dora", "pissa", "olora", "loftq", "eva", "adalora", "reflora", "reflora-s", "scalora",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -314,6 +319,59 @@ def _high_rate(files: Files) -> Finding | None:
     return Finding(
         "high-rate", "warning", "the learning rate is very high", evidence, do, files.again(f"lr={fair:.2g}")
     )
+
+
+def _low_rate(files: Files) -> Finding | None:
+    """A rate far under the one that advice gives, where there was more to learn."""
+    lr, fair, more = files.setting("lr"), _fair_rate(files), _more_to_learn(files)
+    if not lr or fair is None or not more or files.config.get("start"):  # an old adapter may want a small one
+        return None
+    own = settings(METHODS[str(files.config["method"])]).get("alpha", (float, 0))[1]
+    scaled = max(
+        1.0, (files.setting("alpha") or 0) / own if own else 1.0
+    )  # a larger alpha does what a larger rate does
+    if lr * scaled > fair / 8:
+        return None
+    evidence = (
+        f"lr={lr:.2g}, and advice gives {fair:.2g} for this base and these steps, {fair / lr:.0f} times that; {more}"
+    )
+    do = "train with that rate too, and keep the better"
+    return Finding("low-rate", "warning", "the learning rate is very low", evidence, do, files.again(f"lr={fair:.2g}"))
+
+
+def _little_trained(files: Files) -> Finding | None:
+    """Far fewer trained numbers than advice chooses, where there was more to learn."""
+    trained, fair, more = number(files.summary, "trainable_parameters"), _fair_numbers(files), _more_to_learn(files)
+    if not trained or fair is None or not more or files.config.get("start") or trained > fair[1] / 32:
+        return None
+    r, targets = files.setting("r"), items(files.config, "targets", str)
+    named = [f"targets={','.join(targets)}"] if targets else []
+    named += [f"r={r:.0f}"] if r is not None else []
+    evidence = f"{trained:,.0f} numbers ({', '.join(named)}), and advice trains {fair[1]:,}; {more}"
+    changes = ["targets=all-linear"] if targets else []
+    changes += [f"r={fair[0]}"] if r is not None and r < fair[0] else []
+    return Finding(
+        "little-trained", "warning", "very little is trained", evidence, "train as much as advice does, and keep the better",
+        files.again(*changes) if changes else "",
+    )  # fmt: skip
+
+
+def _more_to_learn(files: Files) -> str:
+    """The figures that say so: the held-out loss hardly fell, or still fell in the last half. Empty where it had come to rest, or
+    was at its lowest before."""
+    points, gain, best = files.held_out, files.learned, files.best
+    if not files.summary or gain is None or gain < HARDLY or best is None or files.before is None:
+        return ""
+    half = points[-1][0] / 2
+    if best[0] < half:
+        return ""
+    since, then = next(point for point in reversed(points) if point[0] <= half)
+    late = (then - best[1]) / (files.before - best[1])
+    falling = since > 0 and best[0] >= 1.5 * half and late > 0.1
+    if gain >= LITTLE and not falling:
+        return ""
+    said = f"held-out loss {files.before:.4f} -> {best[1]:.4f} ({-gain:+.1%})"
+    return f"{said}, {late:.0%} of that after step {since}" if falling else said
 
 
 def _spikes(files: Files) -> Finding | None:
@@ -638,6 +696,26 @@ def _fair_rate(files: Files) -> float | None:
     return rate_for(int(width), str(shape.get("model_type")), int(tokens)) * kind.lr_factor
 
 
+def _fair_numbers(files: Files) -> tuple[int, int] | None:
+    """(r, numbers) that advice trains of this run's base, at least; None as for the rate, and for a method that isn't as LoRA."""
+    shape = _shape(files)
+
+    def size(*keys: str) -> int:
+        return int(next((found for key in keys if (found := number(shape, key))), 0))
+
+    h, layers, heads = (
+        size("hidden_size", "n_embd"),
+        size("num_hidden_layers", "n_layer"),
+        size("num_attention_heads", "n_head"),
+    )
+    if min(h, layers, heads) < 1 or files.config.get("method") not in AS_LORA:
+        return None
+    dim, inner = size("head_dim") or h // heads, size("intermediate_size", "n_inner") or 4 * h
+    sides = h, heads * dim, (size("num_key_value_heads") or heads) * dim, inner
+    r = min(RANK, *sides)
+    return r, r * numbers_of(layers, *sides)
+
+
 def _beside_default(files: Files) -> str:
     fair = _fair_rate(files)
     return f" (advice: {fair:.2g})" if fair and not math.isclose(fair, files.setting("lr") or 0, rel_tol=0.05) else ""
@@ -647,6 +725,8 @@ _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
     _ended,
     _diverged,
     _high_rate,
+    _low_rate,
+    _little_trained,
     _learned_nothing,
     _no_end,
     _placeholders,
@@ -663,9 +743,11 @@ _CHECKS: tuple[Callable[[Files], Finding | None], ...] = (
 # A finding isn't shown beside one of these, which is the reason of it.
 _HIDES: dict[str, set[str]] = {
     "high-rate": {"diverged"},
+    "low-rate": {"diverged", "going-on"},
+    "little-trained": {"diverged", "going-on"},
     "nothing-learned": {"diverged", "high-rate", "going-on"},
     "not-general": {"diverged"},
-    "too-little": {"nothing-learned", "few-steps", "going-on"},
+    "too-little": {"nothing-learned", "few-steps", "low-rate", "little-trained", "going-on"},
     "few-steps": {"nothing-learned", "going-on"},
     "part-of-epoch": {"too-little", "nothing-learned", "going-on"},
     "overfitting": {"diverged"},

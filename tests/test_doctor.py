@@ -178,6 +178,73 @@ def test_a_rate_that_is_too_high_but_breaks_nothing(runs):
     assert set(found) & {"high-rate"} and "diverged" not in found
 
 
+def with_losses(run: Path, to: Path, *losses: tuple[int, float]) -> Path:
+    """A copy of a run with this held-out loss at these steps."""
+    shutil.copytree(run, to)
+    rows = [{"step": step, "held_out_loss": loss} for step, loss in losses]
+    (to / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return to
+
+
+FALLING = (0, 2.0), (6, 1.8), (12, 1.7), (18, 1.65), (24, 1.62)
+LITTLE = (0, 2.0), (6, 1.97), (12, 1.95), (18, 1.94), (24, 1.941)
+AT_REST = (0, 2.0), (6, 1.8), (12, 1.62), (18, 1.61), (24, 1.612)
+TURNED = (0, 2.0), (6, 1.94), (12, 1.96), (18, 1.99), (24, 2.1)
+
+
+@pytest.mark.parametrize("losses, says", [(FALLING, "-19.0%), 21% of that after step 12"), (LITTLE, "-3.0%)")])
+def test_a_rate_far_under_advice_is_told_where_there_was_more_to_learn(runs, tmp_path, losses, says):
+    fair = fit.advice.rate_for(64, "llama", 256)
+    run = with_losses(runs("low", lr=fair / 12, epochs=6), tmp_path / "low", *losses)
+    found = {one.name: one for one in examine(run)}
+    assert found["low-rate"].level == "warning" and "too-little" not in found and "nothing-learned" not in found
+    assert says in found["low-rate"].evidence and f"gives {fair:.2g} for this base" in found["low-rate"].evidence
+    assert f"lr={fair:.2g}" in found["low-rate"].command
+    assert verdict(run, examine(run)).startswith("could be better")
+
+
+@pytest.mark.parametrize(
+    "losses, part, more",
+    [
+        (AT_REST, 12, {}),
+        (TURNED, 12, {}),
+        (FALLING, 4, {}),
+        (LITTLE, 4, {}),
+        (FALLING, 12, {"alpha": 64.0}),  # which does what twice the rate does
+        (FALLING, 12, {"start": "runs/old"}),
+    ],
+)
+def test_a_low_rate_that_did_its_work_or_was_chosen_is_left_alone(runs, tmp_path, losses, part, more):
+    fair = fit.advice.rate_for(64, "llama", 256)
+    run = with_losses(runs("low", lr=fair / 12, epochs=6), tmp_path / "low", *losses)
+    config = {**read_yaml(run / "config.yaml"), "lr": fair / part, **more}
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert "low-rate" not in names(run)
+
+
+@pytest.mark.parametrize(
+    "losses, numbers, told",
+    [(FALLING, 40, True), (LITTLE, 40, True), (AT_REST, 40, False), (TURNED, 40, False), (LITTLE, 16, False)],
+)
+def test_far_fewer_trained_numbers_than_advice_chooses(runs, tmp_path, losses, numbers, told):
+    """Against r=16 on all linear layers."""
+    full = json.loads((runs("epochs6-lr0.003", epochs=6, lr=3e-3) / "summary.json").read_text())["trainable_parameters"]
+    run = with_losses(runs("thin", epochs=6, lr=3e-3, targets="k_proj", r=1), tmp_path / "thin", *losses)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["trainable_parameters"] < full / 32
+    (run / "summary.json").write_text(json.dumps({**summary, "trainable_parameters": full // numbers}))
+    found = {one.name: one for one in examine(run)}
+    assert ("little-trained" in found) == told
+    if told:
+        finding = found["little-trained"]
+        assert finding.level == "warning" and "too-little" not in found
+        assert f"(targets=k_proj, r=1), and advice trains {full:,};" in finding.evidence
+        assert finding.command.endswith("targets=all-linear r=16")
+    config = {**read_yaml(run / "config.yaml"), "method": "ia3"}  # whose numbers are few by its nature
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert "little-trained" not in names(run)
+
+
 def test_too_little_is_trained(runs):
     run = runs("narrow", targets="model.layers.0.self_attn.k_proj", r=1, steps=70)
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
