@@ -309,12 +309,20 @@ def _length(config: Config, facts: Facts, an_epoch: int) -> Choice:
     if "epochs" in config.given:
         return _yours("epochs", config.epochs)
     kept = "the adapter of the best one is kept" if facts.held_out else "nothing is held out to stop by"
-    if facts.held_out and config.epochs * an_epoch < FEW_STEPS:
-        epochs = float(min(MOST_EPOCHS, -(-FEW_STEPS // an_epoch)))
+    epochs = passes(config.epochs, an_epoch, facts.held_out)
+    if epochs > config.epochs:
         why = f"three passes would be {round(config.epochs * an_epoch)} steps, too few to learn; {kept}"
         return Choice("epochs", epochs, why, "measured, docs/advice.md")
     why = f"about {round(config.epochs * an_epoch)} steps; {kept}"
     return Choice("epochs", config.epochs, why, "common practice, 1 to 3")
+
+
+def passes(epochs: float, an_epoch: float, held_out: float) -> float:
+    """These epochs, of so many steps each; more where that is few steps and rows are held out to stop by. Without them more
+    passes mostly do harm (measured, docs/advice.md)."""
+    if not held_out or epochs * an_epoch >= FEW_STEPS:
+        return epochs
+    return max(epochs, min(MOST_EPOCHS, float(math.ceil(FEW_STEPS / an_epoch))))
 
 
 def _yours(setting: str, value: Any, why: str = "") -> Choice:

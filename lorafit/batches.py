@@ -21,6 +21,7 @@ from lorafit.data.tokens import Tokens
 from lorafit.packing import SHORTEST, Packing
 
 SAMPLE = 32  # rows that are looked at for what they share
+LEAST_TOKENS = 256  # of a step
 TOGETHER = 4  # rows of a step that share most of their tokens, at least
 
 
@@ -229,7 +230,7 @@ def default_tokens(rows: Sequence[Tokens], share: bool = True) -> int:
     Where rows share most of their tokens, a step has several of them at least: the first is nearly all there is to compute.
     """
     total = int(lengths_of(rows).sum())
-    tokens = max(256, min(2048, total // 32))
+    tokens = max(LEAST_TOKENS, min(2048, total // 32))
     some = [rows[i] for i in range(0, len(rows), max(1, -(-len(rows) // SAMPLE)))] if share else []
     held = sum(len(row.ids) for row in some)
     if 2 * spared(some) > held:

@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any, Literal
 
-from lorafit.advice import RANK, numbers_of, rate_for
-from lorafit.config import read_yaml
+from lorafit.advice import RANK, numbers_of, passes, rate_for
+from lorafit.batches import LEAST_TOKENS, TOGETHER
+from lorafit.config import Config, read_yaml
 from lorafit.data.dataset import SMALLEST
 from lorafit.data.report import PLACEHOLDERS
 from lorafit.files import busy, read_json, read_json_lines, unfinished_search
@@ -29,6 +30,7 @@ HARDLY = 0.02  # of the held-out loss: a smaller change is none
 LITTLE = 0.05  # of the held-out loss: what a run with far too low a rate, or far too few numbers, may well gain
 FEW_STEPS = 20
 FEW_ROWS = 50
+ROWS = ("train_rows", "held_out_rows")
 # Methods that train r numbers for each row and column of a matrix, as LoRA does.
 AS_LORA = (
     "lora", "rslora", "lora+", "dora", "pissa", "olora", "loftq", "eva", "adalora", "reflora", "reflora-s", "scalora",
@@ -470,12 +472,13 @@ def _few_steps(files: Files) -> Finding | None:
     if not files.summary or files.last == 0 or "all steps done" not in str(files.summary.get("stopped")):
         return None
     if files.last < FEW_STEPS:
-        factor = 3 * FEW_STEPS / files.last
+        do, change = _more_steps(files)
         evidence = f"{files.last} steps of about {files.setting('batch_tokens') or 0:.0f} tokens"
+        if not change:  # advice takes no more of so few rows
+            return None
         return Finding(
-            "few-steps", "warning", "hardly any steps were taken", evidence, "more passes, or smaller steps",
-            files.again(files.longer(factor)), files.last,
-        )  # fmt: skip
+            "few-steps", "warning", "hardly any steps were taken", evidence, do, files.again(change), files.last
+        )
     if done is not None and done < 0.5:
         evidence = f"{done:.2g} of an epoch in {files.last} steps"
         what = f"only {done:.0%} of the rows were seen"
@@ -483,6 +486,20 @@ def _few_steps(files: Files) -> Finding | None:
             "part-of-epoch", "note", what, evidence, "more steps", files.again(files.longer(1 / max(done, 0.01)))
         )
     return None
+
+
+def _more_steps(files: Files) -> tuple[str, str]:
+    """What to do about few steps, and the setting: as many passes as advice takes, then smaller steps. Empty: neither."""
+    done = files.setting("epochs") if _by_epochs(files) else files.epochs
+    if not done or done < 0:
+        return "more passes, or smaller steps", files.longer(3 * FEW_STEPS / files.last)
+    epochs = passes(Config.epochs, files.last / done, number(files.data, "held_out_rows") or 0)
+    if epochs > 1.2 * done:
+        return "more passes", files.longer(epochs / done)
+    tokens, rows = files.setting("batch_tokens") or 0, sum(number(files.data, key) or 0 for key in ROWS)
+    least = max(LEAST_TOKENS, TOGETHER * (number(files.data, "tokens") or 0) / max(1, rows))  # as advice keeps
+    smaller = max(least, sum(number(row, "tokens") or 0 for row in files.steps) / FEW_STEPS)
+    return ("smaller steps", f"batch_tokens={smaller:.0f}") if 1.2 * smaller < tokens else ("", "")
 
 
 def _overfitting(files: Files) -> Finding | None:

@@ -279,6 +279,19 @@ def test_few_steps_and_a_part_of_the_rows(runs):
     assert "part-of-epoch" in names(runs("part", steps=22, lr=3e-3, batch_tokens=20, eval_every=2))
 
 
+@pytest.mark.parametrize("number", [4, 9, 15, 16, 18])
+def test_what_advice_chose_of_few_rows_is_not_called_too_few_steps(runs, tmp_path, number):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(number)))
+    run = runs(f"advised{number}", rows=file)
+    assert json.loads((run / "summary.json").read_text())["steps"] < 20 and "few-steps" not in names(run)
+    if number == 15:  # nothing is held out: no more passes than advice takes, but as many
+        once = {one.name: one for one in examine(runs("once", rows=file, epochs=1))}
+        assert " epochs=3 " in once["few-steps"].command
+        large = {one.name: one for one in examine(runs("steps-large", rows=file, epochs=3, batch_tokens=2048))}
+        assert large["few-steps"].do == "smaller steps" and "batch_tokens=256" in large["few-steps"].command
+
+
 def test_still_learning_at_the_end(runs):
     run = runs("early", steps=24, lr=1e-3, schedule="constant", eval_every=4)
     found = {one.name: one for one in examine(run)}
