@@ -112,7 +112,8 @@ def winner(found: dict[str, Any]) -> str:
 def budget(found: dict[str, Any]) -> str:
     """What the budget was enough for, where it was a time or something was left untried; otherwise nothing."""
     number, untried, timed = len(candidates(found)), found.get("untried"), not str(found.get("budget", "8")).isdigit()
-    parts = [f"the time was enough for {many(number, 'candidate')}"] * timed
+    enough = f"the time was enough for {'all ' * bool(found.get('all'))}{many(number, 'candidate')}"
+    parts = [enough] * timed
     if untried:
         why = "no time" if timed else f"the budget of {found['budget']} was used up"
         parts.append(f"{' and '.join(untried)} {'was' if len(untried) == 1 else 'were'} not tried: {why}")

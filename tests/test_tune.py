@@ -15,6 +15,7 @@ import sys
 import time
 import xml.dom.minidom
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -34,7 +35,7 @@ from lorafit.tune import halving, samplers, search, study, together, workers
 from lorafit.tune.halving import EIGHTHS, Cut, Heat
 from lorafit.tune.search import Candidate, centre_of, reason, too_short
 from lorafit.tune.space import Choice, Range, settled, space
-from lorafit.tune.stages import Staged, around
+from lorafit.tune.stages import Staged, around, split
 from lorafit.tune.strategy import AllTogether
 from lorafit.verbs import tune as verb
 
@@ -564,12 +565,45 @@ def test_the_time_left_counts_evaluations_that_are_still_to_come(tiny_model, dat
         assert abs(left - (clock.now - now)) < 8
 
 
+@pytest.fixture
+def steps_as_seconds(monkeypatch) -> list[int]:
+    """A step of one candidate takes a second of the search's clock, and nothing else takes any. The seconds so far."""
+    seconds, plain = [0], search.train
+
+    def trained(host, jobs, halvings):
+        for step in plain(host, jobs, halvings):
+            seconds[0] += len(step.jobs)
+            yield step
+
+    monkeypatch.setattr(search, "train", trained)
+    monkeypatch.setattr(study, "time", SimpleNamespace(monotonic=lambda: float(seconds[0])))
+    return seconds
+
+
+@pytest.mark.parametrize(("budget", "each"), [(150, [4, 2, 1]), (100_000, [7, 3, 1])])  # rates, ranks, sites
+def test_stages_use_the_time_and_half_of_the_candidates_for_rates(
+    tiny_model, data_file, tmp_path, steps_as_seconds, budget, each
+):
+    """Trainings take 32 s. The second time is enough for all that there are."""
+    run = searched(tiny_model, data_file, tmp_path / "run", {"samples": "0"}, budget=f"{budget}s")
+    found = json.loads((run / "tune.json").read_text())
+    last = [next(reversed(c["values"]), "") for c in found["candidates"]]
+    assert [last.count(key) for key in ("lr", "r", "targets")] == each
+    assert steps_as_seconds[0] <= budget
+    if budget == 150:  # one more of each stage takes eight steps at least
+        assert steps_as_seconds[0] > 0.75 * budget and tried.budget(found) == "the time was enough for 8 candidates"
+    else:
+        assert tried.budget(found) == "the time was enough for all 12 candidates"
+    told = [event for event in fit.Run(run).records("tune") if event["event"] == "budget"]
+    assert told and all(event["candidates"] == sum(each) + 1 for event in told)
+
+
 def test_how_many_there_is_time_for_is_asked_before_each_stage():
     searched_ = {"lr": Range(1e-5, 1e-1, log=True), "r": Choice((32, 8, 64)), "targets": Choice((["attention"],))}
     staged = Staged(searched_, {"lr": 1e-3, "r": 16, "targets": []}, None, 1)
     staged.centre(1e-3)
     stages = []
-    for size in (0, 7, 6, 0):  # what the first ones took looks like time for seven; the second stage takes longer
+    for size in (0, 9, 7, 6, 0):  # what the first ones took looks like time for nine; then they take longer
         if size:
             staged.resize(size)
         stages.append([])
@@ -578,7 +612,12 @@ def test_how_many_there_is_time_for_is_asked_before_each_stage():
             for rung in (0, 1):
                 staged.report(len(staged.values), rung, values.get("lr", 1e-3))
     assert stages[0] == [set(), {"lr"}, {"lr"}, {"lr"}]
-    assert stages[1] == [{"lr", "r"}, {"lr", "r"}] and stages[2] == [] and staged.size == 6 and staged.over
+    assert stages[1:4] == [[{"lr"}], [{"lr", "r"}], []] and staged.size == 6 and staged.over and not staged.whole
+
+
+def test_half_of_what_is_left_unless_the_stages_after_have_no_more_values():
+    assert split(7, [7, 3, 1]) == [4, 2, 1] and split(8, [7, 3, 1]) == [4, 3, 1] and split(11, [7, 3, 1]) == [7, 3, 1]
+    assert split(99, [7, 3, 1]) == [7, 3, 1] and split(4, [5, 0]) == [4, 0] and split(0, [7, 3]) == [0, 0]
 
 
 def test_room_is_what_the_base_and_a_shared_micro_batch_leave(tiny_model):

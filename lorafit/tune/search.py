@@ -254,9 +254,9 @@ class Search:
             values = self.call("ask")
             return self._join(values) if values is not None else self._ready()  # the last stage may just have ended
         if self._idle and self.strategy.size is None and not self._training():
-            size = self.time_for(self.done())
-            self.call("resize", size)
-            self.say("budget", 0, candidates=size)
+            enough = self.time_for(self.done())
+            size = self.call("resize", enough)
+            self.say("budget", 0, candidates=size, all=enough > size)
             self.judge()
             return self.following()
         return None

@@ -8,7 +8,7 @@ sites are compared at a good learning rate, which decides more than they do (arX
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lorafit.tune.halving import EIGHTHS, Cut, Heat, Verdicts, keeps, ranked, shares
@@ -31,12 +31,27 @@ def around(centre: float, tried: Sequence[float], within: Range | None = None) -
             yield rate
 
 
+def split(left: int, most: Sequence[int]) -> list[int]:
+    """So many candidates over stages of which each has at most so many: half of those left, all in the last; more where the
+    stages after it can't take them."""
+    found: list[int] = []
+    for stage, own in enumerate(most):
+        half = math.ceil(left / 2) if stage < len(most) - 1 else left
+        found.append(min(own, max(half, left - sum(most[stage + 1 :]))))
+        left -= found[-1]
+    return found
+
+
 class Staged:
-    """A Strategy. `searched`: a stage for each setting, in this order. `start`: what those settings are without a search."""
+    """A Strategy. `searched`: a stage for each setting, in this order. `start`: what those settings are without a search.
+
+    Without a size the first stage begins with FIRST candidates and goes on when it is told for how many there is time; it is
+    asked again before each stage.
+    """
 
     def __init__(self, searched: Space, start: Values, size: int | None, finalists: int) -> None:
         self.searched, self.start, self.size, self.finalists = searched, start, size, finalists
-        self.timed = size is None  # how many there is time for is asked again before each stage
+        self.timed = size is None
         self.rate: float | None = None
         self.stages = list(searched)
         self.values: dict[int, Values] = {}
@@ -44,6 +59,7 @@ class Staged:
         self.heats: list[Heat] = []
         self.last: dict[int, float] = {}  # losses at the last rung, of all stages
         self.over = False
+        self.left_out = False  # a stage had more values than candidates
 
     @property
     def wants_rate(self) -> bool:
@@ -54,9 +70,26 @@ class Staged:
         """Learning rates are tried around this one."""
         self.rate = rate
 
-    def resize(self, size: int) -> None:
-        """The stages to come share what is left."""
-        self.size = max(size, len(self.values))
+    @property
+    def whole(self) -> bool:
+        """Whether each stage has tried all its values."""
+        return self.over and not self.stages and not self.left_out
+
+    def resize(self, size: int) -> int:
+        """The first stage has its share, if it is waiting for that; the stages to come share what is left."""
+        asked, heat = len(self.values), self.heats[-1]
+        self.size = size = max(min(size, 1 + sum(self._most(self.searched))), asked)
+        if heat.size is None:
+            share = split(size - 1, [asked + len(self.ahead) - 1, *self._most(self.stages)])[0]
+            self._shorten(max(0, share - (asked - 1)))
+            heat.size = asked + len(self.ahead)
+            self._forget_size()
+        return size
+
+    def _forget_size(self) -> None:
+        """It is to be asked for again before the next stage."""
+        if self.timed and self.stages and not self.ahead:
+            self.size = None
 
     def ask(self) -> Values | None:
         """The next of this stage; of the next stage where this one is decided."""
@@ -66,10 +99,12 @@ class Staged:
             if self.size is None:
                 return None
             self._next()
-        if not self.ahead:
+        if not self.ahead or (self.heats[-1].size is None and len(self.values) >= FIRST):
             return None
         values = self.ahead.pop(0)
         self.values[len(self.values) + 1] = values
+        if self.size is not None:
+            self._forget_size()
         return values
 
     def _next(self) -> None:
@@ -78,35 +113,38 @@ class Staged:
             self.over = True
             return
         self._begin([], best)
-        if self.timed and self.stages:
-            self.size = None
 
     def _begin(self, first: list[Values], best: int | None = None) -> None:
         """Make the next stage's candidates: beside `first`, others than the best so far."""
         like = {} if best is None else self.values[best]
         while self.stages and not self.ahead:
+            most = self._most(self.stages)
             key = self.stages.pop(0)
-            others = list(self._others(key, like.get(key, self.start.get(key))))
-            self.ahead = [{**like, key: value} for value in others[: self._share(len(first))]]
+            self.ahead = [{**like, key: value} for value in self._others(key)]
+            if self.size is not None:
+                self._shorten(split(self.size - len(self.values) - len(first), most)[0])
         self.ahead = first + self.ahead
         if not self.ahead:
             self.over = best is not None
             return
-        self.heats.append(Heat(len(self.ahead) + (best is not None), spared=frozenset() if self.heats else AS_THEY_ARE))
+        size = None if self.size is None else len(self.ahead) + (best is not None)
+        self.heats.append(Heat(size, spared=frozenset() if self.heats else AS_THEY_ARE))
         if best is not None:
             for rung, losses in enumerate(self.heats[-1].losses):
                 losses[best] = self._loss(best, rung)
 
-    def _share(self, first: int) -> int:
-        """How many candidates a stage has: half of those left, all in the last."""
-        if self.size is None:
-            return FIRST - 1
-        left = self.size - len(self.values) - first
-        return max(0, math.ceil(left / 2) if self.stages else left)
+    def _shorten(self, share: int) -> None:
+        """Leave the stage that begins so many candidates."""
+        self.left_out |= share < len(self.ahead)
+        del self.ahead[share:]
 
-    def _others(self, key: str, now: Any) -> Iterator[Any]:
-        """Other values of a setting, those that are tried first at the front."""
-        one = self.searched[key]
+    def _most(self, keys: Iterable[str]) -> list[int]:
+        """How many candidates the stages of these settings can have."""
+        return [len(list(self._others(key))) for key in keys]
+
+    def _others(self, key: str) -> Iterator[Any]:
+        """Other values of a setting than it has, those that are tried first at the front."""
+        one, now = self.searched[key], self.start.get(key)
         if key == "lr" and isinstance(one, Range):
             yield from list(around(self.rate or now or math.sqrt(one.low * one.high), [now] if now else [], one))[:FEW]
             return
@@ -145,11 +183,10 @@ class Staged:
         return Verdicts(passed, cut)
 
     def cost(self, size: int, steps: int) -> float:
-        """Of a stage with half of the candidates, and of others that share the rest; two are trained to their end."""
+        """Of its stages; two candidates are trained to their end."""
         first, second, end = shares(steps)
-        total, left, stages = min(size, 2) * (end - second), size - 1, max(1, len(self.searched))
-        for stage in range(stages):
-            own = (math.ceil(left / 2) if stage < stages - 1 else left) + (stage == 0)
-            left -= own - (stage == 0)
+        total = min(size, 2) * (end - second)
+        for stage, others in enumerate(split(size - 1, self._most(self.searched))):
+            own = others + (stage == 0)
             total += first * own + (second - first) * min(own, keeps(own + (stage > 0))[0])
         return total

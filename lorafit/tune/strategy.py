@@ -25,8 +25,12 @@ class Strategy(Protocol):
     def centre(self, rate: float) -> None:
         """Take in the learning rate that a range test found."""
 
-    def resize(self, size: int) -> None:
-        """Take in how many candidates there is time for."""
+    @property
+    def whole(self) -> bool:
+        """Whether all candidates that there are have been asked for."""
+
+    def resize(self, size: int) -> int:
+        """Take in how many candidates there is time for; how many there will be at most."""
 
     def ask(self) -> Values | None:
         """The next candidate's settings, beside those that all have; None: not now."""
@@ -69,10 +73,16 @@ class AllTogether:
     def centre(self, rate: float) -> None:
         """Not wanted."""
 
-    def resize(self, size: int) -> None:
+    @property
+    def whole(self) -> bool:
+        """Of those of the sampler, where they can be counted."""
+        return self.asked == self.sampler.most
+
+    def resize(self, size: int) -> int:
         """At least what was asked for, at most what there is."""
         most = self.sampler.most
         self.size = self.heat.size = max(self.asked, size if most is None else min(size, most))
+        return self.size
 
     def ask(self) -> Values | None:
         """The sampler's next."""

@@ -35,7 +35,7 @@ from lorafit.tune import workers as crews
 from lorafit.tune.books import Books
 from lorafit.tune.options import Options, budget_of
 from lorafit.tune.proposals import Proposals
-from lorafit.tune.search import Candidate, Event, Round, Search, evaluations, name_of, range_steps, too_short
+from lorafit.tune.search import FEWEST, Candidate, Event, Round, Search, evaluations, name_of, range_steps, too_short
 from lorafit.tune.space import Choice, Range, Values, space
 
 ANSWERS = 64  # held-out rows that are answered for another objective
@@ -136,6 +136,7 @@ class Study:
         self.saved: dict[int, tuple[int, str]] = {}  # candidate -> the step and state of its checkpoint
         self.events = self.done_rounds = 0
         self.paused = 0.0  # seconds of evaluations and what was saved after them
+        self.enough: dict[str, Any] = {}  # what was said last about the time
         self.seconds = 0.0  # of earlier parts of a search that was taken up
         self.began = time.monotonic()
 
@@ -183,12 +184,19 @@ class Study:
     def _time_for(self, done: float) -> int:
         """How many candidates there is time for, from what those so far have taken."""
         assert self.limit is not None
-        spent = self.spent()
-        whole = self.limit / (spent / max(done, 1e-9))
+        test = (
+            range_steps(self.base.job.steps) / self.base.job.steps if self._ranged() else 0.0
+        )  # a part of a training too
+        whole = self.limit / (self.spent() / max(done + test, 1e-9)) - test
         size = max(2, len(self.search.candidates))
         while self.search.strategy.cost(size + 1, self.base.job.steps) <= whole and size < 1000:
             size += 1
         return size
+
+    def _ranged(self) -> bool:
+        """Whether there was a range test."""
+        told = any(what == "centre" for what, *_ in self.search.calls)
+        return told and range_steps(self.base.job.steps) >= FEWEST
 
     def spent(self) -> float:
         """Seconds, of all parts."""
@@ -384,7 +392,7 @@ class Study:
             "lost": lambda: (
                 f"worker {figures['worker']} has died; its candidates go on elsewhere: {figures['candidates']}"
             ),
-            "budget": lambda: f"there is time for {figures['candidates']} candidates",
+            "budget": lambda: f"there is time for {'all ' * figures['all']}{many(figures['candidates'], 'candidate')}",
             "joined": lambda: f"#{number} joins: {tried.words(figures['settings']) or 'the settings as they are'}",
             "cut": lambda: f"#{number} is out: {figures['why']}",
             "failed": lambda: f"#{number} fails: {figures['why']}",
@@ -393,8 +401,10 @@ class Study:
                 + (f" ({figures['why']})" if figures["why"] else "")
             ),
         }
-        if event.kind in said:
+        if event.kind in said and (event.kind != "budget" or figures != self.enough):
             self.terminal.say(said[event.kind]())
+        if event.kind == "budget":
+            self.enough = figures
 
     def _show(self, progress: Progress, over: bool = False) -> None:
         """The candidates' state in one line."""
@@ -563,6 +573,7 @@ class Study:
             "held_out_loss_before": self.search.before,
             "held_out_rows": len(self.base.data.held_out),
             "untried": self._untried(),
+            "all": self.search.strategy.whole,
             "winner": winner.number,
             "winner_settings": tried.words(winner.values),
             "range_test": None if test is None else {key: test[key] for key in ("lr", "usual", "curve")},

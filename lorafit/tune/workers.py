@@ -185,12 +185,14 @@ class _Nobody:
 
     size: int | None = 0
     wants_rate = False
+    whole = True
 
     def centre(self, rate: float) -> None:
         """Not wanted."""
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int) -> int:
         """Not wanted."""
+        return 0
 
     def ask(self) -> Values | None:
         """Nobody."""
