@@ -175,6 +175,8 @@ def pictures(found: dict[str, Any]) -> list[tuple[str, str]]:
         shown = {(point.candidate["number"], point.loss, point.step) for point in points}
         if len(points) > 1 and any(math.isfinite(point.loss) for point in points) and shown not in seen:
             seen.append(shown)  # in short trainings a comparison is after the same steps as the next, or as the end
+        points = [point for point in points if point.candidate["settings"]["lr"] > 0]  # the others have no logarithm
+        if len(points) > 1 and any(math.isfinite(point.loss) for point in points):
             drawn.append((f"{title}, by learning rate{decided}", _scatter(points, names, these, title)))
     keys = [key for key in found.get("searched", []) if len({_word(c["settings"].get(key)) for c in judged}) > 1]
     if keys and len(judged) > 1:
@@ -236,7 +238,7 @@ def _ends(these: Sequence[dict[str, Any]]) -> tuple[str, list[Point]]:
 
 
 def _scatter(points: Sequence[Point], names: dict[int, str], these: Sequence[dict[str, Any]], title: str) -> str:
-    rates = [c["settings"]["lr"] for c in these]
+    rates = [c["settings"]["lr"] for c in these if c["settings"]["lr"] > 0]
     ordered = sorted(set(names.values()), key=lambda name: (len(name), name))
     series = [
         (html.escape(name), f"c{i % len(COLOURS)}", [_dot(p) for p in points if names[p.candidate["number"]] == name])
@@ -297,6 +299,7 @@ def _parallel(these: Sequence[dict[str, Any]], keys: Sequence[str], one: Compari
 def _axis(values: Sequence[Any], log: bool) -> tuple[list[tuple[float, str]], list[float]]:
     """The marks of an axis, and where each of these values lies on it."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        log = log and min(values) > 0
         scaled = [math.log10(value) if log else float(value) for value in values]
         low, span = min(scaled), (max(scaled) - min(scaled)) or 1.0
         at = [(value - low) / span for value in scaled]

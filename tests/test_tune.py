@@ -91,6 +91,12 @@ def whole(tiny_model, data_file, tmp_path_factory) -> Path:
         ({"lr": {"low": 1e-3, "high": 1e-5}}, {}, "low must be below high"),
         ({"lr": {"low": 0, "high": 1, "log": True}}, {}, "above 0"),
         ({"targets": {"low": 0, "high": 1}}, {}, "targets takes no range"),
+        ({"lr": [0, 0.01]}, {}, "lr=0 in the space trains nothing"),
+        (
+            {"lr": {"low": 0, "high": 0.01}},
+            {},
+            "lr=0 in the space trains nothing; leave it out, or begin the range above 0",
+        ),
         ({"steps": [5], "epochs": [1]}, {}, "both say how long"),
         (
             {"lr": "1e-4"},
@@ -699,6 +705,14 @@ def test_few_losses_or_none_far_off_are_all_drawn_where_they_are():
         assert len(heights) == len(losses) and "○" not in scattered and "≥" not in crossed
 
 
+def test_a_rate_of_zero_has_no_place_by_its_logarithm_and_loses_no_picture():
+    """Searches of earlier versions may have had one."""
+    these = [told_of(lr, 8, [1.0 + lr], number, lr == 0.01) for number, lr in enumerate((0.0, 0.01, 0.1), 1)]
+    (_, scattered), (_, crossed) = tried.pictures({"candidates": these, "searched": ["lr"]})
+    assert "#1" not in scattered and "#2" in scattered and "#3" in scattered
+    assert all(f"#{number}" in crossed for number in (1, 2, 3))
+
+
 def test_a_rank_has_one_colour_and_names_that_are_too_long_for_a_line_take_another():
     these = [told_of(1e-3, r, [1.0 + r, 1.0] if r > 8 else [1.0 + r], r) for r in (8, 16, 32)]
     first, second = (svg for title, svg in tried.pictures({"candidates": these, "searched": []}))
@@ -1155,6 +1169,7 @@ def test_workers_are_local_or_of_ray(text):
         (["tune", "DATA", "--search", "staegd"], "--search staegd: must be one of staged"),
         (["tune", "DATA", "--objective", "beauty"], "--objective beauty"),
         (["tune", "DATA", "--together", "0"], "--together 0"),
+        (["tune", "DATA", "lr=0"], "lr=0 trains nothing"),
         (["tune", "DATA", "start=runs/x"], "runs/x is neither a run nor an adapter"),
         (["tune", "DATA", "--model", "MODEL", "held_out_share=0"], "compares candidates on held-out rows"),
         (["tune", "DATA", "--model", "MODEL", "lr=1e-3", "r=4", "targets=attention"], "nothing is left to search"),

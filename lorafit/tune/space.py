@@ -89,6 +89,8 @@ def space(written: Mapping[str, Any], given: Mapping[str, Any]) -> Space:
         try:
             _may(key, list(hints), [*SEARCHED, *own], given)
             found[key] = _one(key, hints[key], value)
+            if key == "lr":
+                _positive(found[key])
         except ConfigError as error:
             wrong.append(str(error))
     if "steps" in found and "epochs" in {**found, **given}:
@@ -139,6 +141,11 @@ def _one(key: str, kind: Any, value: Any) -> Range | Choice:
         if checked not in found:
             found.append(checked)
     return Choice(tuple(found))
+
+
+def _positive(rates: Range | Choice) -> None:
+    if any(rate == 0 for rate in ((rates.low,) if isinstance(rates, Range) else rates.values)):
+        raise ConfigError("lr=0 in the space trains nothing; leave it out, or begin the range above 0")
 
 
 def _range(key: str, kind: Any, value: Mapping[str, Any]) -> Range:

@@ -54,6 +54,8 @@ def tune(source: str | None, given: Mapping[str, Any], options: Options, termina
         raise ConfigError("no data; give a file: lorafit tune DATA")
     if config.start:
         raise ConfigError("--from can't be searched: candidates start from fresh adapters; leave it out")
+    if config.lr == 0:
+        raise ConfigError("lr=0 trains nothing, so there is nothing to search; leave it out")
     written = settings.read_yaml(Path(source)) if source and Path(source).suffix in (".yaml", ".yml") else {}
     asked = {**written, **given}
     asked.pop("out", None)
