@@ -311,6 +311,26 @@ def test_a_grid_is_whole_and_chance_is_the_same_each_time():
     assert few.size == 3 and {v.get("r") for v in play(few, lambda v: 1.0)} == {None, 8, 16}
 
 
+def test_candidates_have_only_settings_of_their_method_and_none_is_there_twice():
+    """(IA)³ has no rank, and the settings as they are may be in the space."""
+    written = {"method": ["ia3", "lora"], "r": [2, 4, 8]}
+    searched_, start = space(written, {}), {"method": "lora", "r": 4, "lr": 1e-3}
+    want = [{"method": "ia3"}, *({"method": "lora", "r": r} for r in (2, 4, 8))]
+    grid = samplers.sampler("grid", searched_, 0, start)
+    assert grid.whole == want and grid.most == 4
+    chance = AllTogether(samplers.sampler("random", searched_, 0, start), 99, 1)
+    assert chance.size == 4
+    found = play(chance, lambda v: 1.0)
+    assert found[0] == {} and len(found) == 4 and all(values in want for values in found[1:])
+    assert {"method": "lora", "r": 4} not in found
+    staged = Staged(searched_, start, 99, 1)
+    found = play(staged, lambda values: -1.0 if values.get("method") == "ia3" else 1.0)
+    assert found == [{}, {"method": "ia3"}] and staged.whole  # of the best one no rank can be tried
+    other = Staged({"r": Choice((2, 8)), "method": Choice(("ia3",))}, start, 99, 1)
+    found = play(other, lambda values: values.get("r", 4))
+    assert found == [{}, {"r": 2}, {"r": 8}, {"method": "ia3"}]
+
+
 def test_tpe_finds_the_good_end_and_repeats_itself():
     pytest.importorskip("optuna")
     searched_ = {"lr": Range(1e-5, 1e-1, log=True), "r": Choice((8, 16))}
@@ -327,7 +347,7 @@ def test_tpe_finds_the_good_end_and_repeats_itself():
 def test_without_optuna_the_command_is_said(monkeypatch):
     monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'lorafit\[tune\]'"):
-        samplers.sampler("tpe", {"r": Choice((1, 2))}, 0)
+        samplers.sampler("tpe", {"r": Choice((1, 2))}, 0, {})
 
 
 def test_a_budget_is_candidates_or_a_time():

@@ -67,7 +67,7 @@ class Proposals:
         if self.options.search == "staged":
             return Staged(self.space, self.start, size, finalists)
         kind: Any = self.options.search
-        made = sampler(kind, self.space, self.base.config.seed)
+        made = sampler(kind, self.space, self.base.config.seed, self.start)
         if size is not None and kind == "grid" and self.options.budget is None:
             size = made.most
         return AllTogether(made, size, finalists)

@@ -12,7 +12,7 @@ import random
 from typing import Any, Literal
 
 from lorafit.errors import MissingExtra
-from lorafit.tune.space import Choice, Range, Space, Values
+from lorafit.tune.space import Choice, Range, Space, Values, alike, own
 from lorafit.tune.strategy import Sampler
 
 Kind = Literal["grid", "random", "tpe"]
@@ -20,19 +20,25 @@ TRIES = 50  # to draw a candidate that wasn't drawn before
 WORST = 1e6  # a loss for Optuna in place of an infinite one
 
 
-def sampler(kind: Kind, searched: Space, seed: int) -> Sampler:
-    """MissingExtra where `tpe` is asked for and Optuna isn't there."""
+def sampler(kind: Kind, searched: Space, seed: int, start: Values) -> Sampler:
+    """`start`: what the searched settings are without a search. MissingExtra where `tpe` is asked for and Optuna isn't there."""
     if kind == "grid":
         return Grid(searched, seed)
-    return Tpe(searched, seed) if kind == "tpe" else Random(searched, seed)
+    start = {key: start[key] for key in (*searched, "method") if key in start}
+    return Tpe(searched, seed) if kind == "tpe" else Random(searched, seed, start)
 
 
 class Grid:
-    """Every combination; where there are more than candidates, as many of them by chance."""
+    """Every combination, without settings that its method doesn't have, once; where there are more than candidates, as many of
+    them by chance."""
 
     def __init__(self, searched: Space, seed: int) -> None:
         each = [[(key, value) for value in one.grid()] for key, one in searched.items()]
-        self.whole = [dict(point) for point in itertools.product(*each)]
+        self.whole: list[Values] = []
+        for point in itertools.product(*each):
+            values = own(dict(point))
+            if values not in self.whole:
+                self.whole.append(values)
         self.order = list(range(len(self.whole)))
         random.Random(f"{seed}:grid").shuffle(self.order)
         self.most: int | None = len(self.whole)
@@ -48,11 +54,12 @@ class Grid:
 class Random:
     """Each setting by chance. The first candidate is the settings as they are."""
 
-    def __init__(self, searched: Space, seed: int) -> None:
-        self.searched, self.seed = searched, seed
-        few = all(isinstance(one, Choice) for one in searched.values())
-        grid = Grid(searched, seed) if few else None
-        self.most = None if grid is None else len(grid.whole) + 1
+    def __init__(self, searched: Space, seed: int, start: Values | None = None) -> None:
+        self.searched, self.seed, self.start = searched, seed, start or {}
+        self.most: int | None = None
+        if all(isinstance(one, Choice) for one in searched.values()):
+            each = [alike(values, self.start) for values in ({}, *Grid(searched, seed).whole)]
+            self.most = sum(one not in each[:i] for i, one in enumerate(each))
         self.drawn: list[Values] = []
 
     def draw(self, number: int, size: int | None) -> Values:
@@ -60,10 +67,10 @@ class Random:
         values: Values = {}
         for attempt in range(TRIES if number > 1 else 0):
             chance = random.Random(f"{self.seed}:{number}:{attempt}")
-            values = {key: _drawn(one, chance) for key, one in self.searched.items()}
-            if values not in self.drawn:
+            values = own({key: _drawn(one, chance) for key, one in self.searched.items()})
+            if alike(values, self.start) not in self.drawn:
                 break
-        self.drawn.append(values)
+        self.drawn.append(alike(values, self.start))
         return values
 
     def told(self, number: int, loss: float) -> None:
@@ -98,7 +105,7 @@ class Tpe:
         if number == 1:
             return {}
         trial = self.trials[number] = self.study.ask()
-        return {key: self._suggested(trial, key, one) for key, one in self.searched.items()}
+        return own({key: self._suggested(trial, key, one) for key, one in self.searched.items()})
 
     @staticmethod
     def _suggested(trial: Any, key: str, one: Range | Choice) -> Any:

@@ -181,9 +181,22 @@ def settled(values: Mapping[str, Any], given: Mapping[str, Any]) -> Values:
         whole.pop("epochs", None)
     if "epochs" in values:
         whole.pop("steps", None)
-    own = method_settings(find(str(whole.get("method", Config().method))))
-    others = {key for kind in METHODS.values() for key in method_settings(kind)} - own.keys()
-    return {key: value for key, value in whole.items() if key not in values or key not in others}
+    kept = own({"method": Config().method, **whole})
+    return {key: value for key, value in whole.items() if key not in values or key in kept}
+
+
+def own(values: Mapping[str, Any]) -> Values:
+    """Without settings that the method among them doesn't have."""
+    if "method" not in values:
+        return dict(values)
+    known = method_settings(find(str(values["method"])))
+    others = {key for kind in METHODS.values() for key in method_settings(kind)} - known.keys()
+    return {key: value for key, value in values.items() if key not in others}
+
+
+def alike(values: Mapping[str, Any], start: Mapping[str, Any]) -> Values:
+    """What is equal for two candidates that are the same: what they change, and what they leave as it is."""
+    return own({**start, **values})
 
 
 def edges(searched: Space) -> Iterator[tuple[str, Any]]:

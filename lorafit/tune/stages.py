@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lorafit.tune.halving import EIGHTHS, Cut, Heat, Verdicts, keeps, ranked, shares
-from lorafit.tune.space import Range, Space, Values, digits, nearly
+from lorafit.tune.space import Range, Space, Values, alike, digits, nearly
 from lorafit.tune.strategy import FIRST
 
 AS_THEY_ARE = frozenset({1})  # the first candidate
@@ -35,9 +35,9 @@ def split(left: int, most: Sequence[int]) -> list[int]:
     """So many candidates over stages of which each has at most so many: half of those left, all in the last; more where the
     stages after it can't take them."""
     found: list[int] = []
-    for stage, own in enumerate(most):
+    for stage, its in enumerate(most):
         half = math.ceil(left / 2) if stage < len(most) - 1 else left
-        found.append(min(own, max(half, left - sum(most[stage + 1 :]))))
+        found.append(min(its, max(half, left - sum(most[stage + 1 :]))))
         left -= found[-1]
     return found
 
@@ -120,7 +120,11 @@ class Staged:
         while self.stages and not self.ahead:
             most = self._most(self.stages)
             key = self.stages.pop(0)
-            self.ahead = [{**like, key: value} for value in self._others(key)]
+            known = [alike(values, self.start) for values in self.values.values()]
+            for value in self._others(key):
+                found = alike(values := {**like, key: value}, self.start)
+                if found not in known:  # it would be where the method doesn't have the setting
+                    self.ahead.append({key: value for key, value in values.items() if key in found})
             if self.size is not None:
                 self._shorten(split(self.size - len(self.values) - len(first), most)[0])
         self.ahead = first + self.ahead
