@@ -22,6 +22,7 @@ from lorafit.batches import Plan, default_tokens
 from lorafit.config import Config
 from lorafit.data import Chat, Dataset, Tokens
 from lorafit.data.store import lengths_of
+from lorafit.log import many
 from lorafit.methods import find
 
 # One learned token holds so many bits at most that a fine-tuning run takes in (a loss of two nats), and a trained number
@@ -273,7 +274,7 @@ def _sides(shape: Any) -> tuple[int, int, int, int]:
 def _batch(config: Config, tokens: int, an_epoch: int) -> Choice:
     if config.batch_tokens:
         return _yours("batch_tokens", tokens)
-    why = f"{an_epoch} steps an epoch; LoRA learns best from small batches"
+    why = f"{many(an_epoch, 'step')} an epoch; LoRA learns best from small batches"
     return Choice("batch_tokens", tokens, why, "arXiv 2602.09492, 2508.02932")
 
 

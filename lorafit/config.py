@@ -212,6 +212,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError naming the file and the line."""
     try:
         with path.open(encoding="utf-8") as file:  # errors name a file where they would call a text "<unicode string>"
+            node = yaml.compose(file, Loader=yaml.SafeLoader)
+            if node is not None:
+                _once(path, node)
+            file.seek(0)
             values = yaml.safe_load(file)
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from None
@@ -222,6 +226,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must hold settings as 'key: value' lines")
     return values
+
+
+def _once(path: Path, node: yaml.Node) -> None:
+    """ConfigError where settings, or what one of them holds, name a key twice: YAML's reader would keep the last one."""
+    values = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else []
+    for mapping in (one for one in (node, *values) if isinstance(one, yaml.MappingNode)):
+        known: dict[str, int] = {}
+        for key, _ in mapping.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in known:
+                raise ConfigError(f"{path} has '{name}' in line {known[name]} and in line {line}; leave one out")
+            known[name] = line
 
 
 def to_yaml(config: Config) -> str:

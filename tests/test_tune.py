@@ -34,7 +34,7 @@ from lorafit.train.loop import Job, train
 from lorafit.tune import halving, samplers, search, study, together, workers
 from lorafit.tune.halving import EIGHTHS, Cut, Heat
 from lorafit.tune.search import Candidate, centre_of, reason, too_short
-from lorafit.tune.space import Choice, Range, settled, space
+from lorafit.tune.space import Choice, Range, read, settled, space
 from lorafit.tune.stages import Staged, around, split
 from lorafit.tune.strategy import AllTogether
 from lorafit.verbs import tune as verb
@@ -111,6 +111,13 @@ def whole(tiny_model, data_file, tmp_path_factory) -> Path:
 def test_a_space_is_checked_like_settings(written, given, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
         space(written, given)
+
+
+def test_a_key_that_is_there_twice_is_an_error(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text("lr: [0.1]\nr: [8]\nlr: [0.2]\n")
+    with pytest.raises(ConfigError, match="has 'lr' in line 1 and in line 3; leave one out"):
+        read(path)
 
 
 def test_a_space_reads_ranges_and_choices():
@@ -1081,7 +1088,7 @@ def test_subprocesses_that_are_killed_lose_nothing_that_they_told(tiny_model, da
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
     monkeypatch.setattr(workers.tempfile, "tempdir", None)  # which remembers another
-    with pytest.raises(RunError, match="all workers have died"):
+    with pytest.raises(RunError, match=f"all workers have died.*--resume --out {tmp_path}/run"):
         by_workers(tiny_model, data_file, tmp_path / "run", "local:2")
     assert not scratch_of(scratch)
     monkeypatch.undo()

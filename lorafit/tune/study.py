@@ -315,7 +315,8 @@ class Study:
             return
         crew = crews.crew(self.options.workers, settings.to_yaml(self.base.config), self.base.chat.to_json())
         try:
-            yield from crews.Spread(self.search, crew, self._store, self._files, self._config).rounds()
+            spread = crews.Spread(self.search, crew, self._store, self._files, self._config, self.run.folder)
+            yield from spread.rounds()
         finally:
             crew.close()
 

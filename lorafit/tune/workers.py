@@ -407,9 +407,10 @@ class Spread:
         store: Callable[[Outcome], None],
         files: Callable[[Candidate], Mapping[str, bytes]],
         config: Callable[[Candidate], str],
+        folder: Path,
     ) -> None:
         self.search, self.workers = search, workers
-        self.store, self.files, self.config = store, files, config
+        self.store, self.files, self.config, self.folder = store, files, config, folder
         self.at: dict[int, set[int]] = {worker: set() for worker in workers.alive}  # whose candidates are whose
         self.busy: set[int] = set()
         self.new: dict[int, list[int]] = {worker: [] for worker in workers.alive}
@@ -465,7 +466,7 @@ class Spread:
             self.search.say("lost", 0, worker=worker, candidates=lost)
             if not self.at:
                 raise RunError(
-                    "all workers have died; what they told is saved, go on with: lorafit tune --resume --out RUN"
+                    f"all workers have died; what they told is saved, go on with: lorafit tune --resume --out {self.folder}"
                 )
             return
         for outcome in told:
