@@ -172,11 +172,10 @@ def pictures(found: dict[str, Any]) -> list[tuple[str, str]]:
     names = _names(these)
     seen = []
     for title, points in [*((f"Held-out loss {one.words()}", _there(these, one)) for one in compared), _ends(these)]:
+        points = [point for point in points if point.candidate["settings"]["lr"] > 0]  # the others have no logarithm
         shown = {(point.candidate["number"], point.loss, point.step) for point in points}
         if len(points) > 1 and any(math.isfinite(point.loss) for point in points) and shown not in seen:
             seen.append(shown)  # in short trainings a comparison is after the same steps as the next, or as the end
-        points = [point for point in points if point.candidate["settings"]["lr"] > 0]  # the others have no logarithm
-        if len(points) > 1 and any(math.isfinite(point.loss) for point in points):
             drawn.append((f"{title}, by learning rate{decided}", _scatter(points, names, these, title)))
     keys = [key for key in found.get("searched", []) if len({_word(c["settings"].get(key)) for c in judged}) > 1]
     if keys and len(judged) > 1:
