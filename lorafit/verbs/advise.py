@@ -197,7 +197,7 @@ def _notes(config: Config, facts: Facts, data: Dataset, loss: float | None, piec
         found.append(f"only {facts.rows} rows to train on: it will learn a manner, hardly facts, and memorise soon")
     if len(report.duplicates) > report.rows / 20:
         found.append(
-            f"{len(report.duplicates)} of {report.rows} rows are duplicates, which weigh double; leave them out"
+            f"{len(report.duplicates)} of {report.rows} rows are copies of others, which makes those weigh more; leave them out"
         )
     found += [f"line {note.line}: {note.reason}" for note in report.notes if note.reason.startswith(PLACEHOLDERS)]
     if report.share < 0.1:
@@ -217,7 +217,7 @@ def _why_none(config: Config, facts: Facts, report: Report) -> str:
     if facts.rows < SMALLEST:
         return f"only {many(facts.rows, 'row')}, and {SMALLEST} are needed to hold some out"
     return (
-        f"all of the {facts.rows} rows are there more than once ({facts.rows - len(report.duplicates)} different ones)"
+        f"all of the {facts.rows} rows are copies of {many(facts.rows - len(report.duplicates), 'different one')}"
     )
 
 
