@@ -300,7 +300,7 @@ def test_a_folder_without_a_tokenizer_says_which_files_are_missing(tmp_path):
     [
         ([0], [], "only 1 row, and 16 are needed to hold some out; nothing is held out"),
         ([0, 1, 2], [], "only 3 rows, and 16 are needed to hold some out; nothing is held out"),
-        ([0, 1, 2] * 20, [], "all of the 60 rows are there more than once (3 different ones); nothing is held out"),
+        ([0, 1, 2] * 20, [], "all of the 60 rows are copies of 3 different ones; nothing is held out"),
         ([*range(3), *[7] * 57], [], "only 3 rows could be held out, because the others are there more than once"),
         (range(30), ["held_out_share=0"], "held_out_share=0; nothing is held out"),
         (

@@ -216,9 +216,7 @@ def _why_none(config: Config, facts: Facts, report: Report) -> str:
         return f"held_out_share={config.held_out_share:g}"
     if facts.rows < SMALLEST:
         return f"only {many(facts.rows, 'row')}, and {SMALLEST} are needed to hold some out"
-    return (
-        f"all of the {facts.rows} rows are copies of {many(facts.rows - len(report.duplicates), 'different one')}"
-    )
+    return f"all of the {facts.rows} rows are copies of {many(facts.rows - len(report.duplicates), 'different one')}"
 
 
 def _novelty(loss: float) -> str:
