@@ -72,8 +72,14 @@ class Whole:
     def centre(self, rate: float) -> None:
         """Not wanted."""
 
-    def resize(self, size: int) -> None:
+    @property
+    def whole(self) -> bool:
+        """Whether every point has been asked for."""
+        return self.asked >= len(self.grid.whole)
+
+    def resize(self, size: int) -> int:
         """It is as large as it is."""
+        return len(self.grid.whole)
 
     def ask(self) -> Values | None:
         """The next point."""

@@ -502,7 +502,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(runs, tiny_model, data_file, 
     done = subprocess.run([sys.executable, "-c", KILLER, "record", "7", str(data_file), *words], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert {p.name for p in out.iterdir()} <= {
-        *("config.yaml", "data.json", "chat.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints")
+        *("config.yaml", "data.json", "chat.json", "metrics.jsonl", "evaluations.jsonl", "checkpoints", "lock")
     }
     fit.resume(out, {"optimizer": on}, terminal=QUIET)
     assert same(runs / kind, out)
