@@ -965,12 +965,20 @@ def held_out_rows(run: Path, chat: Chat) -> Sequence[Tokens]:
     return _data_of(run, chat).held_out
 
 
-def trained_on(run: Path, chat: Chat, rows: Sequence[Tokens]) -> int:
-    """How many of these rows a run learned from, by their tokens. A LorafitError where its data isn't there any more."""
-    asked = [row.ids.tobytes() for row in rows]
-    there = set(asked)
-    learned = {ids for row in _data_of(run, chat).train if (ids := row.ids.tobytes()) in there}
-    return sum(ids in learned for ids in asked)
+def learned_from(run: Path, chat: Chat, rows: Sequence[Tokens]) -> list[bool]:
+    """Which of these rows a run learned from, whole or cut, by their tokens. LorafitError where its data isn't there any more."""
+    there = {row.ids.tobytes() for row in rows}
+    whole, cut = set(), set()
+    for row in _data_of(run, chat).train:
+        if row.full > len(row.ids):
+            cut.add((len(row.ids), row.ids.tobytes()))
+        elif (ids := row.ids.tobytes()) in there:
+            whole.add(ids)
+    lengths = {length for length, _ in cut}
+    return [
+        row.ids.tobytes() in whole or any((length, row.ids[:length].tobytes()) in cut for length in lengths)
+        for row in rows
+    ]
 
 
 def _data_of(run: Path, chat: Chat) -> Dataset:

@@ -18,6 +18,7 @@ from lorafit.model.starts import Start
 from lorafit.native.quantised import KINDS
 from lorafit.peft_files import passed_over, read_config, read_notes
 from lorafit.route import Stack
+from lorafit.run import searching
 
 Say = Callable[[str], object]
 
@@ -66,6 +67,10 @@ def adapter_folder(path: str | Path) -> Path:
         raise RunError(f"{place} has no adapter yet: process {process} is still at work in it")
     if (place / "config.yaml").is_file():
         raise RunError(f"{place} has no adapter yet; finish it with: lorafit train --resume --out {place}")
+    if (place / "config.json").is_file():
+        raise RunError(f"{place} is a model, not a run; it is given with --model {place}")
+    if what := searching(place):
+        raise RunError(f"{place} has no adapter yet: it is {what}")
     near = ", ".join(str(p.parent) for p in sorted(place.parent.glob("*/config.yaml"))[:5])
     hint = f"; there are: {near}" if near else "; make one with: lorafit train DATA"
     raise RunError(f"{place} is neither a run nor an adapter{hint}")

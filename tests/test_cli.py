@@ -165,6 +165,48 @@ def test_eval_says_which_rows_were_trained_on(capsys, run, data_file, tmp_path):
     assert json.loads(call(capsys, "eval", moved, data_file, "--json")[1])["trained_on"] == {}
 
 
+def test_eval_on_rows_that_nobody_learned_from(capsys, run, data_file, tmp_path):
+    """The file that it was trained on answers which adapter is better, by what was held out."""
+    summary = json.loads((run / "summary.json").read_text())
+    code, out, _ = call(capsys, "eval", run, data_file, "--unseen", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["unseen"] and found["trained_on"]["mine"] == 0
+    assert found["scores"]["base"]["rows"] == found["scores"]["mine"]["rows"] == summary["held_out_rows"]
+    moved = tmp_path / "alone"
+    shutil.copytree(run / "adapter", moved)
+    code, _, err = call(capsys, "eval", moved, data_file, "--unseen")
+    assert code == 2 and "--unseen: what alone learned from isn't known" in err and "Traceback" not in err
+    code, _, err = call(capsys, "eval", run, run)
+    assert code == 2 and "is a run, and the file to score on comes last" in err and "--unseen" in err
+
+
+def test_rows_that_were_cut_in_training_were_learned_from(capsys, tiny_model, tmp_path):
+    data, place = tmp_path / "rows.jsonl", tmp_path / "cut"
+    words = ["one", "two", "three", "four", "five"]
+    rows = [
+        {"prompt": " ".join([first, second, third]), "completion": "six seven " * (4 if first == "one" else 8)}
+        for first in words
+        for second in words
+        for third in words
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["steps=2", "max_tokens=64", "long=truncate", "held_out_share=0.2", "samples=0", "precision=fp32"]
+    code, _, err = call(capsys, "train", data, "--model", tiny_model, "--out", place, *given)
+    assert code == 0, err
+    held = json.loads((place / "summary.json").read_text())["held_out_rows"]
+    code, out, _ = call(capsys, "eval", place, data, "--unseen", "--json")
+    assert code == 0 and json.loads(out)["scores"]["cut"]["rows"] == held == len(rows) // 5
+
+
+def test_a_model_or_an_unfinished_search_is_no_run(capsys, tiny_model, tmp_path):
+    code, _, err = call(capsys, "chat", tiny_model, "--prompt", "one")
+    assert code == 2 and f"is given with --model {tiny_model}" in err
+    (tmp_path / "tune").mkdir()
+    (tmp_path / "tune" / "search.json").write_text("{}")
+    code, _, err = call(capsys, "chat", tmp_path, "--prompt", "one")
+    assert code == 2 and "a search that hasn't ended; lorafit tune --resume" in err
+
+
 def test_chat_compare_and_json(capsys, run):
     code, out, _ = call(capsys, "chat", run, "--compare", "--prompt", "one two", "--max-new", "4", "--json")
     assert code == 0 and set(json.loads(out)["answers"]) == {"base", "mine"}

@@ -6,19 +6,22 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafit.verbs.common import add_json, add_model, importing, opened, print_json, terminal
 
 if TYPE_CHECKING:
-    from lorafit.data import Dataset
+    from pathlib import Path
+
+    from lorafit.data import Chat, Dataset, Tokens
 
 SAME = 0.01  # of a loss: a smaller difference is none
 
 ABOUT = "score adapters on a data file, beside their base"
 EXAMPLE = """\
   lorafit eval runs/mine test.jsonl
+  lorafit eval runs/mine runs/other data.jsonl --unseen
   lorafit eval runs/mine runs/other test.jsonl --answers --json
   lorafit eval runs/mine runs/other test.jsonl --stack
   lorafit eval base test.jsonl --model DIR"""
@@ -38,6 +41,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new", type=int, default=128, metavar="N", help="longest generated answer, in tokens")
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="rows over this are left out and counted; default: the context"
+    )
+    parser.add_argument(
+        "--unseen",
+        action="store_true",
+        help="only rows that none of the runs learned from: what they held out, or new ones",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     parser.add_argument(
@@ -59,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: must be at least 1")
+    _check_data(args.data)
     out = terminal()
     session = opened(args, out)
     host = session.host
@@ -75,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
     names: list[str | None] = [None, *host.adapters]
     if args.stack and first is not None:
         names.append("+".join(host.adapters))
-    for name in names:
-        # The base is scored on the very tokens of the first adapter.
+    learned: set[int] = set()  # lines that no adapter is scored on
+
+    def read(name: str | None) -> tuple[str, Dataset, Any, str]:
+        """What a name is scored on, with its key, chat and `learn`. The base has the very tokens of the first adapter."""
         chat = session.chat(name or first)
         notes = host.adapters[session.stack(name or first)[0]].notes if first else {}
         learn = args.learn or notes.get("learn", "assistant")
@@ -93,8 +104,20 @@ def run(args: argparse.Namespace) -> None:
                     long="skip",
                     skip_bad_rows=args.skip_bad_rows,
                 )
-        data = sets[key]
-        rows = data.train[: args.limit]
+        return key, sets[key], chat, learn
+
+    if args.unseen:
+        for each in host.adapters:
+            _, data, chat, _ = read(each)
+            with out.working(f"looking what {each} learned from"):
+                learned |= _lines(session.folders.get(each), each, chat, data.train)
+    for name in names:
+        key, data, chat, learn = read(name)
+        rows = [row for row in data.train if row.line not in learned][: args.limit]
+        if not rows:
+            raise ConfigError(
+                f"--unseen: all {count(len(data.train))} rows of {args.data} were learned from; give others"
+            )
         label = name or "base"
         asked[label] = key
         with memory_limit(), out.working(f"scoring {label}") as spinner:
@@ -108,8 +131,8 @@ def run(args: argparse.Namespace) -> None:
         result["scores"][label] = scores.to_json()
         if name in session.folders:  # nothing is said where the run or its data is gone, or it was made by others
             with contextlib.suppress(LorafitError):
-                result["trained_on"][name] = fit.trained_on(session.folders[name].parent, chat, rows)
-        result |= {"left_out": len(data.report.faults) + data.report.skipped, "learn": learn}
+                result["trained_on"][name] = sum(fit.learned_from(session.folders[name].parent, chat, rows))
+        result |= {"unseen": args.unseen, "left_out": len(data.report.faults) + data.report.skipped, "learn": learn}
     if args.json:
         print_json(result)
         return
@@ -126,10 +149,41 @@ def run(args: argparse.Namespace) -> None:
     for name, seen in result["trained_on"].items():
         if seen:
             print(
-                f"{name} learned from {count(seen)} of these rows, so its score says little of others; score held-out rows"
+                f"{name} learned from {count(seen)} of these rows, so its score says little of others; --unseen scores the"
+                " others alone"
             )
     if line := left_out(sets.values(), args.data, args.max_tokens or host.base.context, args.limit):
         print(line)
+
+
+def _check_data(data: str) -> None:
+    """ConfigError where the last word is a run: the data file was forgotten."""
+    from pathlib import Path
+
+    from lorafit.errors import ConfigError
+
+    place = Path(data)
+    if any((place / name).is_file() for name in ("config.yaml", "adapter_config.json", "adapter/adapter_config.json")):
+        raise ConfigError(
+            f"{data} is a run, and the file to score on comes last: lorafit eval … {data} DATA; with --unseen it may be the"
+            " file that they were trained on"
+        )
+
+
+def _lines(folder: Path | None, name: str, chat: Chat, rows: Sequence[Tokens]) -> set[int]:
+    """The lines of the rows that an adapter learned from. ConfigError where that can't be known."""
+    from lorafit import fit
+    from lorafit.errors import ConfigError, LorafitError
+
+    why: object = "it lies in no run"
+    if folder is not None:
+        try:
+            return {
+                row.line for row, seen in zip(rows, fit.learned_from(folder.parent, chat, rows), strict=True) if seen
+            }
+        except LorafitError as error:
+            why = error
+    raise ConfigError(f"--unseen: what {name} learned from isn't known: {why}; leave --unseen out")
 
 
 def left_out(sets: Iterable[Dataset], name: str, most: int, limit: int | None) -> str:
