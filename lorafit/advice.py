@@ -11,7 +11,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -262,13 +262,20 @@ def numbers_of(layers: int, h: int, q: int, kv: int, inner: int) -> int:
 
 
 def _sides(shape: Any) -> tuple[int, int, int, int]:
-    """The sizes that a layer's matrices have on their sides: the model's width, queries, keys, and the feed-forward's width."""
+    """`sides` of a base's config."""
     text = shape.get_text_config()
-    h, heads = int(text.hidden_size), int(getattr(text, "num_attention_heads", None) or 1)  # some have none at all
-    dim = int(getattr(text, "head_dim", None) or h // heads)
-    kv = int(getattr(text, "num_key_value_heads", None) or heads) * dim
-    inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * h)
-    return h, heads * dim, kv, inner
+    return sides(
+        int(text.hidden_size), lambda *keys: next((int(n) for key in keys if (n := getattr(text, key, None))), 0)
+    )
+
+
+def sides(h: int, size: Callable[..., int]) -> tuple[int, int, int, int]:
+    """The sizes that a layer's matrices have on their sides: the model's width h, queries, keys, and the feed-forward's width.
+    `size` gives the first of some names that the base's config has, or 0."""
+    heads = size("num_attention_heads", "n_head") or 1  # some have none at all
+    dim = size("head_dim") or h // heads
+    inner = size("intermediate_size", "n_inner") or 4 * h
+    return h, heads * dim, (size("num_key_value_heads") or heads) * dim, inner
 
 
 def _batch(config: Config, tokens: int, an_epoch: int) -> Choice:

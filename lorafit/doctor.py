@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median, variance
 from typing import Any, Literal
 
-from lorafit.advice import RANK, numbers_of, passes, rate_for
+from lorafit.advice import RANK, numbers_of, passes, rate_for, sides
 from lorafit.batches import LEAST_TOKENS, TOGETHER
 from lorafit.config import Config, read_yaml
 from lorafit.data.dataset import SMALLEST
@@ -720,17 +720,12 @@ def _fair_numbers(files: Files) -> tuple[int, int] | None:
     def size(*keys: str) -> int:
         return int(next((found for key in keys if (found := number(shape, key))), 0))
 
-    h, layers, heads = (
-        size("hidden_size", "n_embd"),
-        size("num_hidden_layers", "n_layer"),
-        size("num_attention_heads", "n_head"),
-    )
-    if min(h, layers, heads) < 1 or files.config.get("method") not in AS_LORA:
+    h, layers = size("hidden_size", "n_embd"), size("num_hidden_layers", "n_layer")
+    if min(h, layers, size("num_attention_heads", "n_head")) < 1 or files.config.get("method") not in AS_LORA:
         return None
-    dim, inner = size("head_dim") or h // heads, size("intermediate_size", "n_inner") or 4 * h
-    sides = h, heads * dim, (size("num_key_value_heads") or heads) * dim, inner
-    r = min(RANK, *sides)
-    return r, r * numbers_of(layers, *sides)
+    widths = sides(h, size)
+    r = min(RANK, *widths)
+    return r, r * numbers_of(layers, *widths)
 
 
 def _beside_default(files: Files) -> str:

@@ -321,6 +321,14 @@ def test_a_large_change_is_merged_however_far_rounding_moves_its_logits(
         assert proof.largest > 0.2 * proof.spread
 
 
+def forget(monkeypatch, host: Host, end: str) -> None:
+    """The site with this end of a path is left as it is by a merge."""
+    plain = host.merged_weight
+    monkeypatch.setattr(
+        host, "merged_weight", lambda at, spec: at.weight() if at.path.endswith(end) else plain(at, spec)
+    )
+
+
 @both
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
 def test_a_model_in_which_rounding_grows_is_allowed_what_it_makes_of_a_shaken_input(
@@ -331,10 +339,7 @@ def test_a_model_in_which_rounding_grows_is_allowed_what_it_makes_of_a_shaken_in
     proof = merge(host_of(place, ["all"], scale, streamed), "a", tmp_path / "b", PROMPTS, dtype=torch.float32)
     assert proof.exact.formula <= proof.exact.allowed < 0.01 * proof.spread
     host = host_of(place, ["all"], scale, streamed)
-    plain = host.merged_weight
-    monkeypatch.setattr(
-        host, "merged_weight", lambda at, spec: at.weight() if at.path.endswith("1.mlp.up_proj") else plain(at, spec)
-    )
+    forget(monkeypatch, host, "1.mlp.up_proj")
     refused(host, tmp_path / "out", torch.float32, "before any rounding its logits are off by")
 
 
@@ -390,10 +395,7 @@ def test_sums_with_what_codes_stand_for_are_proved_too(tmp_path, monkeypatch, ki
         proof = merge(opened(), "a", tmp_path / str(dtype), PROMPTS, dtype=dtype)
         assert proof.exact.formula <= proof.exact.allowed and proof.exact.folder <= 0.01 * proof.exact.allowed
     host = opened()
-    plain = host.merged_weight
-    monkeypatch.setattr(
-        host, "merged_weight", lambda at, spec: at.weight() if at.path.endswith("1.mlp.up_proj") else plain(at, spec)
-    )
+    forget(monkeypatch, host, "1.mlp.up_proj")
     refused(host, tmp_path / "out", torch.bfloat16, "before any rounding its logits are off by")
 
 

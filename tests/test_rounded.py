@@ -18,7 +18,7 @@ from lorafit.model import quant
 from lorafit.model.load import prepare
 from lorafit.native import build, lowrank, rounded
 from lorafit.native.lowrank import Frozen, LowRank, Run, plain_products, products
-from lorafit.native.quantised import KINDS, TURNED, dequantise, quantise, turned
+from lorafit.native.quantised import KINDS, TURNED, Quantised, dequantise, quantise, turned
 
 TILES = pytest.mark.skipif(not build.has_tiles(), reason="this processor multiplies no bf16")
 
@@ -156,6 +156,16 @@ def test_the_kernels_give_what_their_twin_gives(n, outs):
         assert off(one, other) < 6e-3  # of bf16; a code that is one off would be as much in a single number
 
 
+def whole_case(n: int, out: int, k: int) -> tuple[Quantised, torch.Tensor, torch.Tensor]:
+    """A weight and an input of whole numbers that codes hold as they are, and their product."""
+    q = quantise(torch.ones(out, k), "w8a8")
+    q.codes.copy_(torch.randint(-127, 128, (out, k), generator=torch.Generator().manual_seed(0)))
+    q.absmax.fill_(127.0)
+    x = torch.zeros(n, k)
+    x[torch.arange(n), torch.arange(n)] = 1.0  # turned: 32 numbers of the same size, which are codes of 127
+    return q, x, x.double() @ hadamard(k) @ q.codes.double().t() @ hadamard(out)
+
+
 CODES = pytest.mark.skipif(not build.multiplies_codes(), reason="this processor multiplies no 8-bit numbers")
 
 
@@ -205,14 +215,8 @@ def test_in_fp32_every_way_is_the_kernels(monkeypatch):
 @CODES
 def test_in_fp32_sums_are_exact_and_a_row_is_what_it_is_alone():
     k, out, n = 1536, 64, 75
-    generator = torch.Generator().manual_seed(0)
-    q = quantise(torch.ones(out, k), "w8a8")
-    q.codes.copy_(torch.randint(-127, 128, (out, k), generator=generator))
-    q.absmax.fill_(127.0)
-    x = torch.zeros(n, k)
-    x[torch.arange(n), torch.arange(n)] = 1.0  # turned: 32 numbers of the same size, which are codes of 127
+    q, x, want = whole_case(n, out, k)
     (got,) = rounded.across_all(x, [q])
-    want = x.double() @ hadamard(k) @ q.codes.double().t() @ hadamard(out)
     assert off(got, want) < 2e-7 or (got - want).abs().max() < 1e-6 * want.abs().max()
     x = rows(n, k)
     (together,) = rounded.across_all(x, [q])
@@ -224,14 +228,8 @@ def test_in_fp32_sums_are_exact_and_a_row_is_what_it_is_alone():
 def test_sums_are_exact(monkeypatch):
     """Of whole numbers that codes hold as they are the kernel's product is the product, where bf16 can write it."""
     k, out, n = 1536, 64, 40
-    generator = torch.Generator().manual_seed(0)
-    q = quantise(torch.ones(out, k), "w8a8")
-    q.codes.copy_(torch.randint(-127, 128, (out, k), generator=generator))
-    q.absmax.fill_(127.0)
-    x = torch.zeros(n, k)
-    x[torch.arange(n), torch.arange(n)] = 1.0  # turned: 32 numbers of the same size, which are codes of 127
+    q, x, want = whole_case(n, out, k)
     (got,) = products(x.bfloat16(), [Frozen(q)], [Run(n, [None])])
-    want = x.double() @ hadamard(k) @ q.codes.double().t() @ hadamard(out)
     assert (
         torch.equal(got.double(), want.bfloat16().double())
         or (got.double() - want).abs().max() <= want.abs().max() / 256

@@ -99,12 +99,11 @@ class Sums:
         `parameter` is for codes alone."""
         if self.host.base.streamed:
             return
-        biases = merged_biases(self.host, self.spec)
         for site in adapted_sites(self.host, self.spec):
             if not isinstance(site.module, QuantLinear):
                 site.write(merged_weight(self.host, site, self.spec) if summed is None else summed(site))
-                if site.path in biases:
-                    site.write_bias(biases[site.path])
+                if site.bias_name in self._biases:
+                    site.write_bias(self._biases[site.bias_name])
 
     @torch.no_grad()
     def settle_rounded(self, rounding: Rounding) -> None:

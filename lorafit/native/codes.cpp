@@ -28,11 +28,7 @@ bool block(const CodesPart& part, const Coded& to, int64_t m0, int64_t m1, int64
     for (int64_t n = n0; n < n1; n += most * WIDE) {
         int64_t end = std::min(n1, n + most * WIDE);
         for (int64_t column = n; column < end; column += WIDE)
-            for (int64_t k = 0; k < part.k; k += codes::DEEP) {
-                uint8_t* tile = packed + (column - n) / WIDE * panel + k * WIDE;
-                codes::pack(part, k, column, tile);
-                codes::pack(part, k, column + 16, tile + codes::TILE);
-            }
+            codes::pack_panel(part, column, packed + (column - n) / WIDE * panel);
         for (int64_t m = m0; m < m1; m += codes::HIGH)
             for (int64_t column = n; column < end; column += WIDE) {
                 alignas(64) float sums[codes::HIGH * WIDE];
@@ -48,13 +44,10 @@ bool block(const CodesPart& part, const Coded& to, int64_t m0, int64_t m1, int64
     return true;
 }
 
-// Thread t's share: columns where there are enough of them (each weight is packed once), else rows.
+// Thread t's share. False where memory ran out.
 bool share(const CodesPart& part, const Coded& to, int64_t rows, int t, int threads) {
-    int64_t panels = to.columns / WIDE, bands = (rows + codes::HIGH - 1) / codes::HIGH;
-    bool by_columns = panels >= 4 * threads || bands < threads;
-    int64_t units = by_columns ? panels : bands, from = units * t / threads * 32, end = units * (t + 1) / threads * 32;
-    if (from >= end) return true;
-    return by_columns ? block(part, to, 0, rows, from, end) : block(part, to, from, std::min(end, rows), 0, to.columns);
+    return shared(rows, to.columns, t, threads,
+                  [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) { return block(part, to, m0, m1, n0, n1); });
 }
 
 }  // namespace

@@ -124,6 +124,14 @@ inline void pack(const CodesPart& part, int64_t k, int64_t column, uint8_t* tile
     }
 }
 
+// The 32 columns from `column` on, all their depth: two tiles for each DEEP, side by side.
+inline void pack_panel(const CodesPart& part, int64_t column, uint8_t* to) {
+    for (int64_t k = 0; k < part.k; k += DEEP, to += 2 * TILE) {
+        pack(part, k, column, to);
+        pack(part, k, column + 16, to + TILE);
+    }
+}
+
 #ifdef LORAFIT_AMX
 // The sums of 32 rows (of which `tall` are wanted) and 32 columns, `steps` deep.
 INLINE void multiply(const int8_t* a, int64_t lda, const uint8_t* b, int64_t steps, int64_t, int32_t* sums) {

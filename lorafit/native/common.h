@@ -182,6 +182,18 @@ struct Buffer {  // aligned scratch of a thread, kept between calls
     ~Buffer() { std::free(data); }
 };
 
+// Thread t of all has these rows and columns of a product, in whole panels and bands of 32: block(m0, m1, n0, n1). Columns are shared out
+// where there are enough of them (each weight is packed once), else rows. What block gives; true where nothing is left for the thread.
+template <typename Block>
+bool shared(int64_t rows, int64_t columns, int t, int threads, Block block) {
+    int64_t panels = (columns + 31) / 32, bands = (rows + 31) / 32;
+    bool by_columns = panels >= 4 * threads || bands < threads;
+    int64_t units = by_columns ? panels : bands, from = units * t / threads * 32, to = units * (t + 1) / threads * 32;
+    if (from >= to) return true;
+    if (by_columns) return block(int64_t{0}, rows, from, to < columns ? to : columns);
+    return block(from, to < rows ? to : rows, int64_t{0}, columns);
+}
+
 // exp(x) to about 2e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2]. Below -87 it is 1e-38 and not 0; NaN stays NaN.
 INLINE Floats exponential(Floats x) {
     x = x < -87.0f ? Floats{} - 87.0f : x;

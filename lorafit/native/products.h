@@ -202,12 +202,8 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
         int64_t panels = (std::min(n1, n + panels_each * WIDE) - n + WIDE - 1) / WIDE;
         for (int64_t panel = 0; panel < panels; panel++) {
             uint8_t* to = coded + panel * codes_deep * WIDE;
-            int64_t column = n + panel * WIDE;
-            for (const CodesPart* part = job.coded; part < job.coded + job.coded_count; part++)
-                for (int64_t k = 0; k < part->k; k += codes::DEEP, to += 2 * codes::TILE) {
-                    codes::pack(*part, k, column, to);
-                    codes::pack(*part, k, column + 16, to + codes::TILE);
-                }
+            for (const CodesPart* part = job.coded; part < job.coded + job.coded_count; to += part->k * WIDE, part++)
+                codes::pack_panel(*part, n + panel * WIDE, to);
         }
         for (int64_t slice = 0; slice < slices; slice++) {
             int64_t first = slice * deep, last = std::min(depth, first + deep);
@@ -270,15 +266,10 @@ bool block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     return true;
 }
 
-// Thread t of all: columns are shared out where there are enough of them (each weight is packed once), else rows. False
-// where memory ran out.
+// Thread t's share of a job. False where memory ran out.
 bool share(const Job& job, int t, int threads) {
-    int64_t panels = (job.columns + WIDE - 1) / WIDE, bands = (job.rows + TALL - 1) / TALL;
-    bool by_columns = panels >= 4 * threads || bands < threads;
-    int64_t units = by_columns ? panels : bands, from = units * t / threads * 32, to = units * (t + 1) / threads * 32;
-    if (from >= to) return true;
-    return by_columns ? block(job, 0, job.rows, from, std::min(to, job.columns))
-                      : block(job, from, std::min(to, job.rows), 0, job.columns);
+    return shared(job.rows, job.columns, t, threads,
+                  [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) { return block(job, m0, m1, n0, n1); });
 }
 
 // Gradients of thin matrices, Pᵀ·Q for P (rows, left) and Q (rows, right): a chunk of rows at a time, because what the chunk

@@ -12,7 +12,7 @@ import random
 from typing import Any, Literal
 
 from lorafit.errors import MissingExtra
-from lorafit.tune.space import Choice, Range, Space, Values, alike, own
+from lorafit.tune.space import Choice, Range, Space, Values, alike, distinct, own
 from lorafit.tune.strategy import Sampler
 
 Kind = Literal["grid", "random", "tpe"]
@@ -34,11 +34,7 @@ class Grid:
 
     def __init__(self, searched: Space, seed: int) -> None:
         each = [[(key, value) for value in one.grid()] for key, one in searched.items()]
-        self.whole: list[Values] = []
-        for point in itertools.product(*each):
-            values = own(dict(point))
-            if values not in self.whole:
-                self.whole.append(values)
+        self.whole = distinct(own(dict(point)) for point in itertools.product(*each))
         self.order = list(range(len(self.whole)))
         random.Random(f"{seed}:grid").shuffle(self.order)
         self.most: int | None = len(self.whole)
@@ -58,8 +54,7 @@ class Random:
         self.searched, self.seed, self.start = searched, seed, start or {}
         self.most: int | None = None
         if all(isinstance(one, Choice) for one in searched.values()):
-            each = [alike(values, self.start) for values in ({}, *Grid(searched, seed).whole)]
-            self.most = sum(one not in each[:i] for i, one in enumerate(each))
+            self.most = len(distinct(alike(values, self.start) for values in ({}, *Grid(searched, seed).whole)))
         self.drawn: list[Values] = []
 
     def draw(self, number: int, size: int | None) -> Values:

@@ -7,9 +7,10 @@ targets: [attention, [q_proj, v_proj]]        each item is one choice
 
 from __future__ import annotations
 
+import json
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,14 @@ def own(values: Mapping[str, Any]) -> Values:
 def alike(values: Mapping[str, Any], start: Mapping[str, Any]) -> Values:
     """What is equal for two candidates that are the same: what they change, and what they leave as it is."""
     return own({**start, **values})
+
+
+def distinct(all_of_them: Iterable[Values]) -> list[Values]:
+    """Those that aren't there before already, in their order."""
+    found: dict[str, Values] = {}
+    for values in all_of_them:
+        found.setdefault(json.dumps(values, sort_keys=True), values)
+    return list(found.values())
 
 
 def edges(searched: Space) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from lorafit.machine import memory_limit
 
     with importing():
-        from lorafit import evaluate, fit
+        from lorafit import evaluate
         from lorafit.data import prepare
 
     if args.limit is not None and args.limit < 1:
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     names: list[str | None] = [None, *host.adapters]
     if args.stack and first is not None:
         names.append("+".join(host.adapters))
-    learned: set[int] = set()  # lines that no adapter is scored on
+    seen: dict[str, set[int]] = {}  # lines that each learned from, where that is known
 
     def read(name: str | None) -> tuple[str, Dataset, Any, str]:
         """What a name is scored on, with its key, chat and `learn`. The base has the very tokens of the first adapter."""
@@ -106,11 +105,17 @@ def run(args: argparse.Namespace) -> None:
                 )
         return key, sets[key], chat, learn
 
-    if args.unseen:
-        for each in host.adapters:
-            _, data, chat, _ = read(each)
-            with out.working(f"looking what {each} learned from"):
-                learned |= _lines(session.folders.get(each), each, chat, data.train)
+    for each in host.adapters:
+        _, data, chat, _ = read(each)
+        with out.working(f"looking what {each} learned from"):
+            try:
+                seen[each] = _lines(session.folders.get(each), chat, data.train)
+            except LorafitError as error:  # nothing is said where the run or its data is gone, or it was made by others
+                if args.unseen:
+                    raise ConfigError(
+                        f"--unseen: what {each} learned from isn't known: {error}; leave --unseen out"
+                    ) from None
+    learned = set().union(*seen.values()) if args.unseen else set()
     for name in names:
         key, data, chat, learn = read(name)
         rows = [row for row in data.train if row.line not in learned][: args.limit]
@@ -129,9 +134,8 @@ def run(args: argparse.Namespace) -> None:
                 )
                 scores = dataclasses.replace(scores, exact_match=exact, token_f1=f1, answers=n)
         result["scores"][label] = scores.to_json()
-        if name in session.folders:  # nothing is said where the run or its data is gone, or it was made by others
-            with contextlib.suppress(LorafitError):
-                result["trained_on"][name] = sum(fit.learned_from(session.folders[name].parent, chat, rows))
+        if name in seen:
+            result["trained_on"][name] = sum(row.line in seen[name] for row in rows)
         result |= {"unseen": args.unseen, "left_out": len(data.report.faults) + data.report.skipped, "learn": learn}
     if args.json:
         print_json(result)
@@ -146,10 +150,10 @@ def run(args: argparse.Namespace) -> None:
         print(line)
     stored = "its own precision" if host.base.quant is None else f"{host.base.quant}; --quant none scores it in 16 bits"
     print(f"the base is {host.base.name} in {stored}")
-    for name, seen in result["trained_on"].items():
-        if seen:
+    for name, number in result["trained_on"].items():
+        if number:
             print(
-                f"{name} learned from {count(seen)} of these rows, so its score says little of others; --unseen scores the"
+                f"{name} learned from {count(number)} of these rows, so its score says little of others; --unseen scores the"
                 " others alone"
             )
     if line := left_out(sets.values(), args.data, args.max_tokens or host.base.context, args.limit):
@@ -170,20 +174,14 @@ def _check_data(data: str) -> None:
         )
 
 
-def _lines(folder: Path | None, name: str, chat: Chat, rows: Sequence[Tokens]) -> set[int]:
-    """The lines of the rows that an adapter learned from. ConfigError where that can't be known."""
+def _lines(folder: Path | None, chat: Chat, rows: Sequence[Tokens]) -> set[int]:
+    """The lines of the rows that an adapter learned from. LorafitError where that can't be known."""
     from lorafit import fit
-    from lorafit.errors import ConfigError, LorafitError
+    from lorafit.errors import RunError
 
-    why: object = "it lies in no run"
-    if folder is not None:
-        try:
-            return {
-                row.line for row, seen in zip(rows, fit.learned_from(folder.parent, chat, rows), strict=True) if seen
-            }
-        except LorafitError as error:
-            why = error
-    raise ConfigError(f"--unseen: what {name} learned from isn't known: {why}; leave --unseen out")
+    if folder is None:
+        raise RunError("it lies in no run")
+    return {row.line for row, learned in zip(rows, fit.learned_from(folder.parent, chat, rows), strict=True) if learned}
 
 
 def left_out(sets: Iterable[Dataset], name: str, most: int, limit: int | None) -> str:
