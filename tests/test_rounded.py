@@ -330,8 +330,10 @@ def test_it_is_trained_told_and_merged(trained, data_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("native", [False, True])
-def test_where_it_is_slower_that_is_said(precision, native, data_file, tiny_model, tmp_path):
+@pytest.mark.parametrize(("native", "vnni"), [(False, True), (True, True), (True, False)])
+def test_where_it_is_slower_that_is_said(precision, native, vnni, data_file, tiny_model, tmp_path, monkeypatch):
+    if not vnni:
+        monkeypatch.setattr(build, "multiplies_codes", lambda: False)
     said = io.StringIO()
     given = {"quant": "w8a8", "steps": 1, "samples": 0, "precision": precision, "native": native}
     asked = {"model": str(tiny_model), "out": str(tmp_path / "run"), **given}
